@@ -1,0 +1,73 @@
+"""Counter-based random numbers: a pure function of (seed, stream), the same on every rank, thread and device.
+
+No generator state exists, so none has to be saved: a resumed run draws what the undisturbed run drew.
+The hash is splitmix64's finaliser (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def stream(name: object) -> int:
+    """A stable 63-bit number for what a draw is for: the digest of `repr(name)` (`hash()` is salted per process)."""
+    return int.from_bytes(hashlib.blake2b(repr(name).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # int64 >> keeps the sign: mask it off
+
+
+def mix(x: Tensor) -> Tensor:
+    """int64 -> int64, every input bit changing every output bit with probability one half."""
+    x = (x ^ _shift(x, 30)) * _MIX1
+    x = (x ^ _shift(x, 27)) * _MIX2
+    return x ^ _shift(x, 31)
+
+
+def combine(*parts: int | Tensor) -> Tensor:
+    """Fold numbers, broadcast together, into one int64 seed: (run seed, epoch, sample) -> seed."""
+    seed = torch.zeros((), dtype=torch.int64)
+    for part in parts:
+        value = part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.int64)
+        seed = mix(seed.to(value.device) * 3 + value + _GOLDEN)
+    return seed
+
+
+def bits(seeds: Tensor, name: object, *shape: int) -> Tensor:
+    """int64 [B] -> random int64 [B, *shape], one independent stream per `name`."""
+    count = math.prod(shape)
+    counter = torch.arange(count, device=seeds.device) * _GOLDEN
+    base = mix(seeds ^ stream(name))
+    return mix(mix(base[:, None] + counter) + _GOLDEN).reshape(len(seeds), *shape)
+
+
+def uniform(seeds: Tensor, name: object, *shape: int) -> Tensor:
+    """int64 [B] -> float32 [B, *shape] in [0, 1), on 24 bits."""
+    return _shift(bits(seeds, name, *shape), 40).float() * 2.0**-24
+
+
+def normal(seeds: Tensor, name: object, *shape: int) -> Tensor:
+    """int64 [B] -> float32 [B, *shape], standard normal (Box-Muller)."""
+    u = uniform(seeds, ("normal", name), 2, *shape)
+    return torch.sqrt(-2 * torch.log1p(-u[:, 0])) * torch.cos(2 * math.pi * u[:, 1])
+
+
+def integers(seeds: Tensor, name: object, high: int, *shape: int) -> Tensor:
+    """int64 [B] -> int64 [B, *shape] in [0, high)."""
+    return _shift(bits(seeds, name, *shape), 2) % high
+
+
+def permutation(seed: int | Tensor, n: int) -> Tensor:
+    """A permutation of range(n) from one seed: int64 [n], by sorting n hashed counters."""
+    start = combine(seed, n)
+    keys = mix(start + torch.arange(n) * _GOLDEN)
+    return torch.argsort(keys, stable=True)

@@ -1,0 +1,151 @@
+"""The vocabulary as types. B rows, N patch or word tokens, D width, E joint embedding, L text length."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+Params = dict[str, Tensor]  # what a view drew, one row per sample: name -> [B, ...]
+
+
+@dataclass
+class Sample:
+    """One decoded sample: the members a source asked for."""
+
+    key: str  # "shard/key"
+    image: Tensor | None = None  # uint8 [3, H, W], full resolution
+    captions: list[str] | None = None
+    labels: dict[str, int] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class View(NamedTuple):
+    """One rendering of B samples."""
+
+    data: Tensor  # image [B,3,H,W] normalised; text int64 [B,L], where -1 stands for the mask embedding
+    target: Tensor | None = None  # what the spec documents: a label [B], text [B,L] with -100 ignored
+
+
+class Rows(NamedTuple):
+    """One source's part of a batch."""
+
+    keys: list[str]  # "shard/key": errors can name them
+    seeds: Tensor  # int64 [B]: counter seed of (run seed, epoch, sample)
+    labels: dict[str, Tensor]  # name -> int64 [B]
+    views: dict[ViewSpec, View]
+
+
+Batch = dict[str, Rows]  # source name -> rows
+
+
+@dataclass(frozen=True)
+class ViewSpec(ABC):
+    """How one view of a sample is made: drawn for all rows, cut per row, rendered for the batch.
+
+    Equal specs are one view. `repr` names the random stream, so two specs that differ in any field draw apart.
+    """
+
+    modality: ClassVar[Literal["image", "text"]]
+    index: int = 0
+
+    @abstractmethod
+    def draw(self, samples: Sequence[Sample], seeds: Tensor) -> Params:
+        """Random numbers for every row, from `seeds` (int64 [B]) alone. Each value has B rows."""
+
+    @abstractmethod
+    def geometry(self, source: Any, params: Params) -> Tensor:
+        """One row: image uint8 [3,H,W] -> uint8 [3,h,w]; captions list[str] -> int64 [L]. `params` holds that row."""
+
+    @abstractmethod
+    def render(self, pixels: Tensor, params: Params) -> View:
+        """The whole batch: photometric operations and normalisation, or corruption of text, on any device."""
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """Which tokens an encode hides; every row hides exactly round(ratio * N) of them.
+
+    `replace` puts the owner objective's mask embedding in their place (SimMIM, BEiT); `drop` removes them (MAE, FLIP).
+    `from_` names the encode whose class-token attention says which tokens are hidden first (attentive masking).
+    """
+
+    ratio: float
+    mode: Literal["replace", "drop"] = "replace"
+    kind: Literal["random", "block", "attentive"] = "random"
+    patch: int = 1  # tokens are hidden in squares of this many patches a side
+    from_: Encode | None = None
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Encode:
+    """One tower forward that an objective wants."""
+
+    source: str
+    view: ViewSpec
+    mask: MaskSpec | None = None
+    network: str = "student"  # "teacher": the EMA copy, without gradient; or a frozen tower named in the recipe
+    outputs: frozenset[str] = frozenset({"features"})  # fields of Encoded wanted, hence computed, cached, gathered
+    bidirectional: bool = False  # text: no causal mask, key padding instead
+
+
+class Encoded(NamedTuple):
+    """What a tower says of one view."""
+
+    features: Tensor | None = None  # [B,E] projected to the joint space, not normalised
+    pooled: Tensor | None = None  # [B,D] before that projection
+    tokens: Tensor | None = None  # [B,N,D] patch or word tokens only; when dropped, the visible ones in raster order
+    attention: Tensor | None = None  # [B,N] class-token attention of the last block
+    mask: Tensor | None = None  # bool [B,N], True = hidden
+    grid: tuple[int, int] | None = None  # patches down, across
+    rows: Rows | None = None  # this source's labels, keys and views
+    view: View | None = None  # the view that was encoded
+
+
+OUTPUTS = frozenset({"features", "pooled", "tokens", "attention"})  # the fields of Encoded that a tower computes
+
+
+@dataclass
+class Result:
+    """What an evaluator found. Metrics are fractions in 0..1 under CLIP_benchmark's names where it has one."""
+
+    metrics: dict[str, float]
+    n: int  # samples evaluated
+    dataset: str = ""
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # name -> rows, for the report
+    figures: dict[str, Any] = field(default_factory=dict)  # name -> matplotlib Figure
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes tower input at evaluation: resize so that the shorter side fits, centre crop, normalise."""
+
+    size: int
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"  # or "squash"
+
+
+@runtime_checkable
+class Model(Protocol):
+    """All that an evaluator may use: our runs, open_clip folders, timm and transformers towers."""
+
+    fingerprint: str  # names the weights, for caching
+    preprocess: Preprocess
+
+    def images(self, pixels: Tensor) -> Encoded:
+        """[B,3,H,W] normalised, on the model's device -> features, pooled, tokens. No gradient."""
+        ...
+
+    def texts(self, texts: list[str]) -> Tensor | None:
+        """-> [n,E], not normalised; None for an image-only model. No gradient."""
+        ...
+
+    def copy(self, random: bool = False) -> nn.Module:
+        """A fresh image tower to fine-tune; `random` gives it new weights drawn as at the start of training."""
+        ...
