@@ -1,0 +1,393 @@
+"""1. tar -> where each sample's bytes lie.
+
+A header scan over mmap costs microseconds a member, so foreign shards are indexed on first use. The index is saved beside the
+shard as `NAME.tar.index.npz`; the one that `data_prep` writes also holds a sha256 per member, which makes corruption findable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import mmap
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mmpretrain.data.schema import ShardError, split_name
+
+log = logging.getLogger(__name__)
+VERSION = 1
+SUFFIX = ".index.npz"
+BLOCK = 512
+MAX_NAME_BYTES = 1 << 16  # a longer pax or GNU name record is an attack or corruption
+
+
+class Member(NamedTuple):
+    """Where one member's bytes lie in its shard."""
+
+    offset: int
+    size: int
+    sha256: bytes | None
+
+
+class Damage(NamedTuple):
+    """A place from which on a shard cannot be read."""
+
+    offset: int
+    reason: str  # cut | corrupt_header | zeros
+    key: str  # the sample it falls in, or ""
+    lost: int  # samples lost, estimated from the bytes that follow; at least 1
+    detail: str
+
+
+@dataclass
+class ShardIndex:
+    """Samples in order of first appearance; members grouped by key, also where a writer interleaved them."""
+
+    keys: list[str]
+    extensions: list[str]  # the distinct ones
+    starts: np.ndarray  # int64 [S+1] into the member arrays
+    extension: np.ndarray  # uint16 [M] into `extensions`
+    offset: np.ndarray  # int64 [M]
+    size: np.ndarray  # int64 [M]
+    tar_bytes: int
+    sha256: np.ndarray | None = None  # uint8 [M, 32]
+    damage: list[Damage] = field(default_factory=list)
+    duplicates: int = 0  # keys that came again; each is a sample of its own, with ~2, ~3 ... after the key
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def members(self, sample: int) -> dict[str, Member]:
+        """Extension -> place, for one sample."""
+        found = {}
+        for m in range(int(self.starts[sample]), int(self.starts[sample + 1])):
+            digest = None if self.sha256 is None else self.sha256[m].tobytes()
+            found[self.extensions[self.extension[m]]] = Member(int(self.offset[m]), int(self.size[m]), digest)
+        return found
+
+    def counts(self) -> dict[str, int]:
+        """Extension -> how many samples have it."""
+        number = np.bincount(self.extension, minlength=len(self.extensions))
+        return dict(sorted((name, int(n)) for name, n in zip(self.extensions, number) if n))
+
+
+class _Entry(NamedTuple):
+    name: str
+    header: int
+    offset: int
+    size: int
+
+
+def _number(digits: bytes) -> int:
+    """A tar number: octal text, or base 256 where the first bit is set. Raises ValueError."""
+    if digits[0] & 0x80:
+        return int.from_bytes(bytes([digits[0] & 0x7F]) + digits[1:], "big")
+    return int(digits.strip(b" \0") or b"0", 8)
+
+
+def _pax(payload: bytes) -> dict[bytes, bytes]:
+    records, at = {}, 0
+    while at < len(payload):
+        space = payload.index(b" ", at)
+        length = int(payload[at:space])
+        if length <= 0:
+            raise ValueError("pax record of no length")
+        name, _, value = payload[space + 1 : at + length - 1].partition(b"=")
+        records[name] = value
+        at += length
+    return records
+
+
+def _walk(data: mmap.mmap | bytes) -> tuple[list[_Entry], list[int], tuple[int, str, str] | None]:
+    """Follow the headers. Gives entries, every header's offset, and (offset, reason, detail) where it had to stop early."""
+    end, at = len(data), 0
+    entries: list[_Entry] = []
+    headers: list[int] = []
+    long_name: bytes | None = None
+    long_size: int | None = None
+    while True:
+        if at + BLOCK > end:
+            if at == end:
+                return entries, headers, (at, "cut", "the end-of-archive mark is missing: the file was probably cut at a header")
+            return entries, headers, (at, "cut", f"the file ends at byte {end}, inside a header" if at < end else f"the file ends at {end}")
+        block = data[at : at + BLOCK]
+        if block[0] == 0 and not any(block):
+            rest = np.frombuffer(data, np.uint8, offset=at)
+            for start in range(0, len(rest), 1 << 22):
+                nonzero = rest[start : start + (1 << 22)]
+                if nonzero.any():
+                    follow = at + start + int(nonzero.argmax() if nonzero[0] else (nonzero != 0).argmax())
+                    return entries, headers, (at, "zeros", f"zero blocks before the end; data goes on at byte {follow}")
+            return entries, headers, None
+        kind = block[156]
+        try:
+            size = _number(block[124:136])
+        except ValueError:
+            return entries, headers, (at, "corrupt_header", f"the size field holds {block[124:136]!r}")
+        headers.append(at)
+        if kind in b"Lx":  # GNU long name, pax records: they describe the next header
+            payload = data[at + BLOCK : at + BLOCK + size]
+            try:
+                if size > MAX_NAME_BYTES or len(payload) < size:
+                    raise ValueError("a name record beyond the file or of absurd size")
+                if kind == ord("L"):
+                    long_name = payload.rstrip(b"\0")
+                else:
+                    records = _pax(payload)
+                    long_name = records.get(b"path", long_name)
+                    long_size = int(records[b"size"]) if b"size" in records else long_size
+            except ValueError as error:
+                return entries, headers, (at, "corrupt_header", str(error))
+        else:
+            size = size if long_size is None else long_size
+            if kind in b"0\x007":
+                raw = block[:100].split(b"\0", 1)[0]
+                if long_name is not None:
+                    raw = long_name
+                elif block[345] and block[257:263] == b"ustar\0":
+                    raw = block[345:500].split(b"\0", 1)[0] + b"/" + raw
+                name = raw.decode("utf-8", "surrogateescape")
+                if size < 0 or at + BLOCK + size > end:
+                    headers.pop() if size < 0 else None
+                    found = max(end - at - BLOCK, 0)
+                    return entries, headers, (at, "cut", f"member {name!r} needs {size} bytes, {found} are left")
+                entries.append(_Entry(name, at, at + BLOCK, size))
+            elif kind in b"12345":  # links, devices, folders carry no payload
+                size = size if at + BLOCK + size <= end and kind not in b"12345" else 0
+            long_name = long_size = None
+        at += BLOCK + -(-size // BLOCK) * BLOCK
+
+
+def _first_bad_checksum(data: Any, headers: list[int]) -> int | None:
+    """The first header whose checksum is wrong: its position in `headers`."""
+    raw = np.frombuffer(data, np.uint8)
+    for start in range(0, len(headers), 4096):
+        at = np.asarray(headers[start : start + 4096], np.int64)
+        blocks = raw[at[:, None] + np.arange(BLOCK)]  # [n, 512]
+        stated = np.full(len(at), -1, np.int64)
+        for row, digits in enumerate(blocks[:, 148:156]):
+            try:
+                stated[row] = _number(digits.tobytes())
+            except ValueError:
+                continue
+        blocks[:, 148:156] = 32  # the sum is taken with spaces in its own field
+        unsigned = blocks.sum(1, dtype=np.int64)
+        signed = blocks.view(np.int8).sum(1, dtype=np.int64)  # historic tars
+        wrong = (stated != unsigned) & (stated != signed)
+        if wrong.any():
+            return start + int(wrong.argmax())
+    return None
+
+
+def _group(entries: list[_Entry]) -> tuple[list[str], list[list[tuple[str, int, int]]], int]:
+    current: dict[str, int] = {}
+    times: dict[str, int] = {}
+    keys: list[str] = []
+    samples: list[list[tuple[str, int, int]]] = []
+    seen: list[set[str]] = []
+    for entry in entries:
+        named = split_name(entry.name)
+        if named is None:
+            continue
+        key, extension = named
+        at = current.get(key)
+        if at is None or extension in seen[at]:
+            times[key] = times.get(key, 0) + 1
+            current[key] = at = len(keys)
+            keys.append(key if times[key] == 1 else f"{key}~{times[key]}")
+            samples.append([])
+            seen.append(set())
+        seen[at].add(extension)
+        samples[at].append((extension, entry.offset, entry.size))
+    return keys, samples, len(keys) - len(times)
+
+
+def scan_bytes(data: Any, name: str) -> ShardIndex:
+    """Index a tar from its bytes (bytes or mmap). Raises ShardError where it is no tar at all; later damage is recorded."""
+    if len(data) == 0:
+        raise ShardError(f"{name}: zero bytes, expected a tar. Fetch or build the shard again.")
+    entries, headers, stop = _walk(data)
+    bad = _first_bad_checksum(data, headers)
+    if bad is not None:
+        stop = (headers[bad], "corrupt_header", "the header's checksum does not match its bytes")
+        entries = [entry for entry in entries if entry.header < headers[bad]]
+        headers = headers[:bad]
+    if stop is not None and not headers:
+        start = bytes(data[:64])
+        what = (
+            "gzip-compressed, which is not read: unpack it first"
+            if start[:2] == b"\x1f\x8b"
+            else f"not a tar: it begins with {start[:24]!r}"
+        )
+        if start.lstrip()[:1] == b"<":
+            what = f"a web page rather than a tar: it begins with {start[:24]!r}"
+        raise ShardError(f"{name}: {what} ({len(data)} bytes). Fetch or build the shard again.")
+    keys, samples, duplicates = _group(entries)
+    extensions = sorted({extension for sample in samples for extension, _, _ in sample})
+    number = {extension: i for i, extension in enumerate(extensions)}
+    flat = [member for sample in samples for member in sample]
+    damage = []
+    if stop is not None:
+        at, reason, detail = stop
+        mean = at / max(len(keys), 1)
+        lost = max(1, round((len(data) - at) / mean)) if mean and reason != "cut" else 1
+        damage = [Damage(at, reason, "", lost, detail)]
+    return ShardIndex(
+        keys=keys,
+        extensions=extensions,
+        starts=np.concatenate([[0], np.cumsum([len(sample) for sample in samples])]).astype(np.int64),
+        extension=np.array([number[extension] for extension, _, _ in flat], np.uint16),
+        offset=np.array([offset for _, offset, _ in flat], np.int64),
+        size=np.array([size for _, _, size in flat], np.int64),
+        tar_bytes=len(data),
+        damage=damage,
+        duplicates=duplicates,
+    )
+
+
+def scan(path: str | Path) -> ShardIndex:
+    """Index a local tar by its headers."""
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return scan_bytes(b"", str(path))
+        return scan_bytes(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), str(path))
+
+
+def add_checksums(index: ShardIndex, path: str | Path) -> None:
+    """Fill in the sha256 of every member by reading the shard."""
+    digests = np.zeros((len(index.offset), 32), np.uint8)
+    with open(path, "rb") as file:
+        for m, (offset, size) in enumerate(zip(index.offset.tolist(), index.size.tolist())):
+            file.seek(offset)
+            digests[m] = np.frombuffer(hashlib.sha256(file.read(size)).digest(), np.uint8)
+    index.sha256 = digests
+
+
+def _text(items: list[str]) -> np.ndarray:
+    return np.frombuffer("\0".join(items).encode("utf-8", "surrogateescape"), np.uint8)
+
+
+def _items(blob: np.ndarray) -> list[str]:
+    text = blob.tobytes().decode("utf-8", "surrogateescape")
+    return text.split("\0") if text else []
+
+
+def save(index: ShardIndex, path: Path, mtime_ns: int = 0) -> None:
+    """Write atomically; the bytes depend on the content alone."""
+    head = {"version": VERSION, "bytes": index.tar_bytes, "mtime_ns": mtime_ns, "duplicates": index.duplicates, "damage": index.damage}
+    arrays = {
+        "head": _text([json.dumps(head)]),
+        "keys": _text(index.keys),
+        "extensions": _text(index.extensions),
+        "starts": index.starts,
+        "extension": index.extension,
+        "offset": index.offset,
+        "size": index.size,
+        "sha256": np.zeros((0, 32), np.uint8) if index.sha256 is None else index.sha256,
+    }
+    handle, temporary = tempfile.mkstemp(prefix=path.name + ".tmp-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | Path | Any) -> tuple[ShardIndex, int]:
+    """Read a saved index: (index, the tar's mtime in ns when it was scanned, 0 if written by the builder)."""
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            head = json.loads(_items(saved["head"])[0])
+            if head["version"] != VERSION:
+                raise ValueError(f"version {head['version']}, expected {VERSION}")
+            index = ShardIndex(
+                keys=_items(saved["keys"]),
+                extensions=_items(saved["extensions"]),
+                starts=saved["starts"],
+                extension=saved["extension"],
+                offset=saved["offset"],
+                size=saved["size"],
+                tar_bytes=head["bytes"],
+                sha256=saved["sha256"] if len(saved["sha256"]) else None,
+                damage=[Damage(*d) for d in head["damage"]],
+                duplicates=head["duplicates"],
+            )
+        if len(index.starts) != len(index) + 1 or int(index.starts[-1]) != len(index.offset) or len(index.size) != len(index.offset):
+            raise ValueError("its arrays disagree in length")
+    except Exception as error:
+        raise ShardError(f"{path}: not a readable shard index ({error}). Delete it, and run `python -m data_prep index`.") from error
+    return index, head["mtime_ns"]
+
+
+def index_path(shard: str | Path) -> Path:
+    return Path(f"{shard}{SUFFIX}")
+
+
+def _check_saved(shard: str, index: ShardIndex, tar_bytes: int) -> None:
+    """The builder's index is the truth about a shard: one that disagrees has been cut or changed."""
+    if index.tar_bytes == tar_bytes:
+        return
+    ends = index.offset + index.size
+    cut = int((ends > tar_bytes).argmax()) if (ends > tar_bytes).any() else len(ends)
+    sample = int(np.searchsorted(index.starts, cut, side="right")) - 1
+    where = f"; byte {tar_bytes} falls in or before sample {sample} of {len(index)} ({index.keys[sample]})" if cut < len(ends) else ""
+    raise ShardError(
+        f"{shard}: {tar_bytes} bytes, but its index says {index.tar_bytes} bytes and {len(index)} samples{where}. Fetch or build the "
+        f"shard again; or, to use what is left of it, delete {index_path(shard)} and run `python -m data_prep index`."
+    )
+
+
+def open_index(shard: str | Path, expected: int | None = None, save_new: bool = True, cache: Path | None = None) -> ShardIndex:
+    """The index of a local shard: the saved one if it fits the file, else from a scan, saved beside the shard or in `cache`.
+
+    `expected` is the sample count a sizes.json states. Raises ShardError where counts or bytes disagree.
+    """
+    shard = str(shard)
+    try:
+        status = os.stat(shard)
+    except FileNotFoundError:
+        raise ShardError(f"{shard}: no such file. Check `shards:` in the recipe.") from None
+    places = [index_path(shard)]
+    if cache is not None:
+        places.append(cache / (hashlib.sha256(os.path.abspath(shard).encode()).hexdigest()[:24] + SUFFIX))
+    index = None
+    for place in places:
+        if not place.exists():
+            continue
+        found, mtime_ns = load(place)
+        if found.sha256 is not None:
+            _check_saved(shard, found, status.st_size)
+        elif found.tar_bytes != status.st_size or mtime_ns != status.st_mtime_ns:
+            log.info("%s changed since it was indexed: scanning it again", shard)
+            continue
+        index = found
+        break
+    if index is None:
+        index = scan(shard)
+        if save_new:
+            _save_somewhere(index, places, status.st_mtime_ns)
+    if expected is not None and expected != len(index):
+        at = f"; it stops at byte {index.damage[0].offset}: {index.damage[0].detail}" if index.damage else f" in {status.st_size} bytes"
+        raise ShardError(f"{shard}: {len(index)} samples found, sizes.json says {expected}{at}. Fetch or build the shard again.")
+    return index
+
+
+def _save_somewhere(index: ShardIndex, places: list[Path], mtime_ns: int) -> None:
+    """Saving is a convenience: a read-only folder only costs a scan each time."""
+    for place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            save(index, place, mtime_ns)
+            return
+        except OSError:
+            continue
+    log.info("no place to save the index of a shard (tried %s): it will be scanned again next time", ", ".join(map(str, places)))

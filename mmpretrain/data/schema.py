@@ -1,0 +1,47 @@
+"""What a shard holds: how member names become samples, which members are images, and the errors of this package."""
+
+from __future__ import annotations
+
+import re
+
+IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "avif", "img")
+CAPTION_EXTENSION = "txt"
+METADATA_EXTENSION = "json"
+LABEL_EXTENSION = "cls"
+
+# A key as the writer accepts it: no dot (it would start the extension), nothing a file system or a shell reads specially.
+SAFE_KEY = re.compile(r"[\w-]+(?:/[\w-]+)*")
+
+
+class ShardError(ValueError):
+    """A shard that cannot be used at all, or that contradicts its index. The message names shard, offset and remedy."""
+
+
+class BadSample(ValueError):  # noqa: N818 (it is counted and replaced, seldom an error of the run)
+    """One sample that cannot be used. `reason` is a short stable word; the message says what was found."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+class BadSampleBudgetError(RuntimeError):
+    """More samples are bad than the source allows. The message gives counts per reason and examples."""
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Member name -> (key, extension): the extension begins after the FIRST dot of the basename, as in webdataset.
+
+    None for what belongs to no sample: directories, dot files, names without an extension, `__len__`-like metadata.
+    """
+    slash = name.rfind("/") + 1
+    dot = name.find(".", slash)
+    if dot <= slash:
+        return None
+    return name[:dot], name[dot + 1 :].lower()
+
+
+def image_extension(extensions: dict[str, object] | list[str]) -> str | None:
+    """Which of a sample's members is its image; only the name is judged here, the format is sniffed from the content."""
+    return next((extension for extension in IMAGE_EXTENSIONS if extension in extensions), None)
