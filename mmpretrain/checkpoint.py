@@ -1,0 +1,164 @@
+"""Atomic save, verified resume.
+
+A checkpoint is written beside its final name, flushed, given a manifest of sha256 sums last, renamed, read back, and only
+then are older ones removed. At any moment a kill leaves at least one valid checkpoint, if there was one before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, or must not be read."""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def problem(folder: Path) -> str | None:
+    """Why `folder` is not a valid checkpoint; None if it is. Reads every byte."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MANIFEST} cannot be read ({error})"
+    for name, expected in files.items():
+        path = folder / Path(name).name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != expected:
+            return f"{name} does not match its sha256: it changed after it was written"
+    return None
+
+
+def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], optimizer: dict[str, Any], documents: dict[str, Any], keep: int) -> Path:
+    """Write `root/step-N`. One process writes; a failure leaves the older checkpoints and no partial folder.
+
+    Args:
+        tensors: file stem -> state dict, written as safetensors.
+        optimizer: plain state by parameter name, written as optimizer.pt.
+        documents: file stem -> JSON-able.
+        keep: how many of the newest checkpoints stay.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for stale in root.glob("*.tmp-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    final = root / f"step-{step:08d}"
+    partial = root / f"{final.name}.tmp-{os.getpid()}"
+    try:
+        partial.mkdir()
+        for stem, state in tensors.items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, partial / f"{stem}.safetensors")
+        torch.save(optimizer, partial / "optimizer.pt")
+        for stem, document in documents.items():
+            (partial / f"{stem}.json").write_text(json.dumps(document, indent=1))
+        files = sorted(p for p in partial.iterdir())
+        for path in files:
+            _flush(path)
+        (partial / MANIFEST).write_text(json.dumps({"step": step, "files": {p.name: _sha256(p) for p in files}}, indent=1))
+        _flush(partial / MANIFEST)
+        _flush(partial)
+        if final.exists():  # the same step saved again, after a resume from an older one
+            shutil.rmtree(final)
+        partial.rename(final)
+        _flush(root)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot write {final}: {error}. The earlier checkpoints are untouched; free space or mend the disk, and start again to resume."
+        ) from error
+    wrong = problem(final)
+    if wrong:
+        shutil.rmtree(final, ignore_errors=True)
+        raise CheckpointError(f"{final} was written but {wrong}. It was removed; the earlier checkpoints are untouched. Check the disk.")
+    for old in checkpoints(root)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Finished checkpoint folders under `root`, newest first."""
+    folders = [p for p in root.glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
+    return sorted(folders, key=lambda p: int(p.name[5:]), reverse=True)
+
+
+def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose sums agree, and a line for each newer one that was passed over."""
+    skipped = []
+    for folder in checkpoints(root):
+        wrong = problem(folder)
+        if wrong is None:
+            return folder, skipped
+        skipped.append(f"skipping checkpoint {folder}: {wrong}")
+    return None, skipped
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A run folder, its `checkpoints` folder, or a checkpoint folder -> a verified checkpoint folder."""
+    path = Path(path)
+    if (path / MANIFEST).exists():
+        wrong = problem(path)
+        if wrong:
+            raise CheckpointError(f"checkpoint {path} is damaged: {wrong}")
+        return path
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found, skipped = newest_valid(root)
+    if found is None:
+        raise CheckpointError("\n".join([f"{path} holds no valid checkpoint (looked for step-*/{MANIFEST} in {root})", *skipped]))
+    return found
+
+
+def load_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    return load_file(folder / f"{stem}.safetensors")
+
+
+def load_optimizer(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+
+
+def load_json(folder: Path, stem: str) -> dict[str, Any]:
+    return json.loads((folder / f"{stem}.json").read_text())
+
+
+def optimizer_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """The optimizer's state keyed by parameter name: independent of group order and number of ranks."""
+    return {name: dict(optimizer.state[p]) for name, p in _named(optimizer) if p in optimizer.state}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]]) -> None:
+    """Put `optimizer_by_name`'s state back, on each parameter's device."""
+    names = dict(_named(optimizer))
+    if unknown := sorted(set(state) - set(names)):
+        raise CheckpointError(f"the optimizer state names parameters this recipe does not train: {', '.join(unknown[:5])}")
+    for name, values in state.items():
+        parameter = names[name]
+        optimizer.state[parameter] = {
+            k: v.to(parameter.device) if isinstance(v, Tensor) and v.ndim > 0 else v for k, v in values.items()
+        }
+
+
+def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
+    for group in optimizer.param_groups:
+        yield from zip(group["names"], group["params"])

@@ -1,0 +1,131 @@
+"""Collectives that pass gradients, and who this process is. With one process every call is the identity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        out = x.new_empty(world_size() * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        # Every rank used every row, so a row's gradient is the sum over ranks. gloo has no reduce_scatter: reduce, then slice.
+        grad = grad.contiguous()
+        rows = len(grad) // world_size()
+        if grad.is_cuda:
+            out = grad.new_empty(rows, *grad.shape[1:])
+            dist.reduce_scatter_tensor(out, grad)
+            return out
+        dist.all_reduce(grad)
+        return grad[rank() * rows : (rank() + 1) * rows]
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def all_gather_with_grad(x: Tensor) -> Tensor:
+    """[B, ...] on each rank -> [world * B, ...], ranks in order. Every rank must hold the same number of rows."""
+    return x if world_size() == 1 else _AllGather.apply(x)  # type: ignore[return-value]
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum over ranks, with gradient: each rank's input receives the sum of all ranks' output gradients."""
+    return x if world_size() == 1 else _AllReduceSum.apply(x)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def average(values: dict[str, Tensor]) -> dict[str, float]:
+    """Mean over ranks of named scalars, in one collective. Every rank must pass the same names."""
+    if not values:
+        return {}
+    names = sorted(values)
+    stacked = torch.stack([values[name].detach().double().reshape(()) for name in names])
+    if world_size() > 1:
+        dist.all_reduce(stacked)
+        stacked /= world_size()
+    return dict(zip(names, stacked.tolist()))
+
+
+@torch.no_grad()
+def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Mean of the gradients over ranks, in buckets of about 25 MB: what DDP's reducer does, made explicit."""
+    if world_size() == 1:
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    bucket: list[Tensor] = []
+    size = 0
+    for i, grad in enumerate(grads):
+        bucket.append(grad)
+        size += grad.numel() * grad.element_size()
+        last = i + 1 == len(grads) or grads[i + 1].dtype != grad.dtype
+        if size >= 25 << 20 or last:
+            flat = torch._utils._flatten_dense_tensors(bucket)
+            dist.all_reduce(flat)
+            flat /= world_size()
+            for target, value in zip(bucket, torch._utils._unflatten_dense_tensors(flat, bucket)):
+                target.copy_(value)
+            bucket, size = [], 0
+
+
+def any_rank(flag: bool, device: torch.device | None = None) -> bool:
+    """True on every rank when it is true on one: ranks must agree before they leave a loop."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(int(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def gather_lists(items: list[Any]) -> list[Any]:
+    """Concatenation over ranks of small lists of plain data; complete on the main rank only matters there."""
+    if world_size() == 1:
+        return items
+    parts: list[list[Any]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def broadcast_object(value: Any) -> Any:
+    """The main rank's value, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

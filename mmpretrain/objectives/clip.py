@@ -1,0 +1,46 @@
+"""CLIP: symmetric InfoNCE between images and captions over the global batch. Radford et al. 2021, section 2.3."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpretrain.functional import info_nce
+from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig
+from mmpretrain.types import Encode, Encoded, MaskSpec
+
+
+@dataclass
+class CLIPConfig(ObjectiveConfig):
+    augment: Augment = field(default_factory=Augment)  # the image view; equal to another objective's, it is one view
+    view_index: int = 0  # which of several views of that kind
+    init_temperature: float = 0.07  # where the learned temperature starts
+    max_logit_scale: float = 100.0  # the inverse temperature never exceeds this
+    token_drop: float = 0.0  # fraction of patches dropped from the image (FLIP, Li et al. 2023)
+
+
+class CLIP(Objective):
+    Config = CLIPConfig
+
+    def __init__(self, config: CLIPConfig, context: Context) -> None:
+        super().__init__()
+        self.max_log_scale = math.log(config.max_logit_scale)
+        mask = MaskSpec(config.token_drop, mode="drop") if config.token_drop > 0 else None
+        self.needs = {
+            "image": Encode(config.source, context.image_view(config.augment, config.view_index), mask),
+            "text": Encode(config.source, context.text_view()),
+        }
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.init_temperature)]))
+
+    def forward(self, image: Encoded, text: Encoded) -> dict[str, Tensor]:  # type: ignore[override]
+        a, b = F.normalize(image.features.float(), dim=1), F.normalize(text.features.float(), dim=1)
+        scale = self.logit_scale.exp()
+        return {"loss": info_nce(a, b, scale), "logit_scale": scale.detach()[0]}
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        self.logit_scale.clamp_(0, self.max_log_scale)

@@ -1,0 +1,90 @@
+"""Masked language modelling on the text tower, which for this objective reads in both directions. Devlin et al. 2019, section 3.1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpretrain import random
+from mmpretrain.data.text import get_tokenizer
+from mmpretrain.data.views import TextView
+from mmpretrain.objectives.base import Context, Objective, ObjectiveConfig, mask_embedding, require
+from mmpretrain.types import Encode, Encoded, Params, Sample, View
+
+
+@dataclass
+class MaskedTextConfig(ObjectiveConfig):
+    mask_ratio: float = 0.15  # fraction of words chosen; at least one
+    keep: float = 0.1  # of the chosen: left as they are
+    replace: float = 0.1  # of the chosen: replaced by a random word; the rest by the mask embedding
+
+
+@dataclass(frozen=True)
+class MaskedTextView(TextView):
+    """A caption with some words corrupted. `data` holds -1 where the mask embedding goes, `target` the true id or -100."""
+
+    mask_ratio: float = 0.15
+    keep: float = 0.1
+    replace: float = 0.1
+
+    def draw(self, samples: Sequence[Sample], seeds: Tensor) -> Params:
+        # Columns of one stream: what is drawn for a word does not depend on how long the batch is.
+        fate = random.uniform(seeds, (self, "fate"), self.context_length)
+        return super().draw(samples, seeds) | {
+            "order": random.uniform(seeds, (self, "order"), self.context_length),
+            "fate": fate,
+            "word": random.bits(seeds, (self, "word"), self.context_length),
+        }
+
+    def render(self, pixels: Tensor, params: Params) -> View:
+        ids = super().render(pixels, params).data  # [B, L]
+        tokenizer = get_tokenizer(self.tokenizer)
+        length = ids.shape[1]
+        ends = (ids == tokenizer.eot).cumsum(1)
+        word = (ends == 0) & (ids != tokenizer.sot)  # neither start, end, nor padding
+        count = (word.sum(1) * self.mask_ratio).round().clamp(min=1)  # [B]
+        order = params["order"].to(ids.device)[:, :length].masked_fill(~word, 2.0)
+        chosen = word & (order.argsort(1).argsort(1) < count[:, None])
+        fate = params["fate"].to(ids.device)[:, :length]
+        other = params["word"].to(ids.device)[:, :length].remainder(tokenizer.vocab_size)
+        special = (other == tokenizer.sot) | (other == tokenizer.eot)  # a second end would move where the caption is pooled
+        other = torch.where(special, ids, other)
+        data = torch.where(chosen & (fate >= self.keep), torch.where(fate < self.keep + self.replace, other, -1), ids)
+        return View(data, ids.masked_fill(~chosen, -100))
+
+
+class MaskedText(Objective):
+    Config = MaskedTextConfig
+    per_row = True
+
+    def __init__(self, config: MaskedTextConfig, context: Context) -> None:
+        super().__init__()
+        width = require(context.text_width, "a text tower", "masked_text")
+        view = MaskedTextView(
+            tokenizer=context.tokenizer,
+            context_length=context.context_length,
+            trim=True,  # key padding: the length of the batch cannot be seen
+            mask_ratio=config.mask_ratio,
+            keep=config.keep,
+            replace=config.replace,
+        )
+        self.needs = {"text": Encode(config.source, view, outputs=frozenset({"tokens"}), bidirectional=True)}
+        self.mask_token = mask_embedding(width)
+        self.decoder = nn.Linear(width, context.vocab_size)
+        nn.init.normal_(self.decoder.weight, std=0.02)
+        nn.init.zeros_(self.decoder.bias)
+
+    def count(self, text: Encoded) -> Tensor:  # type: ignore[override]
+        return (text.view.target != -100).sum()
+
+    def forward(self, text: Encoded) -> dict[str, Tensor]:  # type: ignore[override]
+        target = text.view.target
+        chosen = target != -100
+        logits = self.decoder(text.tokens[chosen]).float()  # [chosen words, V]
+        words = target[chosen]
+        loss = F.cross_entropy(logits, words, reduction="sum") / max(1, len(words))  # no word to guess: zero, with a gradient
+        return {"loss": loss, "accuracy": (logits.argmax(1) == words).float().sum().detach() / max(1, len(words))}

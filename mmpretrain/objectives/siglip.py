@@ -1,0 +1,41 @@
+"""SigLIP: each image-text pair judged alone, match or not. Zhai et al. 2023, section 3.2."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpretrain.functional import sigmoid_loss
+from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig
+from mmpretrain.types import Encode, Encoded
+
+
+@dataclass
+class SigLIPConfig(ObjectiveConfig):
+    augment: Augment = field(default_factory=Augment)  # the image view
+    view_index: int = 0  # which of several views of that kind
+    init_scale: float = 10.0  # where the learned inverse temperature starts
+    init_bias: float = -10.0  # where the learned bias starts: most pairs do not match
+
+
+class SigLIP(Objective):
+    Config = SigLIPConfig
+
+    def __init__(self, config: SigLIPConfig, context: Context) -> None:
+        super().__init__()
+        self.needs = {
+            "image": Encode(config.source, context.image_view(config.augment, config.view_index)),
+            "text": Encode(config.source, context.text_view()),
+        }
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(config.init_scale)]))
+        self.logit_bias = nn.Parameter(torch.tensor([config.init_bias]))
+
+    def forward(self, image: Encoded, text: Encoded) -> dict[str, Tensor]:  # type: ignore[override]
+        a, b = F.normalize(image.features.float(), dim=1), F.normalize(text.features.float(), dim=1)
+        scale = self.logit_scale.exp()
+        loss = sigmoid_loss(a, b, scale, self.logit_bias)
+        return {"loss": loss, "logit_scale": scale.detach()[0], "logit_bias": self.logit_bias.detach()[0]}

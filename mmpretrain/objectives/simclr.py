@@ -1,0 +1,49 @@
+"""SimCLR: two views of one image agree, against all other views of the global batch. Chen et al. 2020, section 2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmpretrain.functional import info_nce, nt_xent
+from mmpretrain.heads import mlp
+from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig, require
+from mmpretrain.types import Encode, Encoded
+
+
+@dataclass
+class SimCLRConfig(ObjectiveConfig):
+    temperature: float = 0.1  # of the softmax over similarities
+    augment: Augment = field(default_factory=lambda: Augment("simclr"))  # both views
+    hidden: int = 0  # width inside the projection head; 0: twice the tower's
+    projection: int = 128  # width the loss sees
+    layers: int = 2  # linear maps in the projection head
+    norm: Literal["batch", "layer", "none"] = "batch"  # inside the projection head
+    loss: Literal["nt_xent", "info_nce"] = "nt_xent"  # info_nce: one direction, positives on the diagonal
+
+
+class SimCLR(Objective):
+    Config = SimCLRConfig
+
+    def __init__(self, config: SimCLRConfig, context: Context) -> None:
+        super().__init__()
+        width = require(context.image_width, "an image tower", "simclr")
+        outputs = frozenset({"pooled"})
+        first, second = (Encode(config.source, context.image_view(config.augment, i), outputs=outputs) for i in range(2))
+        self.needs = {"first": first, "second": second}
+        self.config = config
+        self.projection_head = mlp(width, config.hidden or 2 * width, config.projection, config.layers, config.norm)
+
+    def forward(self, first: Encoded, second: Encoded) -> dict[str, Tensor]:  # type: ignore[override]
+        # One pass of the head over both views: its BatchNorm sees all 2N of them.
+        z = self.projection_head(torch.cat([first.pooled, second.pooled]))
+        a, b = F.normalize(z.float(), dim=1).chunk(2)
+        if self.config.loss == "info_nce":
+            loss = info_nce(a, b, a.new_tensor(1 / self.config.temperature), symmetric=False)
+        else:
+            loss = nt_xent(a, b, self.config.temperature)
+        return {"loss": loss, "similarity": (a * b).sum(1).mean().detach()}

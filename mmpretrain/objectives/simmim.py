@@ -1,0 +1,59 @@
+"""SimMIM: hide patches, predict their pixels with one linear map. Xie et al. 2022, section 3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpretrain.functional import patchify, unpatchify
+from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig, mask_embedding, require
+from mmpretrain.types import Encode, Encoded, MaskSpec
+
+
+@dataclass
+class SimMIMConfig(ObjectiveConfig):
+    mask_ratio: float = 0.6  # fraction of patches hidden
+    mask_patch: int = 1  # hidden in squares of this many patches a side (SimMIM hides squares of 32 pixels)
+    augment: Augment = field(default_factory=lambda: Augment("crop"))  # the image view
+    view_index: int = 0  # which of several views of that kind
+    normalise_target: bool = False  # predict each patch after subtracting its mean and dividing by its deviation (MAE)
+
+
+class SimMIM(Objective):
+    Config = SimMIMConfig
+    per_row = True  # every row hides equally many patches: the mean over rows is the mean over hidden patches
+
+    def __init__(self, config: SimMIMConfig, context: Context) -> None:
+        super().__init__()
+        self.patch = require(context.patch_size, "an image tower with patches", "simmim")
+        self.normalise_target = config.normalise_target
+        mask = MaskSpec(config.mask_ratio, "replace", patch=config.mask_patch)
+        view = context.image_view(config.augment, config.view_index)
+        self.needs = {"image": Encode(config.source, view, mask, outputs=frozenset({"tokens"}))}
+        self.mask_token = mask_embedding(context.image_width)
+        self.decoder = nn.Linear(context.image_width, 3 * self.patch**2)
+
+    def _target(self, pixels: Tensor) -> Tensor:
+        target = patchify(pixels.float(), self.patch)  # [B, N, 3pp]
+        if self.normalise_target:
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        return target
+
+    def forward(self, image: Encoded) -> dict[str, Tensor]:  # type: ignore[override]
+        target = self._target(image.view.data)
+        predicted = self.decoder(image.tokens[image.mask])  # only hidden patches: [B * hidden, 3pp]
+        return {"loss": F.l1_loss(predicted.float(), target[image.mask])}
+
+    @torch.no_grad()
+    def pictures(self, image: Encoded) -> dict[str, list[Tensor]]:  # type: ignore[override]
+        pixels = image.view.data.float()
+        patches = patchify(pixels, self.patch)
+        predicted = self.decoder(image.tokens).float()
+        if self.normalise_target:  # back to the patch's own scale, which the model was not asked for
+            predicted = predicted * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
+        hidden = image.mask[..., None]
+        grey, filled = patches.masked_fill(hidden, 0.0), torch.where(hidden, predicted, patches)
+        return {"reconstruction": [pixels, unpatchify(grey, self.patch, image.grid), unpatchify(filled, self.patch, image.grid)]}

@@ -1,0 +1,83 @@
+"""Parameter groups, layer-wise learning-rate decay, schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+@dataclass
+class OptimConfig:
+    name: Literal["adamw", "adam", "sgd"] = "adamw"  # optimizer
+    lr: float = 5.0e-4  # peak learning rate
+    weight_decay: float = 0.2  # on matrices only: norms, biases, embeddings of position and class, scales have none
+    betas: tuple[float, float] = (0.9, 0.98)  # adam's moving averages
+    eps: float = 1.0e-6  # adam's denominator
+    momentum: float = 0.9  # of sgd
+    warmup_steps: int = 0  # linear warm-up from zero
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # after warm-up; wsd: stable, then a linear decay to final_lr
+    decay_fraction: float = 0.2  # wsd: the last part of the run that decays
+    final_lr: float = 0.0  # learning rate at the end, as a fraction of lr
+    layer_decay: float = 1.0  # lr of layer i is lr * layer_decay ** (layers above it)
+    head_lr: float = 1.0  # factor on the learning rate of the objectives' own heads
+    clip_grad_norm: float | None = 1.0  # gradient norm above which gradients are scaled down
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The factor on the peak learning rate for update `step` (0-based) of `steps`."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    if config.schedule == "cosine":
+        return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    left = (1 - progress) / max(config.decay_fraction, 1e-9)  # Hu et al. 2024 (MiniCPM), warm-up-stable-decay
+    return config.final_lr + (1 - config.final_lr) * min(1.0, left)
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Weight decay is for matrices: not for vectors, scales, or the embeddings of class and position."""
+    last = name.rsplit(".", 1)[-1]
+    return parameter.ndim >= 2 and last not in {"positional_embedding", "class_embedding", "pos_embed", "cls_token", "mask_token"}
+
+
+def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, layers: dict[str, int]) -> list[dict]:
+    """Groups of equal decay and learning rate.
+
+    Args:
+        parameters: trainable (name, parameter).
+        layers: name -> depth, 0 for embeddings, the largest for what is nearest the loss; absent names count as nearest.
+    """
+    top = max(layers.values(), default=0)
+    groups: dict[tuple[float, float], dict] = {}
+    for name, parameter in parameters:
+        decay = config.weight_decay if decays(name, parameter) else 0.0
+        scale = config.layer_decay ** (top - layers.get(name, top))
+        if name not in layers:
+            scale *= config.head_lr
+        fresh = {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale, "lr": config.lr * scale}
+        group = groups.setdefault((decay, scale), fresh)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def build_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps: int) -> float:
+    """Set every group's rate for this update; returns the peak group's rate."""
+    lr = config.lr * learning_rate(config, step, steps)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    return lr
