@@ -1,0 +1,185 @@
+"""Demo scenes -> pixels: signed distance tables for shapes, periodic functions for textures, analytic antialiasing. NumPy only.
+
+B scenes, K object slots, S = SIDE pixels. Distances are in pixels, negative inside.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from data_prep.demo_scenes import CLASS_SHAPE, CLASS_TEXTURE, SHAPES, SIDE, SPLITS, TEXTURES, Scenes, generator
+
+_EXTENT, _CELLS = 1.7, 340  # a table covers [-1.7, 1.7] radii in cells of 0.01 radius
+_BORDER = np.array(
+    [{"ring": 0.14, "crescent": 0.18, "cross": 0.19, "star": 0.22}.get(shape, 0.27) for shape in SHAPES]
+)  # width, of the radius
+_DOT = 0.33  # radius of a dot, of the period
+Floats = np.ndarray
+
+
+def _polygon(points: Floats, x: Floats, y: Floats) -> Floats:
+    """Signed distance to a closed polygon; points [V, 2]."""
+    nearest = np.full(x.shape, np.inf)
+    inside = np.zeros(x.shape, dtype=bool)
+    for (ax, ay), (bx, by) in zip(points, np.roll(points, -1, 0)):
+        ex, ey, wx, wy = bx - ax, by - ay, x - ax, y - ay
+        t = np.clip((wx * ex + wy * ey) / (ex * ex + ey * ey), 0, 1)
+        nearest = np.minimum(nearest, np.hypot(wx - t * ex, wy - t * ey))
+        if ay != by:
+            inside ^= ((ay > y) != (by > y)) & (x < ex * (y - ay) / (by - ay) + ax)
+    return np.where(inside, -nearest, nearest)
+
+
+def _points(shape: str) -> Floats:
+    if shape == "square":
+        return np.array([[-0.8, -0.8], [0.8, -0.8], [0.8, 0.8], [-0.8, 0.8]])
+    if shape == "triangle":
+        a = np.deg2rad([-90, 30, 150])
+        return np.stack([1.1 * np.cos(a), 1.1 * np.sin(a) + 0.2], -1)
+    if shape == "star":
+        a = np.deg2rad(np.arange(10) * 36 - 90)
+        r = np.where(np.arange(10) % 2, 0.5, 1.12)
+        return np.stack([r * np.cos(a), r * np.sin(a)], -1)
+    if shape == "cross":
+        w, e = 0.34, 0.98
+        return np.array([[-w, -e], [w, -e], [w, -w], [e, -w], [e, w], [w, w], [w, e], [-w, e], [-w, w], [-e, w], [-e, -w], [-w, -w]])
+    t = np.linspace(0, 2 * np.pi, 48, endpoint=False)  # heart
+    return np.stack([16 * np.sin(t) ** 3, -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) - 2], -1) / 16
+
+
+@functools.lru_cache(maxsize=1)
+def _tables() -> Floats:
+    """float32 [shapes, cells, cells]: signed distance in radii."""
+    line = (np.arange(_CELLS) + 0.5) / _CELLS * 2 * _EXTENT - _EXTENT
+    x, y = np.meshgrid(line, line)
+    round_ = np.hypot(x, y)
+    made = {
+        "circle": round_ - 0.92,
+        "ring": np.abs(round_ - 0.72) - 0.29,
+        "crescent": np.maximum(np.hypot(x, y) - 1.0, 0.72 - np.hypot(x - 0.62, y)),
+    }
+    return np.stack([made[s] if s in made else _polygon(_points(s), x, y) for s in SHAPES]).astype(np.float32)
+
+
+def _wave(p: Floats, period: Floats) -> Floats:
+    """Signed distance to the edges of stripes of half a period."""
+    f = p / period
+    return (np.abs(f - np.floor(f) - 0.5) - 0.25) * period
+
+
+def _texture(name: str, p: Floats, q: Floats, distance: Floats, period: Floats, border: Floats) -> Floats | None:
+    """Signed distance to the part in the first colour, negative inside it; None: all of it. Arrays [b, S, S] or [b, 1, 1]."""
+    if name == "striped":
+        return _wave(p, period)
+    if name == "dotted":
+        fp, fq = p / period, q / period
+        return _DOT * period - period * np.hypot(fp - np.floor(fp) - 0.5, fq - np.floor(fq) - 0.5)
+    if name == "checkered":
+        a, b = _wave(p, period * 1.1), _wave(q, period * 1.1)
+        return np.where(a * b < 0, -1, 1).astype(np.float32) * np.minimum(np.abs(a), np.abs(b))
+    if name == "bordered":
+        return distance + border
+    if name == "split":
+        return p
+    return None
+
+
+def _cover(distance: Floats) -> Floats:
+    return np.clip(0.5 - distance, 0, 1)  # the part of a pixel that lies inside an edge at that distance
+
+
+_GRID = (np.arange(SIDE, dtype=np.float32) + 0.5)[None]
+
+
+def _paint(canvas: Floats, instance: Floats, scenes: Scenes, rows: np.ndarray, slot: np.ndarray) -> None:
+    """Paint one object into each of `rows` (int [b]), of slot `slot` (int [b]); canvas [B,S,S,3], instance uint8 [B,S,S]."""
+
+    def of(field: Floats) -> Floats:
+        return field[rows, slot].astype(np.float32)[:, None, None]
+
+    radius, angle, turn, period = of(scenes.radius), of(scenes.angle), of(scenes.texture_angle), of(scenes.period)
+    dx, dy = _GRID[:, None, :] - of(scenes.x), _GRID[:, :, None] - of(scenes.y)  # [b, 1, S], [b, S, 1]
+    category = scenes.category[rows, slot]
+    scale = _CELLS / (2 * _EXTENT) / radius
+    c, s = np.cos(angle) * scale, np.sin(angle) * scale
+    column = np.clip(c * dx + s * dy + _CELLS / 2, 0, _CELLS - 1).astype(np.int32)
+    line = np.clip(c * dy - s * dx + _CELLS / 2, 0, _CELLS - 1).astype(np.int32)
+    flat = (CLASS_SHAPE[category].astype(np.int32)[:, None, None] * _CELLS + line) * _CELLS + column
+    distance = _tables().ravel()[flat] * radius  # [b, S, S]
+    alpha = _cover(distance)
+
+    phase = scenes.texture_phase[rows, slot].astype(np.float32)[:, :, None, None]
+    split = CLASS_TEXTURE[category][:, None, None] == TEXTURES.index("split")
+    shift = np.where(split, 0.15 * radius, period)  # a split runs near the middle, everything else starts anywhere
+    ct, st = np.cos(angle + turn), np.sin(angle + turn)
+    p = ct * dx + st * dy + (phase[:, 0] - 0.5) * shift
+    q = ct * dy - st * dx + (phase[:, 1] - 0.5) * shift
+    border = _BORDER[CLASS_SHAPE[category]].astype(np.float32)[:, None, None] * radius
+    first = np.ones_like(distance)
+    for texture, name in enumerate(TEXTURES):
+        at = np.flatnonzero(CLASS_TEXTURE[category] == texture)
+        edge = _texture(name, p[at], q[at], distance[at], period[at], border[at])
+        if edge is not None:
+            first[at] = _cover(edge)
+    rgb = scenes.rgb[rows, slot].astype(np.float32)  # [b, 2, 3]
+    colour = rgb[:, None, None, 1] + first[..., None] * (rgb[:, 0] - rgb[:, 1])[:, None, None]
+    canvas[rows] += alpha[..., None] * (colour - canvas[rows])
+    instance[rows] = np.where(alpha > 0.5, (slot + 1).astype(np.uint8)[:, None, None], instance[rows])
+
+
+def _smooth(coarse: Floats) -> Floats:
+    """[b, n, n] -> [b, S, S], linear between the values."""
+    n = coarse.shape[1]
+    at = np.linspace(0, n - 1, SIDE)
+    weight = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(n))).astype(np.float32)  # [S, n]
+    return np.einsum("in,bnm,jm->bij", weight, coarse, weight)
+
+
+def _background(kind: str, rgb: Floats, u: Floats, streams: list[np.random.Generator]) -> Floats:
+    """[b, S, S, 3] for b scenes of one background kind; rgb [b, 3], u [b, 24], one random stream per scene."""
+    b = len(rgb)
+    canvas = np.broadcast_to(rgb[:, None, None], (b, SIDE, SIDE, 3)).astype(np.float32)
+    x, y = (_GRID[:, None, :] / SIDE - 0.5), (_GRID[:, :, None] / SIDE - 0.5)
+    a = (u[:, 0] * 2 * np.pi).astype(np.float32)[:, None, None]
+    along = np.cos(a) * x + np.sin(a) * y  # [b, S, S]
+    strength = (0.6 + 0.8 * u[:, 1]).astype(np.float32)[:, None, None]
+    if kind == "gradient":
+        return canvas + (strength * 50 * along)[..., None]
+    if kind == "cloudy":
+        return canvas + (strength * 18 * _smooth(np.stack([g.standard_normal((6, 6), dtype=np.float32) for g in streams])))[..., None]
+    if kind == "bands":
+        return canvas + (strength * 22 * np.sin(along * (18 + 24 * u[:, 2, None, None]) + 6.28 * u[:, 3, None, None]))[..., None]
+    if kind == "vignette":
+        away = np.hypot(x - (u[:, 2, None, None] - 0.5), y - (u[:, 3, None, None] - 0.5))
+        return canvas + (strength * (40 - 110 * away))[..., None]
+    if kind == "coarse":
+        return canvas + 22 * np.stack([g.standard_normal((8, 8, 3), dtype=np.float32) for g in streams]).repeat(8, 1).repeat(8, 2)
+    if kind == "patches":
+        for k in range(4):
+            left, top, width, height = (u[:, 4 + 4 * k + j, None, None] for j in range(4))
+            inside = (np.abs(x + 0.5 - left) < 0.15 + 0.2 * width) & (np.abs(y + 0.5 - top) < 0.15 + 0.2 * height)
+            canvas = canvas + (inside * (60 * u[:, 20 + k] - 30)[:, None, None])[..., None]
+    return canvas
+
+
+def render(scenes: Scenes) -> tuple[np.ndarray, np.ndarray]:
+    """-> (images uint8 [B, S, S, 3], instance uint8 [B, S, S]: 0 background, k + 1 where slot k is on top)."""
+    B = len(scenes.index)
+    streams = [generator(scenes.seed, scenes.split, int(i), 1) for i in scenes.index]
+    canvas = np.empty((B, SIDE, SIDE, 3), dtype=np.float32)
+    for number, kind in enumerate(SPLITS[scenes.split].backgrounds):
+        at = np.flatnonzero(scenes.background_kind == number)
+        if len(at):
+            canvas[at] = _background(kind, scenes.background_rgb[at], scenes.background_draws[at], [streams[i] for i in at])
+    instance = np.zeros((B, SIDE, SIDE), dtype=np.uint8)
+    for depth in range(scenes.order.shape[1]):
+        slot = scenes.order[:, depth]
+        rows = np.flatnonzero(scenes.present[np.arange(B), slot])
+        if len(rows):
+            _paint(canvas, instance, scenes, rows, slot[rows])
+    canvas *= scenes.light.astype(np.float32)[:, None, None, None]
+    for i, stream in enumerate(streams):
+        canvas[i] += stream.standard_normal((SIDE, SIDE, 3), dtype=np.float32) * np.float32(scenes.noise[i])
+    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8), instance

@@ -1,0 +1,241 @@
+"""What a demo scene is: its vocabulary, its splits, and the draws that decide one scene. No pixels here.
+
+A scene is a pure function of (GENERATOR_VERSION, seed, split, index). One main object, the largest, defines the class = texture x shape;
+smaller distractors of random classes surround it. B scenes, K = MAX_OBJECTS slots (slot 0 is the main object), lengths in pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+GENERATOR_VERSION = 1  # raised whenever any seed would draw another scene, caption or split
+
+# -- vocabulary -------------------------------------------------------------------------------------------------------------------
+SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring", "crescent")
+TEXTURES = ("solid", "striped", "dotted", "checkered", "bordered", "split")
+# Never drawn nor named in any training split, though every shape and every texture is seen in other company.
+HELD_OUT = (
+    ("striped", "circle"),
+    ("dotted", "triangle"),
+    ("solid", "star"),
+    ("split", "cross"),
+    ("checkered", "heart"),
+    ("bordered", "square"),
+)
+COLOURS = {
+    "red": (214, 40, 40),
+    "orange": (244, 128, 30),
+    "yellow": (248, 216, 60),
+    "green": (48, 152, 64),
+    "teal": (0, 164, 172),
+    "blue": (44, 84, 204),
+    "purple": (128, 60, 172),
+    "pink": (246, 146, 194),
+    "brown": (124, 76, 44),
+    "white": (244, 244, 240),
+    "black": (24, 24, 28),
+    "gray": (130, 130, 134),
+}
+COLOUR_NAMES = tuple(COLOURS)
+_ALL = tuple((texture, shape) for texture in TEXTURES for shape in SHAPES)
+CLASSES = tuple(pair for pair in _ALL if pair not in HELD_OUT) + HELD_OUT  # trained classes first: their index is the same in every split
+NUM_TRAINED = len(CLASSES) - len(HELD_OUT)
+CLASS_NAMES = tuple(f"{texture} {shape}" for texture, shape in CLASSES)
+CLASS_TEXTURE = np.array([TEXTURES.index(texture) for texture, _ in CLASSES])
+CLASS_SHAPE = np.array([SHAPES.index(shape) for _, shape in CLASSES])
+
+# -- difficulty: every knob of the generator ---------------------------------------------------------------------------------------
+SIDE = 64  # pixels
+MAX_OBJECTS = 4
+MAIN_DIAMETER = (0.45, 0.75)  # of the side
+DISTRACTOR_DIAMETER = (0.18, 0.30)
+BINDING_DIAMETER = (0.34, 0.42)
+OVERFLOW = 0.08  # part of its diameter by which the main object may leave the image
+MAX_ROTATION = 30.0  # degrees either way
+TEXTURE_PERIOD = (7.5, 10.0)  # pixels between two stripes, dots, or equal checks
+MAIN_OCCLUDED = 0.15  # how often a distractor lies over the rim of the main object
+OBJECT_OVERLAP = 0.8  # centres lie at least this part of the sum of radii apart, where there is room
+COLOUR_JITTER = 14.0  # per channel, uniform either way
+CONTRAST = 130.0  # least weighted RGB distance between an object's two colours, and between it and the background
+LIGHT = (0.85, 1.1)  # gain on the whole image
+NOISE = (2.0, 10.0)  # standard deviation of the pixel noise, of 255
+WRONG_CAPTIONS = 0.05
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split. `number` enters the seed, so splits draw apart; `count` is the size written by default."""
+
+    number: int
+    count: int
+    backgrounds: tuple[str, ...] = ("plain", "gradient", "cloudy")
+    main_diameter: tuple[float, float] = MAIN_DIAMETER
+    noise: tuple[float, float] = NOISE
+    held_out: bool = False  # the main object is of a held-out class
+    wrong_captions: float = 0.0
+    text: bool = True  # False: the image is the only member
+    templates: str | None = None  # "test" or "val": the prompts written beside the shards
+
+
+SPLITS = {
+    "pairs": Split(0, 12_000, wrong_captions=WRONG_CAPTIONS),
+    "photos": Split(1, 24_000, ("cloudy", "bands", "vignette"), (0.35, 0.70), (4.0, 18.0), text=False),
+    "val": Split(2, 1_000, templates="val"),
+    "test": Split(3, 2_500, templates="test"),
+    "heldout": Split(4, 2_000, held_out=True, templates="test"),
+    "shifted": Split(5, 2_000, ("patches", "coarse"), templates="test"),
+    "binding": Split(6, 2_000),
+}
+
+
+@dataclass
+class Scenes:
+    """B scenes as arrays; `present` says which of the K slots hold an object, `order` which slot is painted when (back to front)."""
+
+    seed: int
+    split: str
+    index: np.ndarray  # int [B]
+    label: np.ndarray  # int [B], the main object's class
+    present: np.ndarray  # bool [B, K]
+    category: np.ndarray  # int [B, K], class of each object
+    colour: np.ndarray  # int [B, K]
+    second: np.ndarray  # int [B, K], the texture's other colour
+    rgb: np.ndarray  # float [B, K, 2, 3], both colours with their jitter
+    radius: np.ndarray  # [B, K] pixels
+    x: np.ndarray  # [B, K] pixels from the left
+    y: np.ndarray  # [B, K] pixels from the top
+    angle: np.ndarray  # [B, K] radians
+    texture_angle: np.ndarray  # [B, K] radians
+    texture_phase: np.ndarray  # [B, K, 2] in 0..1
+    period: np.ndarray  # [B, K] pixels
+    order: np.ndarray  # int [B, K]
+    background: np.ndarray  # int [B], colour
+    background_kind: np.ndarray  # int [B], index into the split's backgrounds
+    background_rgb: np.ndarray  # [B, 3]
+    background_draws: np.ndarray  # [B, 24] uniform numbers for its pattern
+    light: np.ndarray  # [B]
+    noise: np.ndarray  # [B]
+
+
+def generator(seed: int, split: str, index: int, purpose: int) -> np.random.Generator:
+    """The random stream of one scene; `purpose` 0 composition, 1 pixels, 2 captions, 3 class order (index = block)."""
+    key = np.random.SeedSequence([GENERATOR_VERSION, seed, SPLITS[split].number, index, purpose])
+    return np.random.Generator(np.random.Philox(key))
+
+
+@functools.lru_cache(maxsize=4096)
+def _block(seed: int, split: str, block: int, low: int, high: int) -> np.ndarray:
+    return generator(seed, split, block, 3).permutation(np.arange(low, high))
+
+
+def labels(seed: int, split: str, index: np.ndarray) -> np.ndarray:
+    """int [B] class of every scene: each block of consecutive scenes is a permutation of the split's classes, hence balanced."""
+    low, high = (NUM_TRAINED, len(CLASSES)) if SPLITS[split].held_out else (0, NUM_TRAINED)
+    n = high - low
+    return np.array([_block(seed, split, int(i) // n, low, high)[int(i) % n] for i in index], dtype=np.int64)
+
+
+_RGB = np.array(list(COLOURS.values()), dtype=np.float64)
+_WEIGHT = np.sqrt(np.array([0.9, 1.5, 0.6]))  # green differences are seen best, blue ones least
+_DISTANCE = np.linalg.norm((_RGB[:, None] - _RGB[None]) * _WEIGHT, axis=-1)
+_CONTRASTS = _DISTANCE > CONTRAST  # bool [colours, colours]
+
+
+def _choose(allowed: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """One of the allowed choices, uniformly. allowed: bool [..., C]; u in 0..1 [...] -> int [...]."""
+    rank = (u * allowed.sum(-1)).astype(np.int64)
+    return np.argmax(np.cumsum(allowed, -1) > rank[..., None], -1)
+
+
+def _apart(first: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Colours that contrast with both (bool [..., colours]); with the first alone where no colour contrasts with both."""
+    both = _CONTRASTS[first] & _CONTRASTS[other]
+    return np.where(both.any(-1, keepdims=True), both, _CONTRASTS[first])
+
+
+def _between(low_high: tuple[float, float], u: np.ndarray) -> np.ndarray:
+    return low_high[0] + (low_high[1] - low_high[0]) * u
+
+
+def _place(radius: np.ndarray, main_xy: np.ndarray, tries: np.ndarray) -> np.ndarray:
+    """Centres [B, K, 2] in pixels: each distractor takes its first try far enough from all before it, else its freest one.
+
+    radius [B, K], main_xy [B, 2], tries [B, K, T, 2] in 0..1.
+    """
+    centres = np.zeros((*radius.shape, 2))
+    centres[:, 0] = main_xy
+    rows = np.arange(len(radius))
+    for k in range(1, radius.shape[1]):
+        candidates = _between((0.07 * SIDE, 0.93 * SIDE), tries[:, k])  # [B, T, 2]
+        apart = np.linalg.norm(candidates[:, :, None] - centres[:, None, :k], axis=-1)  # [B, T, k]
+        margin = (apart - OBJECT_OVERLAP * (radius[:, None, :k] + radius[:, k, None, None])).min(-1)
+        pick = np.where((margin > 0).any(-1), np.argmax(margin > 0, -1), np.argmax(margin, -1))
+        centres[:, k] = candidates[rows, pick]
+    return centres
+
+
+def sample(seed: int, split: str, index: np.ndarray) -> Scenes:
+    """Draw the scenes with these indices (int [B]): everything but the pixel noise."""
+    kind, B, K, T = SPLITS[split], len(index), MAX_OBJECTS, 12
+    per_object, per_scene = 17, 40
+    u = np.stack([generator(seed, split, int(i), 0).random(K * per_object + K * T * 2 + per_scene) for i in index])
+    o = u[:, : K * per_object].reshape(B, K, per_object)
+    tries = u[:, K * per_object : -per_scene].reshape(B, K, T, 2)
+    s = u[:, -per_scene:]
+
+    label = labels(seed, split, index)
+    count = 1 + (s[:, 0] * K).astype(np.int64)
+    category = (o[..., 0] * NUM_TRAINED).astype(np.int64)
+    category[:, 0] = label
+    colour = (o[..., 1] * len(COLOURS)).astype(np.int64)
+    # Every object contrasts with the background: draw the main object's colours, then a background, then the rest against that background.
+    second = _choose(_CONTRASTS[colour], o[..., 2])
+    background = _choose(_apart(colour[:, 0], second[:, 0]), s[:, 1])
+    colour[:, 1:] = _choose(_CONTRASTS[background][:, None].repeat(K - 1, 1), o[:, 1:, 1])
+    second[:, 1:] = _choose(_apart(colour[:, 1:], background[:, None]), o[:, 1:, 2])
+
+    radius = _between(DISTRACTOR_DIAMETER, o[..., 3]) * SIDE / 2
+    radius[:, 0] = _between(kind.main_diameter, o[:, 0, 3]) * SIDE / 2
+    inset = radius[:, :1] * (1 - 2 * OVERFLOW)
+    centres = _place(radius, inset + (SIDE - 2 * inset) * o[:, 0, 4:6], tries)
+    over = s[:, 2] < MAIN_OCCLUDED
+    order = np.where(over[:, None], [3, 2, 0, 1], [3, 2, 1, 0])
+
+    if split == "binding":  # slot 0 left, slot 1 right, equal partners; neither shares its shape or colour with the other
+        count[:] = 2
+        category[:, 1] = _choose(CLASS_SHAPE[:NUM_TRAINED] != CLASS_SHAPE[category[:, :1]], o[:, 1, 0])
+        partner = _CONTRASTS[background] & (np.arange(len(COLOURS)) != colour[:, :1])
+        colour[:, 1] = _choose(partner, o[:, 1, 1])
+        second[:, 1] = _choose(_apart(colour[:, 1], background), o[:, 1, 2])
+        radius[:, :2] = _between(BINDING_DIAMETER, o[:, :2, 3]) * SIDE / 2
+        centres[:, :2] = np.array([[0.26, 0.5], [0.74, 0.5]]) * SIDE + (o[:, :2, 4:6] - 0.5) * np.array([0.06, 0.5]) * SIDE
+
+    jitter = (o[..., 6:12].reshape(B, K, 2, 3) * 2 - 1) * COLOUR_JITTER
+    return Scenes(
+        seed=seed,
+        split=split,
+        index=np.asarray(index),
+        label=label,
+        present=np.arange(K) < count[:, None],
+        category=category,
+        colour=colour,
+        second=second,
+        rgb=_RGB[np.stack([colour, second], -1)] + jitter,
+        radius=radius,
+        x=centres[..., 0],
+        y=centres[..., 1],
+        angle=np.deg2rad(_between((-MAX_ROTATION, MAX_ROTATION), o[..., 12])),
+        texture_angle=o[..., 13] * 2 * np.pi,
+        texture_phase=o[..., 14:16],
+        period=_between(TEXTURE_PERIOD, o[..., 16]),
+        order=order,
+        background=background,
+        background_kind=(s[:, 3] * len(kind.backgrounds)).astype(np.int64),
+        background_rgb=_RGB[background] + (s[:, 4:7] * 2 - 1) * COLOUR_JITTER,
+        background_draws=s[:, 7:31],
+        light=_between(LIGHT, s[:, 31]),
+        noise=_between(kind.noise, s[:, 32]),
+    )
