@@ -1,0 +1,171 @@
+"""From a run's raw records to the rows that the page shows."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..tracking import latest_results
+
+_FRACTION = re.compile(r"acc\d*$|recall|precision|f1|auc|mean_ap|\bmap|chance|purity|consistency|share", re.IGNORECASE)
+_BASELINE = re.compile(r"(chance|random|majority|baseline|scratch)_(.+)")
+_BOUND = re.compile(r"(.+)_(low|high)")
+
+
+def number(value: Any) -> float:
+    """A JSON number, or NaN for null and anything else."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def show(value: Any, metric: str = "") -> str:
+    """A cell: fractions as percent, other numbers to four digits, null as a dash."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int | float):
+        if is_fraction(metric, value):
+            return f"{100 * value:.1f} %"
+        return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return str(value)
+
+
+def is_fraction(metric: str, value: float) -> bool:
+    return bool(_FRACTION.search(metric)) and 0 <= value <= 1
+
+
+def baselines_of(line: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """metric -> {baseline: value}, from `random_acc1` beside `acc1`, a metric `chance`, or a field `baselines`.
+
+    `baselines` is {"chance": 0.1}, which is for acc1, or {"chance": {"acc1": 0.1, "acc5": 0.5}}.
+    """
+    metrics = line.get("metrics") or {}
+    found: dict[str, dict[str, float]] = {}
+    for key, value in metrics.items():
+        if match := _BASELINE.fullmatch(key):
+            if match[2] in metrics:
+                found.setdefault(match[2], {})[match[1]] = number(value)
+        elif key == "chance" and "acc1" in metrics:
+            found.setdefault("acc1", {})["chance"] = number(value)
+    given = line.get("baselines")
+    for name, values in given.items() if isinstance(given, Mapping) else ():
+        for metric, value in (values if isinstance(values, Mapping) else {"acc1": values}).items():
+            found.setdefault(str(metric), {})[str(name)] = number(value)
+    return found
+
+
+def headline(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per evaluator and data set, from its last line: its metrics, each with baselines and interval if it has any."""
+    groups = []
+    for line in latest_results(results):
+        metrics = {str(k): number(v) for k, v in (line.get("metrics") or {}).items()}
+        baselines = baselines_of(line)
+        beside = {f"{b}_{m}" for m, named in baselines.items() for b in named} | ({"chance"} if "acc1" in metrics else set())
+        bounds = {k for k in metrics if (m := _BOUND.fullmatch(k)) and m[1] in metrics}
+        rows = []
+        for metric, value in metrics.items():
+            if metric in beside or metric in bounds:
+                continue
+            fraction = is_fraction(metric, value)
+            low, high = (metrics.get(f"{metric}_{end}", math.nan) for end in ("low", "high"))
+            interval = f"{show(low, metric)} to {show(high, metric)}" if math.isfinite(low + high) else ""
+            marks = [
+                {"name": name, "text": show(base, metric), "at": round(100 * base, 2) if fraction and 0 <= base <= 1 else None}
+                for name, base in baselines.get(metric, {}).items()
+            ]
+            bar = round(100 * value, 2) if fraction else None
+            rows.append({"metric": metric, "text": show(value, metric), "bar": bar, "baselines": marks, "interval": interval})
+        groups.append({**{k: line.get(k) for k in ("name", "evaluator", "dataset", "n", "step", "seed")}, "rows": rows})
+    return groups
+
+
+def confusion(rows: Any, largest: int = 15) -> dict[str, Any] | None:
+    """classes, counts [C, C] (rows: true) and the largest confusions; None if `rows` has none of the three forms:
+
+    {"classes": [...], "matrix": [[...]]}, alone or in a list; [{"true", "predicted", "count"}, ...]; or one row per true class,
+    [{"true class": "cat", "cat": 9, "dog": 1}, ...].
+    """
+    if isinstance(rows, list) and len(rows) == 1 and isinstance(rows[0], Mapping) and "matrix" in rows[0]:
+        rows = rows[0]
+    try:
+        if isinstance(rows, Mapping):
+            classes, counts = [str(c) for c in rows["classes"]], np.array(rows["matrix"], dtype=float)
+        elif "count" in rows[0] and "predicted" in rows[0]:
+            pairs = [(str(r.get("true", r.get("class"))), str(r["predicted"]), number(r["count"])) for r in rows]
+            classes = list(dict.fromkeys([true for true, *_ in pairs] + [predicted for _, predicted, _ in pairs]))
+            at = {c: i for i, c in enumerate(classes)}
+            counts = np.zeros((len(classes), len(classes)))
+            for true, predicted, count in pairs:
+                counts[at[true], at[predicted]] += count
+        else:
+            classes = [str(r["true class"]) for r in rows]
+            counts = np.array([[number(r[c]) for c in classes] for r in rows])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        return None
+    if counts.shape != (len(classes), len(classes)) or not classes or not np.isfinite(counts).all():
+        return None
+    total = counts.sum(1)
+    wrong = sorted(((counts[i, j], i, j) for i, j in np.argwhere(counts > 0) if i != j), key=lambda w: (-w[0], w[1], w[2]))
+    top = [
+        {"true": classes[i], "predicted": classes[j], "count": int(n), "share": f"{100 * n / total[i]:.0f} %"}
+        for n, i, j in wrong[:largest]
+    ]
+    return {"classes": classes, "counts": counts, "top": top, "n": int(counts.sum()), "right": int(np.trace(counts))}
+
+
+def predictions(rows: Sequence[Mapping[str, Any]], each: int = 18) -> dict[str, Any]:
+    """At most `each` examples that are right and as many that are wrong, thumbnails as data addresses."""
+    shown: dict[str, Any] = {"right": [], "wrong": []}
+    counts = Counter(bool(row.get("correct")) for row in rows)
+    for row in rows:
+        side = shown["right" if row.get("correct") else "wrong"]
+        if len(side) < each:
+            fields = {k: row.get(k) for k in ("key", "truth", "predicted")}
+            score = row.get("score")
+            side.append({**fields, "score": "" if score is None else show(score), "image": thumbnail(row.get("thumbnail"))})
+    return {**shown, "num_right": counts[True], "num_wrong": counts[False]}
+
+
+def thumbnail(text: Any) -> str | None:
+    """Base64 of a PNG or JPEG -> its data address; None for anything else."""
+    if not isinstance(text, str):
+        return None
+    try:
+        content = base64.b64decode(text.split(",", 1)[1] if text.startswith("data:") else text, validate=True)
+    except (binascii.Error, ValueError, IndexError):
+        return None
+    kind = "png" if content.startswith(b"\x89PNG") else "jpeg" if content.startswith(b"\xff\xd8") else None
+    return kind and f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def plain_table(rows: Any, most: int = 50) -> dict[str, Any] | None:
+    """Any list of dicts as columns and text cells, its first `most` rows; thumbnails left out."""
+    if not isinstance(rows, list) or not rows or not all(isinstance(r, Mapping) for r in rows):
+        return None
+    columns = [c for c in dict.fromkeys(k for row in rows for k in row) if c != "thumbnail"][:30]
+    cells = [[show(row.get(c), str(c)) for c in columns] for row in rows[:most]]
+    return {"columns": columns, "rows": cells, "total": len(rows)}
+
+
+def data_summary(data: Any) -> list[dict[str, Any]]:
+    """source -> {shards, samples, rows_per_step, epochs_seen, skipped, captions}; any other number or text is shown as well."""
+    sources = []
+    for name, facts in data.items() if isinstance(data, Mapping) else ():
+        if isinstance(facts, Mapping):
+            shown = {str(k).replace("_", " "): show(v) for k, v in facts.items() if isinstance(v, str | int | float)}
+            captions = facts.get("captions") or facts.get("example_captions") or []
+            sources.append({"name": name, "facts": shown, "captions": [str(c) for c in captions][:10]})
+    return sources
+
+
+def skipped_summary(records: Sequence[Mapping[str, Any]], most: int = 50) -> dict[str, Any]:
+    counts = Counter((str(r.get("source", "")), str(r.get("reason", ""))) for r in records)
+    by_reason = [{"source": s, "reason": reason, "count": n} for (s, reason), n in counts.most_common()]
+    return {"total": len(records), "counts": plain_table(by_reason, 200), "first": plain_table([dict(r) for r in records], most)}
