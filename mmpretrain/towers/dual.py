@@ -1,0 +1,199 @@
+"""Build image and text towers from an open_clip config, native where we can, and load weights into them."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import logging
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from torch import nn
+
+from mmpretrain.towers import adapters, huggingface
+from mmpretrain.towers.base import Tower
+from mmpretrain.towers.text import TextTransformer
+from mmpretrain.towers.vision import VisionTransformer
+from mmpretrain.towers.weights import load_weights
+from mmpretrain.types import Preprocess
+
+log = logging.getLogger(__name__)
+
+_BOTH = {"width", "layers", "mlp_ratio", "ls_init_value", "pool_type", "act_kwargs", "norm_kwargs"}
+_NATIVE = {  # the fields that the native towers understand
+    "vision_cfg": _BOTH | {"image_size", "patch_size", "head_width", "patch_dropout", "no_ln_pre", "pos_embed_type", "final_ln_after_pool"},
+    "text_cfg": _BOTH | {"context_length", "vocab_size", "heads", "pad_id", "eos_id", "no_causal_mask", "proj_bias", "proj_type"},
+}
+_HARMLESS = {  # they do not change what the native tower computes
+    "vision_cfg": {"output_tokens", "attn_pooler_queries", "attn_pooler_heads", "timm_model_pretrained"},
+    "text_cfg": {"output_tokens", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "final_ln_after_pool", "hf_model_pretrained"},
+}
+
+
+class DualEncoder(nn.Module):
+    """An image tower and a text tower into one joint space; either may be absent."""
+
+    def __init__(self, visual: Tower | None, text: Tower | None, model_cfg: dict, preprocess: Preprocess, tokenizer: str = "clip"):
+        super().__init__()
+        self.visual, self.text = visual, text
+        self.model_cfg = model_cfg  # open_clip's format: embed_dim, vision_cfg, text_cfg, quick_gelu
+        self.preprocess = preprocess
+        self.tokenizer = tokenizer  # for mmpretrain.data.text.get_tokenizer
+
+    @property
+    def embed_dim(self) -> int:
+        return (self.visual or self.text).embed_dim  # type: ignore[union-attr]
+
+    @property
+    def context_length(self) -> int:
+        return getattr(self.text, "context_length", 77)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for tower in (self.visual, self.text):
+            if tower is not None:
+                tower.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"{name}.{key}" for name, tower in self.named_children() if isinstance(tower, Tower) for key in tower.no_weight_decay()}
+
+    def layer_ids(self) -> dict[str, int]:
+        """Parameter name -> depth within its tower."""
+        towers = [(name, tower) for name, tower in self.named_children() if isinstance(tower, Tower)]
+        return {f"{name}.{key}": depth for name, tower in towers for key, depth in tower.layer_ids().items()}
+
+
+def build_towers(
+    model: str | dict[str, Any],
+    pretrained: str | None = None,
+    image_size: int | None = None,
+    image: bool = True,
+    text: bool = True,
+) -> DualEncoder:
+    """Towers of a model.
+
+    `model`: an open_clip model name, `open_clip:NAME` (its own modules rather than ours), a JSON file or folder of open_clip's
+    format, its fields as a dict, `timm:NAME` (image tower alone), or `hf:FOLDER` (a transformers model with its weights).
+    `pretrained`: a pretrained tag of open_clip (downloaded), or a checkpoint file or folder.
+    `image_size`: pixels, where another than the model's own is wanted; position embeddings are resized on loading.
+    `image`, `text`: False leaves that tower out.
+
+    Raises ValueError for an unknown model, field or pretrained tag, naming the nearest known one.
+    """
+    if isinstance(model, str) and model.startswith("hf:"):
+        visual, words, cfg, preprocess = huggingface.from_transformers(model[3:], image, text)
+        dual = DualEncoder(visual, words, cfg, preprocess, model[3:])
+        if pretrained:
+            load_weights(dual, pretrained)
+        return dual
+    cfg, preprocess_cfg, tokenizer, own_modules = _config(model)
+    vision, words_cfg = cfg.get("vision_cfg"), cfg.get("text_cfg")
+    if image_size is not None and vision is not None:
+        vision["image_size"] = image_size
+    tag = None
+    if pretrained is not None and not Path(pretrained).exists():
+        tag = _pretrained_tag(model, pretrained)
+        preprocess_cfg = {**preprocess_cfg, **{k: v for k, v in tag.items() if k in ("mean", "std", "interpolation", "resize_mode")}}
+        if bool(tag.get("quick_gelu")) != bool(cfg.get("quick_gelu")):
+            cfg["quick_gelu"] = bool(tag.get("quick_gelu"))
+            log.info("pretrained %s was trained with quick_gelu=%s: built so", pretrained, cfg["quick_gelu"])
+    visual = _build("vision_cfg", cfg, own_modules) if image and vision is not None else None
+    words = _build("text_cfg", cfg, own_modules) if text and words_cfg is not None else None
+    if visual is None and words is None:
+        raise ValueError(f"model {model!r} gives no tower: image={image}, text={text}, its fields are {sorted(cfg)}")
+    dual = DualEncoder(visual, words, cfg, _preprocess(vision, preprocess_cfg), tokenizer)
+    if pretrained is not None:
+        load_weights(dual, open_clip.download_pretrained(tag) if tag else pretrained)
+    return dual
+
+
+def _config(model: str | dict[str, Any]) -> tuple[dict, dict, str, bool]:
+    """-> (model_cfg, preprocess_cfg, tokenizer, whether to use open_clip's own modules)."""
+    if not isinstance(model, str):
+        return _checked(copy.deepcopy(dict(model)), "the recipe's model"), {}, _tokenizer(model, None), False
+    if model.startswith("timm:"):
+        return adapters.timm_config(model[5:])
+    own = model.startswith("open_clip:")
+    name = model.removeprefix("open_clip:").removeprefix("local-dir:")
+    path = Path(name)
+    if path.is_dir() or path.suffix == ".json":
+        file = path / "open_clip_config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist: a model folder holds open_clip_config.json")
+        found = json.loads(file.read_text())
+        cfg = _checked(found.get("model_cfg", found), str(file))
+        return cfg, found.get("preprocess_cfg", {}), _tokenizer(cfg, None), own
+    cfg = open_clip.get_model_config(name.replace("/", "-") if "hf-hub:" not in name else name)
+    if cfg is None:
+        near = difflib.get_close_matches(name, open_clip.list_models(), 3)
+        raise ValueError(f"unknown model {model!r}: give an open_clip model name{_did_you_mean(near)}, a JSON file, timm:NAME or hf:FOLDER")
+    return _checked(cfg, name), {}, _tokenizer(cfg, name), own
+
+
+def _checked(cfg: dict, where: str) -> dict:
+    """The config, if every field of it is one that open_clip knows."""
+    known = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
+    for part, kind in known.items():
+        names = [field.name for field in fields(kind)]
+        for key in cfg.get(part) or {}:
+            if key not in names:
+                raise ValueError(f"{where}: unknown field {part}.{key}{_did_you_mean(difflib.get_close_matches(key, names, 1))}")
+    if not isinstance(cfg.get("embed_dim"), int) or not any(part in cfg for part in known):
+        raise ValueError(f"{where}: found {sorted(cfg)}, expected embed_dim with vision_cfg, text_cfg or both (open_clip's format)")
+    if "multimodal_cfg" in cfg:
+        raise ValueError(
+            f"{where}: a CoCa model has a caption decoder, which no objective here trains: choose a model without multimodal_cfg"
+        )
+    return cfg
+
+
+def _tokenizer(cfg: Any, name: str | None) -> str:
+    text = cfg.get("text_cfg") or {}
+    special = text.get("hf_tokenizer_name") or text.get("tokenizer_kwargs")
+    return (name or text.get("hf_tokenizer_name") or "clip") if special else "clip"
+
+
+def _did_you_mean(names: list[str]) -> str:
+    return f" (did you mean {' or '.join(names)}?)" if names else ""
+
+
+def _pretrained_tag(model: str | dict, tag: str) -> dict:
+    name = model.removeprefix("open_clip:").replace("/", "-") if isinstance(model, str) else ""
+    found = open_clip.get_pretrained_cfg(name, tag) if name else None
+    if not found:
+        tags = open_clip.list_pretrained_tags_by_model(name) if name else []
+        raise ValueError(
+            f"pretrained {tag!r} is neither a file, a folder nor a tag of {name or 'this model'}: its tags are {tags or 'none'}"
+        )
+    return found
+
+
+def _build(part: str, cfg: dict, own_modules: bool) -> Tower:
+    given, quick_gelu = cfg[part], cfg.get("quick_gelu", False)
+    defaults = {f.name: f.default for f in fields(CLIPVisionCfg if part == "vision_cfg" else CLIPTextCfg)}
+    special = {k for k, v in given.items() if k not in _NATIVE[part] | _HARMLESS[part] and v != defaults[k]}
+    if isinstance(given.get("layers"), list | tuple):
+        special.add("layers")
+    if given.get("pool_type") == "none" or isinstance(given.get("patch_size"), list | tuple):
+        special.add("pool_type or patch_size")
+    special -= {"block_type"} if given.get("block_type") == "default" else set()
+    if own_modules or special:
+        reason = "as asked" if own_modules else f"for its {', '.join(sorted(special))}"
+        log.info("%s: open_clip's own module through the adapter, %s", part, reason)
+        return adapters.from_open_clip(part, cfg)
+    chosen = {k: v for k, v in given.items() if k in _NATIVE[part]}
+    tower = VisionTransformer if part == "vision_cfg" else TextTransformer
+    return tower(cfg["embed_dim"], **chosen, quick_gelu=quick_gelu)
+
+
+def _preprocess(vision: dict | None, cfg: dict) -> Preprocess:
+    size = (vision or {}).get("image_size", 224)
+    if not isinstance(size, int):
+        if size[0] != size[1]:
+            raise ValueError(f"image_size {size} is not square: this pipeline trains on square images")
+        size = size[0]
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in ("mean", "std", "interpolation", "resize_mode")}
+    return replace(Preprocess(size), **given)

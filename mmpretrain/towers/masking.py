@@ -1,0 +1,80 @@
+"""Which tokens an encode hides: drawn for all rows at once from counter seeds, always exactly round(ratio * N) per row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmpretrain import random
+from mmpretrain.types import MaskSpec
+
+_RECTANGLES = 24  # rounds of the block mask; what they leave open is filled patch by patch
+
+
+def draw_mask(spec: MaskSpec, seeds: Tensor, grid: tuple[int, int], attention: Tensor | None = None) -> Tensor:
+    """bool [B,N], True = hidden, N = grid[0] * grid[1] in raster order.
+
+    `seeds` int64 [B]; a row's mask depends on its own seed and the spec alone. `attention` [B,N] is needed by kind
+    "attentive" only: the least attended patches are hidden first, so that the most attended are kept (A-CLIP, Yang 2023,
+    section 3.2). With `patch` > 1 whole squares of patches are hidden; one square is cut so that the count is exact.
+
+    Raises ValueError for a ratio outside 0..1, a missing attention or one of another grid.
+    """
+    num = grid[0] * grid[1]
+    count = round(spec.ratio * num)
+    if not 0 <= spec.ratio <= 1 or (spec.mode == "drop" and count == num):
+        raise ValueError(f"mask ratio {spec.ratio} hides {count} of {num} tokens: give a ratio in 0..1 that leaves some when dropping")
+    # not `repr(spec)`: `from_` holds a frozenset, whose order differs between processes
+    name = ("mask", spec.kind, spec.mode, spec.ratio, spec.patch, spec.index)
+    if spec.kind == "block":
+        return _block(seeds, name, grid, count)
+    square = _squares(grid, spec.patch).to(seeds.device)  # [N]
+    num_squares = int(square.max()) + 1
+    if spec.kind == "random":
+        score = random.uniform(seeds, name, num_squares)
+    elif attention is None:
+        raise ValueError("an attentive mask needs the class-token attention [B,N] of the encode named in MaskSpec.from_")
+    elif attention.shape != (len(seeds), num):
+        raise ValueError(f"attention {tuple(attention.shape)} for a mask of {(len(seeds), num)}: `from_` must encode the same patch grid")
+    else:
+        total = torch.zeros(len(seeds), num_squares, device=seeds.device).index_add_(1, square, attention.float())
+        score = total / torch.bincount(square, minlength=num_squares)
+    return _first(score[:, square], count)
+
+
+def _first(score: Tensor, count: int) -> Tensor:
+    """bool: the `count` smallest of each row of [B,N]; of equal scores the first in raster order."""
+    order = score.argsort(dim=1, stable=True)[:, :count]
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, True)
+
+
+def _squares(grid: tuple[int, int], patch: int) -> Tensor:
+    """int64 [N]: which square of `patch` patches a side each patch lies in; those at the border may be cut."""
+    down, across = (torch.arange(side) // patch for side in grid)
+    return (down[:, None] * (int(across[-1]) + 1) + across).flatten()
+
+
+def _block(seeds: Tensor, name: tuple, grid: tuple[int, int], count: int) -> Tensor:
+    """Blockwise masking (BEiT, Bao 2022, algorithm 1): rectangles of at least 8% of the image and of aspect 0.3 to 1/0.3.
+
+    Departs from the paper in that the rectangle which would exceed `count` is cut in raster order rather than rejected, so that
+    the count is exact and a fixed number of rounds is enough for every row.
+    """
+    rows, columns = (torch.arange(side, device=seeds.device) for side in grid)
+    num, smallest = grid[0] * grid[1], max(1.0, 0.08 * grid[0] * grid[1])
+    u = random.uniform(seeds, name, _RECTANGLES, 4)  # area, aspect, top, left
+    hidden = torch.zeros(len(seeds), num, dtype=torch.bool, device=seeds.device)
+    for i in range(_RECTANGLES):
+        left = count - hidden.sum(1)
+        area = smallest + u[:, i, 0] * (left - smallest).clamp(min=0)
+        aspect = torch.exp((2 * u[:, i, 1] - 1) * torch.log(torch.tensor(1 / 0.3)))
+        height = (area * aspect).sqrt().round().clamp(1, grid[0]).long()
+        width = (area / aspect).sqrt().round().clamp(1, grid[1]).long()
+        top = (u[:, i, 2] * (grid[0] - height + 1)).long()[:, None]
+        start = (u[:, i, 3] * (grid[1] - width + 1)).long()[:, None]
+        inside = ((rows >= top) & (rows < top + height[:, None]))[:, :, None] & ((columns >= start) & (columns < start + width[:, None]))[
+            :, None
+        ]
+        fresh = inside.flatten(1) & ~hidden
+        hidden |= fresh & (fresh.cumsum(1) <= left[:, None])
+    return _first(random.uniform(seeds, (*name, "rest"), num).masked_fill(hidden, -1.0), count)

@@ -1,0 +1,69 @@
+"""The EMA copy of the towers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+
+class Teacher(nn.Module):
+    """Exponential moving average of a module: w_t <- m w_t + (1 - m) w_s after every update (MoCo, He 2020, equation 2).
+
+    The momentum goes from `momentum` to `final_momentum` over training, by default along a cosine (BYOL, Grill 2020, section
+    3.2). Buffers are copied. The teacher never trains: no gradients, evaluation mode. Its state dict has the student's names.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        momentum: float = 0.996,
+        final_momentum: float | None = 1.0,
+        schedule: Literal["cosine", "linear", "constant"] = "cosine",
+    ):
+        super().__init__()
+        final_momentum = momentum if final_momentum is None else final_momentum
+        for name, value in (("momentum", momentum), ("final_momentum", final_momentum)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"teacher.{name} is {value}: give the share of the old weights that stays, in 0..1")
+        if schedule not in ("cosine", "linear", "constant"):
+            raise ValueError(f"teacher.schedule {schedule!r}: choose cosine, linear or constant")
+        self._student = (student,)  # in a tuple: the student is not a part of the teacher
+        self.initial, self.final, self.schedule = momentum, final_momentum, schedule
+        self.module = copy.deepcopy(student).requires_grad_(False)
+        self.train(False)
+
+    def momentum(self, progress: float) -> float:
+        """The momentum at `progress` in 0..1 of training."""
+        if self.schedule == "constant":
+            return self.initial
+        left = 1 - progress if self.schedule == "linear" else (math.cos(math.pi * progress) + 1) / 2
+        return self.final - (self.final - self.initial) * left
+
+    @torch.no_grad()
+    def update(self, progress: float) -> float:
+        """One step towards the student; -> the momentum used."""
+        momentum = self.momentum(progress)
+        mine, theirs = list(self.module.parameters()), [p.detach() for p in self._student[0].parameters()]
+        if len(mine) != len(theirs):
+            raise ValueError(f"the student has {len(theirs)} parameters, its teacher {len(mine)}: build the teacher last")
+        torch._foreach_lerp_(mine, theirs, 1 - momentum)
+        for own, other in zip(self.module.buffers(), self._student[0].buffers()):
+            own.copy_(other)
+        return momentum
+
+    def train(self, mode: bool = True) -> Teacher:
+        return super().train(False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.module(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict:
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        return self.module.load_state_dict(state_dict, strict, assign)

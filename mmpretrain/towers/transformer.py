@@ -1,0 +1,166 @@
+"""The blocks of the native towers: open_clip's parameter names and numbers, written for speed.
+
+Shapes: B rows, L positions of the trunk, N patch or word tokens, D width, H heads, d = D / H, E joint embedding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mmpretrain.towers.base import Tokens
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, bias: Tensor | None = None) -> Tensor:
+    """Attention [B,H,Q,d] over [B,H,L,d]; `bias` is additive, broadcast to [B,H,Q,L]. The one place that picks a kernel.
+
+    On CPU plain products: the backward of scaled_dot_product_attention's flash kernel is many times slower there in bf16.
+    """
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+    B, H, Q, d = q.shape
+    L = k.shape[2]
+    if causal:
+        bias = torch.full((Q, L), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
+    if bias is None:
+        scores = torch.baddbmm(q.new_empty(1, 1, 1), q.reshape(-1, Q, d), k.reshape(-1, L, d).mT, beta=0, alpha=d**-0.5)
+    else:
+        bias = bias.expand(B, H, Q, L).reshape(-1, Q, L) if bias.dim() == 4 else bias
+        scores = torch.baddbmm(bias, q.reshape(-1, Q, d), k.reshape(-1, L, d).mT, alpha=d**-0.5)
+    return (scores.softmax(-1) @ v.reshape(-1, L, d)).view(B, H, Q, d)
+
+
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of the residual stream: autocast's where it is on, else the weights'."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+class LayerNorm(nn.LayerNorm):
+    """Returns the dtype it was given, so that the residual stream keeps autocast's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim: int, init_values: float):
+        super().__init__()
+        self.gamma = nn.Parameter(init_values * torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention with the parameters, and the initial draws, of nn.MultiheadAttention."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of {heads} heads")
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, causal: bool, bias: Tensor | None) -> Tensor:
+        B, L, D = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, L, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)  # each [B,H,L,d]; one copy rather than three
+        return self.out_proj(attend(q, k, v, causal, bias).transpose(1, 2).reshape(B, L, D))
+
+    def query(self, x: Tensor, at: Tensor | None) -> Tensor:
+        """The query of one position per row: [B,L,D] -> [B,H,1,d]."""
+        D = x.shape[2]
+        q = F.linear(take(x, at), self.in_proj_weight[:D], self.in_proj_bias[:D])
+        return q.view(len(x), 1, self.heads, -1).transpose(1, 2)
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        B, L, D = x.shape
+        kv = F.linear(x, self.in_proj_weight[D:], self.in_proj_bias[D:]).view(B, L, 2, self.heads, -1)
+        k, v = kv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+        return k, v
+
+
+def take(x: Tensor, at: Tensor | None) -> Tensor:
+    """One position per row: [B,L,D] -> [B,1,D]; the first where `at` is None."""
+    return x[:, :1] if at is None else x[torch.arange(len(x), device=x.device), at][:, None]
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, ls_init_value: float | None, quick_gelu: bool, act: dict, norm: dict):
+        super().__init__()
+        self.ln_1 = LayerNorm(width, **norm)
+        self.attn = Attention(width, heads)
+        self.ls_1 = nn.Identity() if ls_init_value is None else LayerScale(width, ls_init_value)
+        self.ln_2 = LayerNorm(width, **norm)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, int(width * mlp_ratio)))
+        self.mlp.add_module("gelu", QuickGELU(**act) if quick_gelu else nn.GELU(**act))
+        self.mlp.add_module("c_proj", nn.Linear(int(width * mlp_ratio), width))
+        self.ls_2 = nn.Identity() if ls_init_value is None else LayerScale(width, ls_init_value)
+
+    def forward(self, x: Tensor, causal: bool = False, bias: Tensor | None = None) -> Tensor:
+        x = x + self.ls_1(self.attn(self.ln_1(x), causal, bias))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
+
+    def pooled(self, x: Tensor, at: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The block's output at one position per row, [B,1,D]: every position is a key, only that one a query."""
+        h = self.ln_1(x)
+        out = attend(self.attn.query(h, at), *self.attn.keys_values(h), bias=bias)
+        x = take(x, at) + self.ls_1(self.attn.out_proj(out.transpose(1, 2).reshape(len(x), 1, -1)))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
+
+    @torch.no_grad()
+    def attention(self, x: Tensor, at: Tensor | None, bias: Tensor | None) -> Tensor:
+        """How much one position per row attends to each, mean over heads: [B,L] in float32."""
+        h = self.ln_1(x)
+        q, (k, _) = self.attn.query(h, at), self.attn.keys_values(h)
+        scores = (q @ k.mT).float() * q.shape[-1] ** -0.5
+        scores = scores if bias is None else scores + bias
+        return scores.softmax(-1).mean(1)[:, 0]
+
+
+class Transformer(nn.Module):
+    def __init__(self, width: int, layers: int, heads: int, **block: Any):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.resblocks = nn.ModuleList(Block(width, heads, **block) for _ in range(layers))
+
+    def forward(self, tokens: Tokens, attention: bool, pooled_only: bool) -> tuple[Tensor, Tensor | None]:
+        x, causal = tokens.x, tokens.causal
+        bias = key_bias = None
+        if tokens.valid is not None:  # [B,1,1,L]
+            bias = key_bias = torch.zeros_like(tokens.valid, dtype=x.dtype).masked_fill_(~tokens.valid, -torch.inf)[:, None, None]
+        if causal:
+            if tokens.valid is not None:
+                raise ValueError("causal attention with key padding is not used by any tower: give one of the two")
+            if tokens.pool_at is not None:  # what the pooled position may see
+                seen = torch.arange(x.shape[1], device=x.device) <= tokens.pool_at[:, None]
+                key_bias = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -torch.inf)[:, None, None]
+        weights = None
+        last = self.resblocks[-1]
+        for block in self.resblocks:
+            if block is last and attention:
+                weights = block.attention(x, tokens.pool_at, key_bias)
+            args = (x, tokens.pool_at, key_bias) if block is last and pooled_only else (x, causal, bias)
+            run = block.pooled if block is last and pooled_only else block
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(run, *args, use_reentrant=False)
+            else:
+                x = run(*args)
+        return x, weights
