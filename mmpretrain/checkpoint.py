@@ -154,9 +154,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, dict[st
         raise CheckpointError(f"the optimizer state names parameters this recipe does not train: {', '.join(unknown[:5])}")
     for name, values in state.items():
         parameter = names[name]
-        optimizer.state[parameter] = {
-            k: v.to(parameter.device) if isinstance(v, Tensor) and v.ndim > 0 else v for k, v in values.items()
-        }
+        optimizer.state[parameter] = {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in values.items()}
 
 
 def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmpretrain.distributed import all_reduce_sum, world_size
 from mmpretrain.objectives.base import Objective, source_encodes
-from mmpretrain.towers.base import Tokens, Tower
+from mmpretrain.towers.base import Tokens, Tower, merge
 from mmpretrain.towers.dual import DualEncoder
 from mmpretrain.towers.masking import draw_mask
 from mmpretrain.types import OUTPUTS, Batch, Encode, Encoded, Rows, ViewSpec
@@ -72,7 +72,8 @@ class PretrainModel(nn.Module):
                 tower = self._tower(encode)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and encode.network == "student"):
                     tokens = self._embed(encode, tower, batch, done)
-                key = (encode.network, encode.view.modality, tower.merge_key(tokens) if tower.mergeable else encode)
+                # Where nobody reads the tokens, the last block computes the pooled position alone: worth a group of its own.
+                key = (encode.network, encode.view.modality, tower.merge_key(tokens), "tokens" in encode.outputs)
                 groups.setdefault(key, []).append((encode, tower, tokens))
             for group in groups.values():
                 with torch.set_grad_enabled(torch.is_grad_enabled() and group[0][0].network == "student"):
@@ -89,8 +90,8 @@ class PretrainModel(nn.Module):
     def _through(self, group: list[tuple[Encode, Tower, Tokens]], batch: Batch) -> dict[Encode, Encoded]:
         tower = group[0][1]
         want_attention = any("attention" in encode.outputs for encode, _, _ in group)
-        merged = concatenate([tokens for _, _, tokens in group])
-        x, attention = tower.trunk(merged, want_attention)
+        pooled_only = not any("tokens" in encode.outputs for encode, _, _ in group)
+        x, attention = tower.trunk(merge([tokens for _, _, tokens in group]), want_attention, pooled_only)
         sizes = [len(tokens.x) for _, _, tokens in group]
         parts = x.split(sizes)
         attentions = attention.split(sizes) if attention is not None else [None] * len(sizes)
@@ -217,18 +218,6 @@ def mask_owners(objectives: dict[str, Objective]) -> dict[Encode, str]:
 
 def sum_losses(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     return torch.stack([loss.float() * weights[name] for name, loss in losses.items()]).sum()
-
-
-def concatenate(items: list[Tokens]) -> Tokens:
-    """Tokens of equal shape and kind -> one batch of them."""
-    if len(items) == 1:
-        return items[0]
-
-    def cat(name: str) -> Tensor | None:
-        values = [getattr(item, name) for item in items]
-        return torch.cat(values) if all(v is not None for v in values) else None
-
-    return items[0]._replace(x=torch.cat([t.x for t in items]), valid=cat("valid"), pool_at=cat("pool_at"), hidden=cat("hidden"))
 
 
 def take(batch: Batch, i: int, chunks: int) -> Batch:

@@ -1,0 +1,121 @@
+"""A recipe -> towers, objectives, sources: everything of a run that exists before its first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mmpretrain.checkpoint import MANIFEST, find_checkpoint
+from mmpretrain.config import Config
+from mmpretrain.data.source import Source
+from mmpretrain.data.text import get_tokenizer
+from mmpretrain.model import PretrainModel
+from mmpretrain.objectives import OBJECTIVES, Context, Objective
+from mmpretrain.objectives.base import source_encodes
+from mmpretrain.options import OptionError
+from mmpretrain.towers.dual import DualEncoder, build_towers, load_weights
+from mmpretrain.towers.teacher import Teacher
+from mmpretrain.types import Batch
+
+
+def build_model(config: Config) -> tuple[PretrainModel, Teacher | None]:
+    """Towers, objectives and teacher, drawn from `config.seed`; towers that nobody encodes with are left out."""
+    torch.manual_seed(config.seed)
+    pretrained = config.init_from
+    if pretrained is not None and ((Path(pretrained) / "checkpoints").is_dir() or (Path(pretrained) / MANIFEST).exists()):
+        pretrained = str(find_checkpoint(Path(pretrained)))
+    towers = build_towers(config.model, image_size=config.image_size)
+    leftovers = load_weights(towers, pretrained) if pretrained else {}
+
+    objectives: dict[str, Objective] = {}
+    for name, options in config.objectives.items():
+        torch.manual_seed(config.seed)  # an objective's first weights do not depend on which others stand beside it
+        try:
+            objectives[name] = OBJECTIVES[options.kind](options, context(config, options.source, towers))
+        except ValueError as error:
+            raise OptionError(f"objectives.{name}: {error}") from error
+    for parameter in ("logit_scale", "logit_bias"):
+        for objective in objectives.values():
+            if parameter in leftovers and isinstance(getattr(objective, parameter, None), torch.nn.Parameter):
+                getattr(objective, parameter).data.copy_(leftovers[parameter].reshape(1))
+
+    modalities = {e.view.modality for objective in objectives.values() for e in source_encodes(objective.needs)}
+    if "image" not in modalities:
+        towers.visual = None
+    if "text" not in modalities:
+        towers.text = None
+    if config.activation_checkpointing:
+        towers.set_grad_checkpointing(True)
+    if config.compile:
+        for tower in (towers.visual, towers.text):
+            if tower is not None:
+                tower.trunk = torch.compile(tower.trunk, dynamic=False)  # type: ignore[method-assign]
+    if config.accumulate > 1 and any(t is not None and not t.mergeable for t in (towers.visual, towers.text)):
+        raise OptionError(f"accumulate is {config.accumulate}, but this tower has BatchNorm: its chunks would not equal one batch. Set accumulate=1")
+
+    teacher = None
+    if config.teacher is not None:
+        t = config.teacher
+        teacher = Teacher(towers, t.momentum, t.final_momentum, t.schedule)
+    weights = {name: options.weight for name, options in config.objectives.items()}
+    return PretrainModel(towers, objectives, weights, teacher.module if teacher is not None else None), teacher
+
+
+def context(config: Config, source: str, towers: DualEncoder) -> Context:
+    """What an objective on `source` may know."""
+    image = config.sources[source].image
+    visual, text, preprocess = towers.visual, towers.text, towers.preprocess
+    return Context(
+        image_size=image.size or preprocess.size,
+        mean=image.mean or preprocess.mean,
+        std=image.std or preprocess.std,
+        patch_size=visual.patch_size if visual is not None else None,
+        image_width=visual.width if visual is not None else 0,
+        text_width=text.width if text is not None else 0,
+        embed_dim=towers.embed_dim,
+        tokenizer=towers.tokenizer,
+        context_length=towers.context_length,
+        vocab_size=get_tokenizer(towers.tokenizer).vocab_size if text is not None else 0,
+        trim_text=text is not None and text.trimmable,
+        classes=tuple(config.sources[source].classes or ()),
+    )
+
+
+def build_sources(config: Config, model: PretrainModel) -> dict[str, Source]:
+    """Every source, opened and counted, with the views and labels that its objectives want."""
+    views = model.views()
+    return {name: Source(name, options, views[name], config.seed) for name, options in config.sources.items()}
+
+
+def check_division(config: Config, processes: int) -> None:
+    """`batch_size` is global: processes x accumulate only split it."""
+    parts = processes * config.accumulate
+    for name, source in config.sources.items():
+        if source.batch_size % parts:
+            raise OptionError(
+                f"sources.{name}.batch_size is {source.batch_size} rows per update over all processes; it must be a multiple of "
+                f"{processes} processes x accumulate {config.accumulate} = {parts}"
+            )
+
+
+def total_steps(config: Config, sources: dict[str, Source]) -> int:
+    """`steps`, or as many as `epochs` of its source take."""
+    if config.epochs is None:
+        assert config.steps is not None
+        return config.steps
+    if config.epochs.source not in sources:
+        raise OptionError(f"epochs.source is {config.epochs.source!r}; the sources are {', '.join(sources)}")
+    source = sources[config.epochs.source]
+    return max(1, int(config.epochs.count * source.num_samples / config.sources[config.epochs.source].batch_size))
+
+
+def first_rows(batch: Batch, count: int) -> Batch:
+    """The first `count` rows of every source: for pictures and dry runs."""
+    from mmpretrain.model import take
+
+    result = {}
+    for name, rows in batch.items():
+        n = len(rows.keys)
+        result |= take({name: rows}, 0, max(1, n // min(count, n)))
+    return result

@@ -1,0 +1,239 @@
+"""A recipe: dataclasses hold defaults, types and documentation; YAML is merged over them, `key=value` over both."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mmpretrain.data.source import SourceConfig
+from mmpretrain.evaluators import EVALUATORS
+from mmpretrain.objectives import OBJECTIVES, ObjectiveConfig
+from mmpretrain.optim import OptimConfig
+from mmpretrain.options import OptionError, build, describe, nearest
+
+
+@dataclass
+class EpochsConfig:
+    source: str  # the source whose epochs are counted
+    count: float  # how many times it is seen
+
+
+@dataclass
+class TeacherConfig:
+    momentum: float = 0.996  # of the EMA copy at the start
+    final_momentum: float = 1.0  # and at the end
+    schedule: Literal["cosine", "constant"] = "cosine"  # between the two
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 1000  # steps between checkpoints; the last step is always saved
+    keep: int = 3  # newest checkpoints kept
+
+
+@dataclass
+class Config:
+    run_dir: str = "runs/demo"  # where everything of this run is written
+    seed: int = 0  # of weights, order, views and masks
+    steps: int | None = None  # updates to make
+    epochs: EpochsConfig | None = None  # instead of steps: so many epochs of one source
+    accumulate: int = 1  # chunks a step is split into; the result equals one batch
+    model: Any = "ViT-B-32"  # an open_clip model name, a JSON file of that format, its fields, or an image tower (timm:resnet50)
+    init_from: str | None = None  # a run, an open_clip checkpoint or folder whose weights to start from
+    image_size: int | None = None  # pixels a side; default: the model's own
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device computes in it
+    threads: int | None = None  # for computing; default: cores divided by local processes
+    loader_threads: int = 2  # threads that read, decode and cut
+    prefetch: int = 4  # batches in flight
+    compile: bool = False  # torch.compile the towers' blocks
+    activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more compute
+    deterministic: bool = False  # on CUDA: bit-identical results, at some cost in speed
+    max_skipped_steps: int = 5  # consecutive updates that may be skipped for a loss or gradient that is not finite
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    images_every: int = 0  # steps between pictures of views and reconstructions; 0: at the start and the end
+    resume: Literal["auto", "force", "never"] = "auto"  # force: also from a run whose recipe differs; never: refuse a used run_dir
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # named shards read one way
+    objectives: dict[str, Any] = field(default_factory=dict)  # name -> options of that objective
+    teacher: TeacherConfig | None = None  # the EMA copy of the towers
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluators: dict[str, Any] = field(default_factory=dict)  # name -> options of that evaluator, `kind` and `every`
+
+
+@dataclass
+class EvaluationConfig:
+    """One evaluator in a recipe."""
+
+    kind: str  # which evaluator
+    options: Any  # its own Config
+    every: int = 0  # steps between evaluations; 0: at the end only
+    weights: Literal["student", "teacher"] = "student"  # teacher: the EMA copy
+
+
+# What may differ between a run and its continuation: it changes how fast the result comes, not the result's meaning.
+FREE = {
+    "run_dir", "accumulate", "threads", "loader_threads", "prefetch", "compile", "activation_checkpointing", "deterministic",
+    "max_skipped_steps", "log_every", "images_every", "resume", "checkpoint", "evaluators",
+}  # fmt: skip
+
+
+def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """A recipe file and `key=value` overrides -> a checked Config.
+
+    Raises:
+        OptionError: naming the option, its file and line, and the nearest known name.
+    """
+    data: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    if recipe is not None:
+        data, lines = _read(Path(recipe))
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise OptionError(f"expected key=value, found {override!r}")
+    try:
+        # In place of a list a mapping cannot be merged: an override replaces what it names.
+        merged = OmegaConf.merge(OmegaConf.create(data), OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(merged, resolve=False)
+    except OmegaConfBaseException as error:
+        raise OptionError(f"cannot merge {' '.join(overrides)}: {error}") from error
+    _refuse_interpolation(plain, "")
+
+    def place(path: str) -> str:
+        while path and path not in lines:
+            path = path.rpartition(".")[0]
+        return f" ({recipe}, line {lines[path]})" if path in lines else ""
+
+    return assemble(plain, place)
+
+
+def assemble(data: Any, place: Callable[[str], str] = lambda path: "") -> Config:
+    """Plain data -> Config, with each objective's and evaluator's own options checked by its own dataclass."""
+    config: Config = build(Config, data, "", place)
+    if not config.objectives:
+        raise OptionError(f"the recipe names no objective.{nearest('', OBJECTIVES)}")
+    if (config.steps is None) == (config.epochs is None):
+        raise OptionError("say either steps: N or epochs: {source: NAME, count: N}")
+    for name, options in config.objectives.items():
+        path = f"objectives.{name}"
+        options = _mapping(options, path, place)
+        kind = options.get("kind") or name
+        if kind not in OBJECTIVES:
+            raise OptionError(f"unknown objective {kind!r}{place(path)}{nearest(kind, OBJECTIVES)}")
+        objective: ObjectiveConfig = build(OBJECTIVES[kind].Config, options | {"kind": kind}, path, place)
+        if objective.source not in config.sources:
+            raise OptionError(f"{path}.source is {objective.source!r}{place(path)}, no source of this recipe{nearest(objective.source, config.sources)}")
+        config.objectives[name] = objective
+    for name, options in config.evaluators.items():
+        path = f"evaluators.{name}"
+        options = dict(_mapping(options, path, place))
+        own = {key: options.pop(key) for key in ("kind", "every", "weights") if key in options}
+        kind = own.setdefault("kind", name)
+        if kind not in EVALUATORS:
+            raise OptionError(f"unknown evaluator {kind!r}{place(path)}{nearest(kind, EVALUATORS)}")
+        own["options"] = build(EVALUATORS[kind].Config, options, path, place)
+        config.evaluators[name] = build(EvaluationConfig, own, path, place)
+        if config.evaluators[name].weights == "teacher" and config.teacher is None:
+            raise OptionError(f"{path}.weights is teacher{place(path)}, but the recipe has no teacher: add teacher: {{momentum: 0.996}}")
+    used = {objective.source for objective in config.objectives.values()}
+    if idle := set(config.sources) - used:
+        raise OptionError(f"no objective uses source {', '.join(sorted(idle))}: remove it, or name it in an objective's source")
+    return config
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The resolved recipe as plain data, which `assemble` reads back."""
+    data = _plain(dataclasses.asdict(config))
+    for name, evaluation in data["evaluators"].items():
+        options = evaluation.pop("options")
+        data["evaluators"][name] = evaluation | options
+    return data
+
+
+def dump(config: Config) -> str:
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Where two resolved recipes differ in meaning, one line each."""
+
+    def walk(a: Any, b: Any, path: str) -> list[str]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            return [line for key in sorted({*a, *b}) for line in walk(a.get(key), b.get(key), f"{path}.{key}" if path else key)]
+        return [] if a == b else [f"{path}: {a!r} in the run, {b!r} in the recipe"]
+
+    return [line for key in sorted({*old, *new} - FREE) for line in walk(old.get(key), new.get(key), key)]
+
+
+def help_text() -> str:
+    """Every field with its documentation and default."""
+    sections = [("", Config, "")]
+    sections += [(f"objective {kind}", cls.Config, "objectives.NAME.") for kind, cls in OBJECTIVES.items()]
+    sections += [(f"evaluator {kind}", cls.Config, "evaluators.NAME.") for kind, cls in EVALUATORS.items()]
+    sections += [("every evaluator", EvaluationConfig, "evaluators.NAME.")]
+    out = []
+    for title, cls, prefix in sections:
+        out.append(f"\n{title}\n" if title else "")
+        out += [f"  {path} = {default}\n      {text}" if default else f"  {path}\n      {text}" for path, default, text in describe(cls, prefix)]
+    return "\n".join(out)
+
+
+def _mapping(value: Any, path: str, place: Callable[[str], str]) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise OptionError(f"{path}{place(path)} must be a mapping of options, found {value!r}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """A YAML file -> its data, and the line of every dotted key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"cannot read the recipe {path}: {error.strerror}") from error
+    try:
+        data = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text.strip() else {}
+        node = yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+        raise OptionError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise OptionError(f"{path} must hold a mapping of options, found {type(data).__name__}")
+    lines: dict[str, int] = {}
+
+    def visit(node: Any, prefix: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                name = f"{prefix}.{key.value}" if prefix else str(key.value)
+                lines[name] = key.start_mark.line + 1
+                visit(value, name)
+
+    visit(node, "")
+    return data, lines
+
+
+def _refuse_interpolation(value: Any, path: str) -> None:
+    """A recipe is data: `${oc.env:...}` could read this machine's secrets into a run folder."""
+    if isinstance(value, str) and "${" in value:
+        raise OptionError(f"option {path} contains ${{...}}: recipes are plain data, without interpolation")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_interpolation(item, f"{path}.{key}" if path else str(key))
+    if isinstance(value, list):
+        for i, item in enumerate(value):
+            _refuse_interpolation(item, f"{path}.{i}")

@@ -1,0 +1,43 @@
+"""Signals and a dying launcher: finish the step, save, leave with status 0."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+
+class Interrupts:
+    """Turns SIGTERM, SIGINT and the launcher's death into `reason`, which the training loop reads after each step.
+
+    A second signal leaves at once. A launcher killed outright sends nothing, so its death is watched for: otherwise the worker
+    would train on as an orphan.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._parent = os.getppid()
+        self._previous = {kind: signal.signal(kind, self._handle) for kind in (signal.SIGTERM, signal.SIGINT)}
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="launcher-watch", daemon=True).start()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.reason is not None and time.monotonic() - self._since > 0.5:  # a launcher forwards what the terminal also sent
+            os._exit(128 + number)
+        if self.reason is None:
+            self._since = time.monotonic()
+            self.reason = signal.Signals(number).name
+
+    def _watch(self) -> None:
+        while not self._closed.wait(1.0):
+            if os.getppid() != self._parent:
+                self._since = time.monotonic()
+                self.reason = self.reason or "the launcher died"
+                return
+
+    def close(self) -> None:
+        self._closed.set()
+        for kind, handler in self._previous.items():
+            signal.signal(kind, handler)

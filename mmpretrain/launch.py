@@ -1,0 +1,84 @@
+"""Where the run computes: device, precision, threads, processes; and a record of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+
+from mmpretrain import __version__
+from mmpretrain.config import Config
+from mmpretrain.options import OptionError
+
+
+def start(config: Config) -> Accelerator:
+    """The Accelerator of this process. Settles `config.precision` and `config.threads`, which plain `accelerate launch` leaves slow."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if config.threads is None:
+        # `accelerate launch` and torchrun set one OpenMP thread; any other number is the user's wish.
+        wish = os.environ.get("OMP_NUM_THREADS", "1")
+        config.threads = int(wish) if wish.isdigit() and int(wish) > 1 else max(1, len(os.sched_getaffinity(0)) // local_ranks)
+    torch.set_num_threads(config.threads)
+    if config.precision == "auto":
+        config.precision = "bf16" if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" or computes_bf16() else "fp32"
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    # One DDP forward per step and every trainable parameter gets a gradient; running statistics are equal on all ranks already.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no", kwargs_handlers=[ddp])
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise OptionError(f"launched as {accelerator.distributed_type.value}: this trainer runs on one device or under DDP; launch without it")
+    return accelerator
+
+
+def computes_bf16() -> bool:
+    """Whether bf16 is faster than fp32 here: CUDA since Ampere, CPUs with AMX."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available():
+        return False
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and " amx_bf16" in flags.read_text()
+
+
+def environment(accelerator: Accelerator, config: Config) -> dict[str, Any]:
+    """What a reader needs to repeat the run."""
+    packages = ["torch", "torchvision", "open_clip_torch", "accelerate", "transformers", "timm", "webdataset", "numpy", "pillow"]
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "mmpretrain": __version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+        "git_commit": _git_commit(),
+        "device": f"{accelerator.device.type} ({device})",
+        "precision": config.precision,
+        "threads": config.threads,
+        "processes": accelerator.num_processes,
+        "command": " ".join(sys.argv),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,183 @@
+"""Plain data -> dataclasses: types checked, unknown names refused with the nearest known one, documentation read from the source."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import io
+import tokenize
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class OptionError(ValueError):
+    """An option that does not exist, or a value that does not fit it: the caller's mistake."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """", did you mean 'x'?" when something known is close, and what is known."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return (f"; did you mean {close[0]!r}?" if close else "") + f" Known: {', '.join(sorted(known))}."
+
+
+def build(cls: type, data: Any, where: str = "", place: typing.Callable[[str], str] = lambda path: "") -> Any:
+    """An instance of the dataclass `cls` from a mapping.
+
+    Args:
+        where: dotted path of `data` in the recipe, for messages.
+        place: dotted path -> " (file, line n)", for messages.
+
+    Raises:
+        OptionError: an unknown key, or a value of the wrong type.
+    """
+    if dataclasses.is_dataclass(data) and isinstance(data, cls):
+        return data
+    if data is None:
+        data = {}
+    if not isinstance(data, Mapping):
+        raise OptionError(f"{where or 'the recipe'}{place(where)} must be a mapping of options, found {data!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in data.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in fields:
+            raise OptionError(f"unknown option {path!r}{place(path)}{nearest(str(key), fields)}")
+        values[key] = convert(value, hints[key], path, place)
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            path = f"{where}.{name}" if where else name
+            raise OptionError(f"option {path!r}{place(where)} is required: {documentation(cls).get(name, '')}")
+    return cls(**values)
+
+
+def convert(value: Any, hint: Any, path: str, place: typing.Callable[[str], str] = lambda path: "") -> Any:
+    """`value` as the type `hint` says. Numbers written as text are read; a bool is never a number."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    wrong = OptionError(f"option {path}={value!r}{place(path)}: expected {_name(hint)}, found {type(value).__name__}")
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        for choice in arguments:
+            if isinstance(choice, type) and type(value) is choice:
+                return value
+        for choice in arguments:
+            if choice is not type(None):
+                try:
+                    return convert(value, choice, path, place)
+                except OptionError:
+                    continue
+        raise wrong
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise OptionError(f"option {path}={value!r}{place(path)}{nearest(str(value), map(str, arguments))}")
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise wrong
+        return {str(k): convert(v, arguments[1], f"{path}.{k}", place) for k, v in value.items()}
+    if origin is list:
+        if isinstance(value, str) or not isinstance(value, typing.Sequence):
+            raise wrong
+        return [convert(v, arguments[0], f"{path}.{i}", place) for i, v in enumerate(value)]
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, typing.Sequence):
+            raise wrong
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise OptionError(f"option {path}={value!r}{place(path)}: expected {len(arguments)} values, found {len(value)}")
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(convert(v, kind, f"{path}.{i}", place) for i, (v, kind) in enumerate(zip(value, kinds)))
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, str) and "preset" in {f.name for f in dataclasses.fields(hint)}:
+            value = {"preset": value}
+        return build(typing.cast(type, hint), value, path, place)
+    if hint is bool and not isinstance(value, bool):
+        raise wrong
+    if hint in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise wrong
+        try:
+            number = float(value)
+        except ValueError:
+            raise wrong from None
+        if hint is int and number != int(number):
+            raise wrong
+        return int(value) if hint is int and isinstance(value, int | str) and str(value).lstrip("+-").isdigit() else hint(number)
+    if hint is str:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, str):
+            raise wrong
+    if hint is dict and not isinstance(value, Mapping):
+        raise wrong
+    return value
+
+
+def _name(hint: Any) -> str:
+    if isinstance(hint, type) and not typing.get_args(hint):
+        return hint.__name__
+    return str(hint).replace("typing.", "").replace("NoneType", "null").replace("None", "null")
+
+
+@functools.cache
+def documentation(cls: type) -> dict[str, str]:
+    """Field -> its one line of documentation: `metadata["help"]`, or the comment behind it in the source."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            found |= _comments(base)
+    helps = {f.name: f.metadata["help"] for f in dataclasses.fields(cls) if "help" in f.metadata}
+    return found | helps
+
+
+def _comments(cls: type) -> dict[str, str]:
+    found: dict[str, str] = {}
+    name = ""
+    depth = 0
+    previous = tokenize.NEWLINE
+    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline):
+        if token.type == tokenize.OP:
+            depth += (token.string in "([{") - (token.string in ")]}")
+        starts_line = previous in (tokenize.NEWLINE, tokenize.INDENT, tokenize.NL, tokenize.DEDENT)
+        if token.type == tokenize.NAME and depth == 0 and starts_line:
+            name = token.string
+        if token.type == tokenize.COMMENT and name:
+            found.setdefault(name, token.string.lstrip("# ").strip())
+        previous = token.type
+    return found
+
+
+def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(option, default, documentation) of every field, nested dataclasses opened."""
+    lines = []
+    docs, hints = documentation(cls), typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        path = f"{prefix}{field.name}"
+        inner = next((h for h in (hints[field.name], *typing.get_args(hints[field.name])) if dataclasses.is_dataclass(h)), None)
+        if inner is not None and typing.get_origin(hints[field.name]) is not dict:
+            if docs.get(field.name):
+                lines.append((path, "", docs[field.name]))
+            lines += describe(typing.cast(type, inner), f"{path}.")
+        elif inner is not None:
+            lines.append((f"{path}.NAME", "", docs.get(field.name, "")))
+            lines += describe(typing.cast(type, inner), f"{path}.NAME.")
+        else:
+            lines.append((path, _default(field), docs.get(field.name, "")))
+    return lines
+
+
+def _default(field: dataclasses.Field) -> str:
+    if field.default is not dataclasses.MISSING:
+        value = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        return "required"
+    return "null" if value is None else str(value)
