@@ -1,0 +1,141 @@
+"""6. Photometric operations for a whole batch, on the loader's threads or on the device.
+
+Brightness, contrast, saturation, hue, greyscale and normalisation are affine in colour, so a row's whole chain is ONE 3x4 matrix; blur
+and solarize follow in normalised space. Departures from torchvision, which clamps after every operation and turns hue in HSV: values are
+clamped once, after the chain; hue is a rotation in YIQ, which keeps luma. Contrast blends with the mean grey of the row's own image, as
+torchvision does: the mean passes exactly through affine operations, so it is taken once, before them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LUMA = (0.299, 0.587, 0.114)
+_YIQ = ((0.299, 0.587, 0.114), (0.59590059, -0.27455667, -0.32134392), (0.21153661, -0.52273617, 0.31119955))
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+def hue_matrix(turns: Tensor) -> Tensor:
+    """Turns of the colour circle, [B] -> [B,3,3]: rotation of the chroma plane of YIQ."""
+    to_yiq = torch.tensor(_YIQ, dtype=turns.dtype, device=turns.device)
+    angle = turns * (2 * math.pi)
+    rotation = torch.zeros(len(turns), 3, 3, dtype=turns.dtype, device=turns.device)
+    rotation[:, 0, 0] = 1
+    rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
+    rotation[:, 1, 2], rotation[:, 2, 1] = angle.sin(), -angle.sin()
+    return torch.linalg.inv(to_yiq) @ rotation @ to_yiq
+
+
+def jitter_matrix(mean: Tensor, factors: Tensor, turns: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """The colour jitter of each row as (matrix [B,3,3], offset [B,3]), on values in 0..1.
+
+    `mean` [B,3] the image's mean colour; `factors` [B,3] of brightness, contrast, saturation; `turns` [B] of hue; `order` int64 [B,4] which
+    operation comes first, second, ...
+    """
+    B = len(mean)
+    eye = torch.eye(3, device=mean.device).expand(B, 3, 3)
+    luma = torch.tensor(LUMA, device=mean.device)
+    grey = luma.expand(3, 3)  # every channel becomes the luma
+    scale = factors[:, :, None, None]
+    saturation = scale[:, 2] * eye + (1 - scale[:, 2]) * grey
+    operations = torch.stack([scale[:, 0] * eye, scale[:, 1] * eye, saturation, hue_matrix(turns)], 1)  # [B,4,3,3]
+    matrix, offset = eye, torch.zeros_like(mean)
+    rows = torch.arange(B, device=mean.device)
+    for position in range(4):
+        which = order[:, position]
+        step = operations[rows, which]
+        current = (matrix @ mean[:, :, None])[..., 0] + offset  # the mean colour so far
+        towards = (1 - factors[:, 1]) * (current @ luma) * (which == CONTRAST)
+        offset = (step @ offset[:, :, None])[..., 0] + towards[:, None]
+        matrix = step @ matrix
+    return matrix, offset
+
+
+def _affine(pixels: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
+    """uint8 [B,3,H,W] -> float32 [B,3,H,W]: matrix @ colour + offset. Plain arithmetic: a small matrix product would wake MKL's threads."""
+    if pixels.is_cuda:
+        flat = torch.baddbmm(offset[:, :, None], matrix, pixels.flatten(2).float())
+        return flat.view(pixels.shape)
+    red, green, blue = (pixels[:, c].float() for c in range(3))
+    out = torch.empty(pixels.shape, dtype=torch.float32)
+    factor = matrix[..., None, None]
+    for c in range(3):
+        torch.mul(red, factor[:, c, 0], out=out[:, c])
+        out[:, c].addcmul_(green, factor[:, c, 1]).addcmul_(blue, factor[:, c, 2]).add_(offset[:, c, None, None])
+    return out
+
+
+def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 [B,3,H,W] -> float32 (x/255 - mean) / std."""
+    mean_, std_ = (torch.tensor(v, device=pixels.device, dtype=torch.float32)[:, None, None] for v in (mean, std))
+    return torch.addcmul(-mean_ / std_, pixels.float(), 1 / (255 * std_))
+
+
+def blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of each row [B,3,H,W] by its own `sigma` [B] in pixels; 0 leaves the row alone. In place.
+
+    Separable, cut at three sigma, edges reflected; rows with the same reach are done together.
+    """
+    limit = min(images.shape[-2:]) - 1
+    radius = (3 * sigma).ceil().long().clamp(max=limit)
+    for r in radius.unique().tolist():
+        if r == 0:
+            continue
+        rows = (radius == r).nonzero()[:, 0]
+        taps = torch.exp(-0.5 * (torch.arange(r + 1, device=sigma.device) / sigma[rows, None]) ** 2)  # [b, r+1], one side
+        taps = (taps / (taps[:, :1] + 2 * taps[:, 1:].sum(1, keepdim=True)))[:, :, None, None, None]
+        x = images[rows]
+        for axis in (-1, -2):
+            size = x.shape[axis]
+            padded = F.pad(x, (r, r, 0, 0) if axis == -1 else (0, 0, r, r), mode="reflect")
+            x = padded.narrow(axis, r, size) * taps[:, 0]
+            for k in range(1, r + 1):
+                x.addcmul_(padded.narrow(axis, r - k, size) + padded.narrow(axis, r + k, size), taps[:, k])
+        images[rows] = x
+    return images
+
+
+def photometric(pixels: Tensor, params: dict[str, Tensor], mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 [B,3,H,W] -> normalised float32 [B,3,H,W].
+
+    `params`, all optional: `factors` [B,3], `turns` [B], `order` [B,4] of the colour jitter; `grey` bool [B]; `sigma` [B] of the blur;
+    `solarize` bool [B]. In this order, as in SimCLR, MoCo v3 and BYOL.
+    """
+    colour = "factors" in params or "grey" in params
+    if not colour:
+        out = normalise(pixels, mean, std)
+    else:
+        B, device = len(pixels), pixels.device
+        mean_, std_ = (torch.tensor(v, device=device, dtype=torch.float32) for v in (mean, std))
+        if "factors" in params:
+            average = torch.stack([pixels[:, c].float().mean((1, 2)) for c in range(3)], 1) / 255
+            matrix, offset = jitter_matrix(average, params["factors"], params["turns"], params["order"])
+        else:
+            matrix, offset = torch.eye(3, device=device).expand(B, 3, 3), torch.zeros(B, 3, device=device)
+        if "grey" in params:
+            luma = torch.tensor(LUMA, device=device)
+            grey = params["grey"]
+            offset = torch.where(grey[:, None], (offset @ luma)[:, None], offset)
+            row = torch.einsum("c,bcd->bd", luma, matrix)[:, None].expand(-1, 3, -1)
+            matrix = torch.where(grey[:, None, None], row, matrix)
+        out = _affine(pixels, matrix / (255 * std_[:, None]), (offset - mean_) / std_)
+        low, high = -mean_ / std_, (1 - mean_) / std_
+        out.clamp_(low[:, None, None], high[:, None, None])
+    if "sigma" in params:
+        out = blur(out, params["sigma"])
+    if "solarize" in params and bool(params["solarize"].any()):
+        out = solarize(out, params["solarize"], mean, std)
+    return out
+
+
+def solarize(images: Tensor, rows: Tensor, mean: tuple[float, ...], std: tuple[float, ...], threshold: float = 0.5) -> Tensor:
+    """Invert the values from `threshold` on, of normalised images [B,3,H,W] where `rows` (bool [B]) says so. In place."""
+    mean_, std_ = (torch.tensor(v, device=images.device, dtype=torch.float32)[:, None, None] for v in (mean, std))
+    at = rows.nonzero()[:, 0]
+    x = images[at]
+    images[at] = torch.where(x >= (threshold - mean_) / std_, (1 - 2 * mean_) / std_ - x, x)
+    return images

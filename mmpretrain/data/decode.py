@@ -1,0 +1,212 @@
+"""4. Bytes -> uint8 RGB image, caption, label. Formats are sniffed from the content; whatever cannot be used is a BadSample."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import unicodedata
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg, decode_png
+
+from mmpretrain.data.schema import BadSample
+
+PILLOW_FORMATS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF", "ppm": "PPM"}
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What an image may be. Sizes are judged from the header, before any pixel is decoded."""
+
+    max_pixels: int = 64_000_000  # width times height
+    min_side: int = 8  # pixels
+    max_aspect: float = 20.0  # longer side over shorter side
+    background: tuple[int, int, int] = (255, 255, 255)  # what shows through transparency, RGB 0..255
+
+    def check(self, width: int, height: int) -> None:
+        """Raises BadSample for an image too large, too small or too elongated."""
+        if width * height > self.max_pixels:
+            raise BadSample("too_many_pixels", f"{width} x {height}, the limit is {self.max_pixels} pixels (max_pixels)")
+        if min(width, height) < self.min_side:
+            raise BadSample("too_small", f"{width} x {height}, the shorter side must be {self.min_side} pixels (min_side)")
+        if max(width, height) > self.max_aspect * min(width, height):
+            raise BadSample("too_elongated", f"{width} x {height}, sides may differ {self.max_aspect:g} times (max_aspect)")
+
+
+def sniff(data: bytes) -> str | None:
+    """The image format by its first bytes, or None where it is not one of the allowed."""
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpeg"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "gif"
+    if data[:2] == b"BM":
+        return "bmp"
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        return "tiff"
+    if data[:1] == b"P" and data[1:2] in b"123456" and data[2:3].isspace():
+        return "ppm"
+    return None
+
+
+def jpeg_header(data: bytes) -> tuple[int, int, int, int] | None:
+    """(width, height, components, bits) from the frame header; None where there is none."""
+    at = 2
+    while at + 9 < len(data):
+        if data[at] != 0xFF:
+            return None
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack(">HH", data[at + 5 : at + 9])
+            return width, height, data[at + 9], data[at + 4]
+        elif marker == 0xDA:
+            return None
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+def composite(rgba: Tensor, background: tuple[int, int, int]) -> Tensor:
+    """uint8 [4,H,W] -> uint8 [3,H,W]: colour over the background, by alpha."""
+    alpha = rgba[3:].to(torch.int32)
+    under = torch.tensor(background, dtype=torch.int32)[:, None, None]
+    return ((rgba[:3].to(torch.int32) * alpha + under * (255 - alpha) + 127) // 255).to(torch.uint8)
+
+
+def _fast(data: bytes, kind: str, limits: ImageLimits) -> Tensor | None:
+    """torchvision's decoders for plain 8-bit JPEG and PNG; None leaves the rest to Pillow."""
+    if kind == "jpeg":
+        header = jpeg_header(data)
+        if header is None:
+            raise BadSample("undecodable_image", "JPEG without a frame header")
+        width, height, components, bits = header
+        limits.check(width, height)
+        if components not in (1, 3) or bits != 8:
+            return None
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+    if len(data) < 33:
+        raise BadSample("undecodable_image", f"PNG of {len(data)} bytes")
+    width, height, bits, colour = struct.unpack(">IIBB", data[16:26])
+    limits.check(width, height)
+    pixels_at = data.find(b"IDAT")
+    if bits != 8 or colour not in (0, 2, 6) or data.find(b"tRNS", 0, pixels_at) != -1:
+        return None
+    mode = ImageReadMode.RGB_ALPHA if colour == 6 else ImageReadMode.RGB
+    image = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode, apply_exif_orientation=True)
+    return composite(image, limits.background) if colour == 6 else image
+
+
+def _eight_bit(values: np.ndarray) -> np.ndarray:
+    """Integers or floats of another range -> uint8, by the range the values show.
+
+    Floats in 0..1 are fractions; anything within 0..65535 is 16 bit; else the image's own minimum and maximum become 0 and 255.
+    """
+    values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    if low >= 0 and high <= 1:
+        scaled = values * 255
+    elif low >= 0 and high <= 255:
+        scaled = values
+    elif low >= 0 and high <= 65535:
+        scaled = values / 257
+    else:
+        scaled = (values - low) / max(high - low, 1e-12) * 255
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def _pillow(data: bytes, kind: str, limits: ImageLimits) -> Tensor:
+    with Image.open(io.BytesIO(data), formats=[PILLOW_FORMATS[kind]]) as opened:
+        limits.check(*opened.size)
+        opened.load()  # the first frame of an animation
+        image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(np.rint(np.asarray(image, np.float64) / 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        image = Image.fromarray(_eight_bit(np.asarray(image)))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1)
+        return composite(rgba, limits.background)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def decode_image(data: bytes, limits: ImageLimits = ImageLimits()) -> Tensor:
+    """Image file -> uint8 [3,H,W] RGB, upright (EXIF orientation applied), transparency over `limits.background`.
+
+    Raises BadSample: unknown_format, undecodable_image (truncated too), too_many_pixels, too_small, too_elongated.
+    """
+    kind = sniff(data)
+    if kind is None:
+        raise BadSample("unknown_format", f"begins with {bytes(data[:12])!r}; decoded are {', '.join(PILLOW_FORMATS)}")
+    try:
+        image = _fast(data, kind, limits) if kind in ("jpeg", "png") else None
+        return _pillow(data, kind, limits) if image is None else image
+    except BadSample:
+        raise
+    except (Exception, MemoryError) as error:  # decoders raise all sorts over hostile bytes
+        raise BadSample("undecodable_image", f"{kind}: {' '.join(str(error).split())[:200]}") from error
+
+
+def decode_text(data: bytes) -> str:
+    """UTF-8 bytes -> text in NFC without outer white space. Raises BadSample: empty_caption, not_utf8."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSample("not_utf8", str(error)) from error
+    text = unicodedata.normalize("NFC", text).replace("\0", "").strip()
+    if not text:
+        raise BadSample("empty_caption")
+    return text
+
+
+def decode_json(data: bytes) -> dict[str, Any]:
+    """Raises BadSample: bad_json."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("bad_json", str(error)[:200]) from error
+    if not isinstance(value, dict):
+        raise BadSample("bad_json", f"expected an object, found {type(value).__name__}")
+    return value
+
+
+def captions_from(value: Any, what: str) -> list[str]:
+    """A string, or a list of strings of which the empty ones are left out. Raises BadSample."""
+    if isinstance(value, str):
+        return [decode_text(value.encode("utf-8", "surrogatepass"))]
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise BadSample("bad_caption", f"{what} holds {type(value).__name__}, expected text or a list of texts")
+    texts = [text for text in (unicodedata.normalize("NFC", item).strip() for item in value) if text]
+    if not texts:
+        raise BadSample("empty_caption", what)
+    return texts
+
+
+def label_from(value: Any, classes: dict[str, int] | None, what: str) -> int:
+    """A class index, as a number or its digits, or a class name found in `classes`. Raises BadSample: bad_label."""
+    if isinstance(value, bytes):
+        value = decode_text(value)
+    if isinstance(value, str) and classes is not None and value in classes:
+        return classes[value]
+    try:
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+            raise ValueError
+        label = int(value)
+    except (TypeError, ValueError):
+        known = "and the source has no `classes:`" if classes is None else f"not among its {len(classes)} classes"
+        raise BadSample("bad_label", f"{what} holds {value!r}, neither an index {known}") from None
+    if label < 0 or (classes is not None and label >= len(classes)):
+        raise BadSample(
+            "bad_label", f"{what} holds {label}, " + ("expected at least 0" if classes is None else f"there are {len(classes)} classes")
+        )
+    return label

@@ -1,0 +1,65 @@
+"""Tokenizers behind one interface, and the cut of a padded batch to its longest caption."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from torch import Tensor
+
+_LOCK = threading.Lock()
+_FOUND: dict[str, Tokenizer] = {}
+
+
+class Tokenizer:
+    """Texts -> ids, with the special ids that pooling and masking need."""
+
+    def __init__(self, name: str, inner: Any, sot: int | None, eot: int | None, vocab_size: int) -> None:
+        self.name = name
+        self.sot, self.eot, self.vocab_size = sot, eot, vocab_size
+        self._inner = inner
+
+    def encode(self, texts: list[str], context_length: int = 77) -> Tensor:
+        """-> int64 [n, context_length], padded; a longer text is cut and still ends with EOT where the tokenizer has one."""
+        return self._inner(texts, context_length=context_length).long()
+
+
+def get_tokenizer(name: str = "clip") -> Tokenizer:
+    """ "clip" is open_clip's bundled BPE; any other name an open_clip model's or a transformers tokenizer."""
+    with _LOCK:  # loader threads ask at once
+        if name not in _FOUND:
+            _FOUND[name] = _build(name)
+        return _FOUND[name]
+
+
+def _build(name: str) -> Tokenizer:
+    if name == "clip":
+        from open_clip.tokenizer import SimpleTokenizer
+
+        inner = SimpleTokenizer()
+        return Tokenizer(name, inner, inner.sot_token_id, inner.eot_token_id, inner.vocab_size)
+    import open_clip
+
+    inner = open_clip.get_tokenizer(name) if name in open_clip.list_models() or ":" in name else open_clip.tokenizer.HFTokenizer(name)
+    below = getattr(inner, "tokenizer", inner)
+
+    def first(*names: str) -> int | None:
+        found = (getattr(below, attribute, None) for attribute in names)
+        return next((value for value in found if value is not None), None)
+
+    sot = first("sot_token_id", "bos_token_id", "cls_token_id")
+    eot = first("eot_token_id", "eos_token_id", "sep_token_id")
+    size = getattr(below, "vocab_size", None)
+    return Tokenizer(name, inner, sot, eot, max(int(size), len(below)) if hasattr(below, "__len__") else int(size))
+
+
+def trim(ids: Tensor, eot: int) -> Tensor:
+    """Cut int64 [B,L] to its longest caption, up to the first EOT, rounded up to a multiple of 8 so that few lengths occur.
+
+    Where a row holds no EOT nothing is cut. Exact for causal towers that pool at EOT: what follows EOT cannot reach it.
+    """
+    ended = ids == eot
+    if not bool(ended.any(1).all()):
+        return ids
+    longest = int(ended.int().argmax(1).max()) + 1
+    return ids[:, : min(ids.shape[1], -(-longest // 8) * 8)]

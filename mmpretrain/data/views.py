@@ -1,0 +1,186 @@
+"""5. View specs: what is drawn for a view and how it is cut. Photometry is in augment.py.
+
+Random numbers come from the rows' seeds and the spec's `repr` alone, so a row looks the same in any batch, on any rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmpretrain import random
+from mmpretrain.data import augment
+from mmpretrain.data.text import get_tokenizer, trim
+from mmpretrain.types import Params, Sample, View, ViewSpec
+
+NORMALISATION = {
+    "openai": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """uint8 [3,H,W] -> uint8 [3,height,width], bicubic and antialiased."""
+    if tuple(image.shape[-2:]) == (height, width):
+        return image.contiguous()
+    return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
+
+
+def crop_boxes(samples: Sequence[Sample], seeds: Tensor, name: object, scale: tuple, ratio: tuple) -> Tensor:
+    """Random-resized-crop boxes, int64 [B,4] of top, left, height, width (Szegedy et al. 2015).
+
+    As torchvision's RandomResizedCrop: ten draws of area share and of log aspect ratio, the first that fits counts, else the central crop
+    nearest to the wanted ratios. Drawn for all rows at once.
+    """
+    sides = torch.tensor([sample.image.shape[-2:] for sample in samples], dtype=torch.float64)  # [B,2] height, width
+    u = random.uniform(seeds, ("crop", name), 22).double()  # [B,22]
+    height, width = sides[:, :1], sides[:, 1:]
+    area = height * width * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
+    log_ratio = math.log(ratio[0]) + u[:, 10:20] * (math.log(ratio[1]) - math.log(ratio[0]))
+    aspect = log_ratio.exp()
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # [B,10]
+    fits = (w > 0) & (h > 0) & (w <= width) & (h <= height)
+    first = fits.int().argmax(1, keepdim=True)
+    w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
+    height, width = height[:, 0], width[:, 0]
+    top = ((height - h + 1) * u[:, 20]).floor()
+    left = ((width - w + 1) * u[:, 21]).floor()
+    shape = width / height
+    w_c = torch.where(shape > ratio[1], (height * ratio[1]).round(), width)
+    h_c = torch.where(shape < ratio[0], (width / ratio[0]).round(), height)
+    central = torch.stack([((height - h_c) / 2).floor(), ((width - w_c) / 2).floor(), h_c, w_c], 1)
+    drawn = torch.stack([top, left, h, w], 1)
+    return torch.where(fits.any(1, keepdim=True), drawn, central).long()
+
+
+class _Tuples:
+    """Lists from a recipe become tuples, so that specs hash and equal specs are one view."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if isinstance(value, list):
+                object.__setattr__(self, item.name, tuple(value))
+
+
+@dataclass(frozen=True)
+class ImageView(_Tuples, ViewSpec):
+    """A training view: random resized crop, flip, colour jitter, greyscale, blur, solarize, normalisation.
+
+    brightness, contrast and saturation f: a factor uniform in [max(0, 1-f), 1+f]. hue: turns uniform in [-hue, hue], at most 0.5.
+    jitter_prob: probability that colour jitter is applied at all, its four operations in random order. flip, grayscale, blur, solarize:
+    probabilities. Blur's sigma is uniform in [0.1, 2] pixels (SimCLR, appendix A).
+    """
+
+    modality: ClassVar[Literal["image"]] = "image"
+    size: int = 224
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] = (0.75, 1.3333)
+    flip: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    jitter_prob: float = 0.0
+    grayscale: float = 0.0
+    blur: float = 0.0
+    solarize: float = 0.0
+    mean: tuple[float, float, float] = NORMALISATION["openai"][0]
+    std: tuple[float, float, float] = NORMALISATION["openai"][1]
+
+    def draw(self, samples: Sequence[Sample], seeds: Tensor) -> Params:
+        name = repr(self)
+        params = {"box": crop_boxes(samples, seeds, name, self.scale, self.ratio)}
+        chance = random.uniform(seeds, ("chance", name), 5)  # [B,5]
+        if self.flip:
+            params["flip"] = chance[:, 0] < self.flip
+        strengths = (self.brightness, self.contrast, self.saturation)
+        if self.jitter_prob and (any(strengths) or self.hue):
+            u = random.uniform(seeds, ("jitter", name), 4)
+            low = torch.tensor([max(0.0, 1 - s) for s in strengths])
+            high = torch.tensor([1 + s for s in strengths])
+            applied = chance[:, 1] < self.jitter_prob
+            params["factors"] = torch.where(applied[:, None], low + u[:, :3] * (high - low), 1.0)
+            params["turns"] = torch.where(applied, (2 * u[:, 3] - 1) * self.hue, 0.0)
+            params["order"] = random.uniform(seeds, ("order", name), 4).argsort(1)
+        if self.grayscale:
+            params["grey"] = chance[:, 2] < self.grayscale
+        if self.blur:
+            sigma = 0.1 + 1.9 * random.uniform(seeds, ("sigma", name))
+            params["sigma"] = torch.where(chance[:, 3] < self.blur, sigma, 0.0)
+        if self.solarize:
+            params["solarize"] = chance[:, 4] < self.solarize
+        return params
+
+    def geometry(self, source: Tensor, params: Params) -> Tensor:
+        top, left, height, width = params["box"].tolist()
+        cut = resize(source[:, top : top + height, left : left + width], self.size, self.size)
+        return cut.flip(-1) if params.get("flip") else cut
+
+    def render(self, pixels: Tensor, params: Params) -> View:
+        return View(augment.photometric(pixels, params, self.mean, self.std))
+
+
+@dataclass(frozen=True)
+class CenterView(_Tuples, ViewSpec):
+    """The evaluation view: resize so that the shorter side fits ("shortest") or both sides do ("squash"), centre crop, normalisation."""
+
+    modality: ClassVar[Literal["image"]] = "image"
+    size: int = 224
+    mean: tuple[float, float, float] = NORMALISATION["openai"][0]
+    std: tuple[float, float, float] = NORMALISATION["openai"][1]
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resize_mode not in ("shortest", "squash"):
+            raise ValueError(f"resize_mode {self.resize_mode!r}: expected shortest or squash")
+        if self.interpolation not in ("bicubic", "bilinear"):
+            raise ValueError(f"interpolation {self.interpolation!r}: expected bicubic or bilinear")
+
+    def draw(self, samples: Sequence[Sample], seeds: Tensor) -> Params:
+        return {}
+
+    def geometry(self, source: Tensor, params: Params) -> Tensor:
+        height, width = source.shape[-2:]
+        if self.resize_mode == "squash":
+            to = (self.size, self.size)
+        else:
+            short = min(height, width)
+            to = tuple(self.size if side == short else int(self.size * side / short) for side in (height, width))
+        if (height, width) != to:
+            source = F.interpolate(source[None], to, mode=self.interpolation, antialias=True)[0]
+        top, left = (round((side - self.size) / 2) for side in to)
+        return source[:, top : top + self.size, left : left + self.size].contiguous()
+
+    def render(self, pixels: Tensor, params: Params) -> View:
+        return View(augment.normalise(pixels, self.mean, self.std))
+
+
+@dataclass(frozen=True)
+class TextView(ViewSpec):
+    """One caption of the sample, drawn by its seed, as token ids. `trim` cuts the batch to its longest caption (text.trim)."""
+
+    modality: ClassVar[Literal["text"]] = "text"
+    tokenizer: str = "clip"
+    context_length: int = 77
+    trim: bool = True
+
+    def draw(self, samples: Sequence[Sample], seeds: Tensor) -> Params:
+        number = torch.tensor([len(sample.captions) for sample in samples])
+        return {"caption": (random.uniform(seeds, ("caption", repr(self))) * number).long()}
+
+    def geometry(self, source: list[str], params: Params) -> Tensor:
+        return get_tokenizer(self.tokenizer).encode([source[int(params["caption"])]], self.context_length)[0]
+
+    def render(self, pixels: Tensor, params: Params) -> View:
+        eot = get_tokenizer(self.tokenizer).eot
+        return View(trim(pixels, eot) if self.trim and eot is not None else pixels)
