@@ -1,7 +1,7 @@
 """What is said of a demo scene: training captions, prompts that no training caption uses, questions, and binding sentences.
 
-A caption leaves out attributes at random. The texture or the shape is sometimes left out too, but never both, and both sometimes go by
-a synonym; class names and prompts use the first word of each list. Draws come from `random.Random(int).random()`, whose sequence Python keeps.
+A caption leaves out attributes at random. The texture or the shape is sometimes left out too, but never both, and both sometimes go
+by a synonym; class names and prompts use the first word of each list. Draws come from `random.Random(int).random()`, whose sequence Python keeps.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def describe(scenes: Scenes, i: int, things: list[tuple[int, int, list[int]]]) -
     for slot, area, box in things:
         category = int(scenes.category[i, slot])
         second = None if CLASSES[category][0] == "solid" else COLOUR_NAMES[scenes.second[i, slot]]
-        size = size_word(float(scenes.radius[i, slot]), main=slot == 0)
+        size = size_word(float(scenes.radius[i, slot]), main=slot == 0 or scenes.split == "binding")
         x, y = float(scenes.x[i, slot]), float(scenes.y[i, slot])
         made.append(Thing(category, COLOUR_NAMES[scenes.colour[i, slot]], second, size, x, y, area, box))
     return Description(COLOUR_NAMES[scenes.background[i]], made)

@@ -76,7 +76,7 @@ def _describe(seed: int, split: str, index: int) -> Description:
 
 
 def _stranger(seed: int, split: str, index: int) -> Description:
-    """Another scene of the same split, of another class. An even index and the next one lie in one block of labels, so their classes differ."""
+    """Another scene of the split, of another class: an even index and the next lie in one block of labels, so their classes differ."""
     own, other = labels(seed, split, np.array([index]))[0], VIRTUAL + 2 * index
     return _describe(seed, split, other if labels(seed, split, np.array([other]))[0] != own else other + 1)
 

@@ -1,0 +1,102 @@
+"""What the demo's test set gives away without learning: chance, and nearest neighbours by colour histogram and by raw pixels.
+
+Each must stay at or below LIMIT, else the benchmark is too easy. Neighbours come from `pairs`, whose true labels they may use.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_prep.demo_scenes import GENERATOR_VERSION, SIDE
+from mmpretrain.data import index as shard_index
+
+LIMIT = 0.25
+NEIGHBOURS = (1, 5, 20, 50)  # the best of these is reported: a baseline should be as strong as it can be
+CACHE = "baselines.json"
+BINS = 6  # per channel
+
+
+def read_split(folder: Path | str) -> tuple[np.ndarray, np.ndarray]:
+    """-> (images uint8 [n, S, S, 3], class int64 [n], -1 where there is none), in shard order. Raises FileNotFoundError."""
+    paths = sorted(Path(folder).glob("*.tar"))
+    if not paths:
+        raise FileNotFoundError(f"no .tar in {folder}: write the demo shards first (python -m data_prep demo {Path(folder).parent})")
+    images, labels = [], []
+
+    def decode(data: bytes) -> np.ndarray:
+        return np.asarray(Image.open(io.BytesIO(data), formats=["JPEG"]))
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for path in paths:
+            index = shard_index.open_index(path)
+            data = path.read_bytes()
+            members = [index.members(i) for i in range(len(index))]
+            images += pool.map(decode, [data[m["jpg"].offset : m["jpg"].offset + m["jpg"].size] for m in members])
+            labels += [int(data[m["cls"].offset : m["cls"].offset + m["cls"].size]) if "cls" in m else -1 for m in members]
+    return np.stack(images), np.array(labels)
+
+
+def colour_histogram(images: np.ndarray) -> np.ndarray:
+    """uint8 [n, S, S, 3] -> float32 [n, BINS**3]: square roots of frequencies, so that the dot product is the Bhattacharyya coefficient."""
+    cell = (images.astype(np.uint16) * BINS) >> 8
+    flat = ((cell[..., 0] * BINS + cell[..., 1]) * BINS + cell[..., 2]).reshape(len(images), -1)
+    return np.sqrt(np.stack([np.bincount(row, minlength=BINS**3) for row in flat]) / flat.shape[1]).astype(np.float32)
+
+
+def raw_pixels(images: np.ndarray) -> np.ndarray:
+    """uint8 [n, S, S, 3] -> float32 [n, (S/2)**2 * 3] in 0..1: means of 2x2 pixels, which also averages the noise away."""
+    n, half = len(images), images.shape[1] // 2
+    return images.reshape(n, half, 2, half, 2, 3).mean((2, 4), dtype=np.float32).reshape(n, -1) / 255
+
+
+def nearest_neighbours(train: np.ndarray, labels: np.ndarray, test: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Accuracy of majority vote among the k nearest by Euclidean distance, for each k of NEIGHBOURS: {"k=1": ...}; ties go to the nearer."""
+    square = (train**2).sum(1)
+    correct = dict.fromkeys(NEIGHBOURS, 0)
+    most = min(max(NEIGHBOURS), len(train))
+    for low in range(0, len(test), 256):
+        distance = square - 2 * test[low : low + 256] @ train.T
+        near = np.argpartition(distance, most - 1, axis=1)[:, :most]
+        near = np.take_along_axis(near, np.argsort(np.take_along_axis(distance, near, 1), 1, kind="stable"), 1)
+        votes = labels[near]  # [b, most], nearest first
+        for k in NEIGHBOURS:
+            for row, target in zip(votes[:, :k], truth[low : low + 256]):
+                weight = np.bincount(row, weights=1 + 1e-6 * np.arange(len(row))[::-1])
+                correct[k] += int(weight.argmax() == target)
+    return {f"k={k}": n / len(test) for k, n in correct.items()}
+
+
+def nearest_neighbour_baselines(root: Path | str, split: str = "test") -> dict:
+    """Chance and both nearest-neighbour accuracies of `pairs` -> `split`, as fractions; `passed` says whether all are within LIMIT.
+
+    Kept in `root`/baselines.json for as long as generator, seed and sizes are the same.
+    """
+    root = Path(root)
+    key = {"generator_version": GENERATOR_VERSION, "of": [json.loads((root / name / "demo.json").read_text()) for name in ("pairs", split)]}
+    cache = root / CACHE
+    if cache.exists() and (kept := json.loads(cache.read_text()))["key"] == key:
+        return kept["result"]
+    (train, labels), (test, truth) = read_split(root / "pairs"), read_split(root / split)
+    histogram = nearest_neighbours(colour_histogram(train), labels, colour_histogram(test), truth)
+    pixels = nearest_neighbours(raw_pixels(train), labels, raw_pixels(test), truth)
+    result = {
+        "split": split,
+        "n": len(test),
+        "chance": 1 / len(np.unique(labels)),
+        "colour_histogram_knn": max(histogram.values()),
+        "raw_pixel_knn": max(pixels.values()),
+        "detail": {"colour_histogram_knn": histogram, "raw_pixel_knn": pixels, "side": SIDE},
+        "limit": LIMIT,
+    }
+    result["passed"] = max(result["chance"], result["colour_histogram_knn"], result["raw_pixel_knn"]) <= LIMIT
+    temporary = cache.with_name(f"{CACHE}.tmp-{os.getpid()}")
+    temporary.write_text(json.dumps({"key": key, "result": result}, indent=1) + "\n")
+    os.replace(temporary, cache)
+    return result
