@@ -1,0 +1,37 @@
+"""Evaluators: model in, result out. Importing a class and listing it here is the whole registration."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .base import Evaluator, OptionError, make_config
+from .binding import Binding
+from .finetune import FineTune
+from .knn import KNN
+from .linear_probe import LinearProbe
+from .retrieval import Retrieval
+from .zero_shot import ZeroShot
+
+EVALUATORS: dict[str, type] = {
+    "zero_shot": ZeroShot,
+    "retrieval": Retrieval,
+    "knn": KNN,
+    "linear_probe": LinearProbe,
+    "finetune": FineTune,
+    "binding": Binding,
+}
+
+
+def build_evaluator(kind: str, options: Iterable[str] | Mapping[str, Any]) -> Evaluator:
+    """An evaluator from its kind and options (`key=value` texts, or a mapping). Raises OptionError, naming the nearest known name."""
+    if kind not in EVALUATORS:
+        near = difflib.get_close_matches(kind, EVALUATORS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise OptionError(f"unknown evaluator {kind!r}: {hint}known are {', '.join(EVALUATORS)}")
+    evaluator = EVALUATORS[kind]
+    return evaluator(make_config(evaluator.Config, options))
+
+
+__all__ = ["EVALUATORS", "Evaluator", "OptionError", "build_evaluator", "make_config"]

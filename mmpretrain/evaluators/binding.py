@@ -1,0 +1,46 @@
+"""Binding: is an image closer to its caption than to the caption with the attributes swapped? Chance is one half."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from torch.nn.functional import normalize
+
+from ..types import Model, Result
+from .base import OptionError
+from .datasets import DataConfig, open_dataset
+from .features import encode_images, encode_texts
+
+
+@dataclass
+class Config(DataConfig):
+    pass
+
+
+class Binding:
+    """binding_acc over shards whose JSON member has `caption` and `swap`. A tie is wrong."""
+
+    Config = Config
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def __call__(self, model: Model, accelerator: Accelerator) -> Result:
+        config = self.config
+        dataset = open_dataset(config, "images")
+        lacking = [item.key for item in dataset.items if not {"caption", "swap"} <= item.metadata.keys()]
+        if lacking:
+            raise OptionError(f"{dataset.name}: {len(lacking)} samples have no `caption` and `swap` in their json, first {lacking[0]}")
+        found = encode_images(model, dataset, accelerator, config)
+        if "features" not in found.values:
+            raise TypeError("this model gives no joint features: binding needs an image and a text tower")
+        used = [dataset.items[row] for row in found.rows.tolist()]
+        texts = [str(item.metadata[name]) for item in used for name in ("caption", "swap")]
+        text = encode_texts(model, texts, accelerator, config.batch_size * 4).unflatten(0, (len(used), 2))  # [n,2,E]
+        cosine = (normalize(found.values["features"], dim=-1)[:, None] * text).sum(-1)
+        right = cosine[:, 0] > cosine[:, 1]
+        tables = {}
+        if skipped := dataset.skipped + found.skipped:
+            tables["skipped"] = skipped
+        return Result({"binding_acc": right.double().mean().item()}, len(used), dataset.name, tables)

@@ -1,0 +1,193 @@
+"""A data set to evaluate on: items, labels, class names that travel with them, and what had to be left out."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..data.decode import ImageLimits
+from ..random import combine, permutation
+from . import classes as class_names
+from . import readers
+from .base import OptionError, option
+from .readers import Item
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DataConfig:
+    """The options every evaluator shares: what to evaluate on, and how it is read."""
+
+    data: str = field(metadata={"help": "class folder, CSV file, shards (globs, braces, or a folder of tars), or CLIP_benchmark folder"})
+    split: str | None = option(None, "subfolder (class folder, shards), or value of the column `split` (CSV); CLIP_benchmark: test")
+    image: str | None = option(None, "CSV column with the image file")
+    label: str | None = option(None, "CSV column with the label; in shards a member (cls) or json:FIELD")
+    caption: str | None = option(
+        None, "CSV column or template '{name}: {keywords}'; in shards a member (txt) or json:FIELD (a text or a list)"
+    )
+    classes: str | list | dict | None = option(  # noqa: RUF009 (it makes a field)
+        None, "class names: imagenet, a .txt or .json file, a list, or a mapping label: name"
+    )
+    exclude: str | None = option(None, "regular expression: leave out items whose label (or every caption) matches")
+    include: str | None = option(None, "regular expression: keep only items whose label (or a caption) matches")
+    limit: int | None = option(None, "evaluate on so many items, drawn by `seed`")
+    background: list = option([255, 255, 255], "colour behind transparent images: red, green, blue, 0..255")  # noqa: RUF009
+    batch_size: int = option(64, "images a forward, on each process")
+    threads: int = option(4, "threads that read and decode ahead, on each process")
+    cache: str | None = option(None, "folder to keep features in, keyed by weights and data")
+    max_bad_fraction: float = option(0.01, "fail when more than this fraction of the items cannot be used")
+    seed: int = option(0, "what is drawn (limit, held-out parts, initial weights) depends on it alone")
+
+
+@dataclass
+class EvalSet:
+    """Items in a stated order. `labels` index `classes`; for retrieval both are empty and every item has captions."""
+
+    name: str
+    items: list[Item]
+    labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [n]
+    classes: list[str] = field(default_factory=list)
+    templates: list[str] | None = None  # the data set's own prompts, if it has any
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    skipped: list[dict[str, str]] = field(default_factory=list)  # {key, reason}: what its files name but cannot be used
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def fingerprint(self) -> str:
+        """Names the images, not the labels: features depend on the former alone."""
+        digest = hashlib.sha256(repr(self.limits).encode())
+        for item in self.items:
+            digest.update(f"{item.key}\0{item.size}\0{item.stamp}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def subset(self, rows: Tensor) -> EvalSet:
+        """The same classes, some of the items."""
+        picked = [self.items[i] for i in rows.tolist()]
+        return replace(self, items=picked, labels=self.labels[rows] if len(self.labels) else self.labels)
+
+
+def kind_of(data: str) -> Literal["benchmark", "folder", "csv", "shards"]:
+    """Recognise what `data` is. Raises OptionError where it is nothing known."""
+    path = Path(data)
+    if path.is_dir():
+        if any(path.glob("*/nshards.txt")):
+            return "benchmark"
+        if any(path.glob("*.tar")) or (any(path.glob("*/*.tar")) and not any(path.glob("*/*.[jJpPwW][pPnNeE]*"))):
+            return "shards"
+        if any(p.is_dir() for p in path.iterdir()):
+            return "folder"
+        tables = sorted(p.name for p in path.glob("*.csv"))
+        raise OptionError(
+            f"data={data!r}: neither class folders nor .tar shards in it" + (f"; name its table {tables[0]}" if tables else "")
+        )
+    if path.suffix.lower() in (".csv", ".tsv"):
+        if not path.is_file():
+            raise OptionError(f"data={data!r}: no such file")
+        return "csv"
+    if re.search(r"\.tar\b|\*|\{.*\.\..*\}|::", data):
+        return "shards"
+    raise OptionError(f"data={data!r}: no such folder, .csv or .tsv file, or shards")
+
+
+def open_dataset(config: DataConfig, task: Literal["classification", "retrieval", "images"], *, split: str | None = None) -> EvalSet:
+    """Find out what is there and list it. Classification gives labels, retrieval captions, `images` the JSON metadata only.
+
+    Raises OptionError where options and data do not fit, RuntimeError where too many items cannot be used.
+    """
+    kind = kind_of(config.data)
+    split = split if split is not None else config.split
+    captions = task == "retrieval"
+    skipped: list[dict[str, str]] = []
+
+    def skip(key: str, reason: str) -> None:
+        skipped.append({"key": key, "reason": reason})
+
+    root = Path(config.data)
+    templates = None
+    given = class_names.read_classes(config.classes)
+    if kind == "folder":
+        if captions:
+            raise OptionError(f"data={config.data!r} is a class folder: it has no captions; use a CSV, shards, or a CLIP_benchmark folder")
+        source = readers.folder_items(root, split)
+    elif kind == "csv":
+        source = readers.csv_items(root, split, config.image, config.label, config.caption, captions, skip)
+    elif kind == "benchmark":
+        what = _line(root / "dataset_type.txt") or "classification"
+        if what == "multilabel" or (what == "retrieval") != captions:
+            raise OptionError(f"{root}: dataset_type.txt says {what}; it does not fit an evaluator for {task}")
+        names, prompts = root / "classnames.txt", root / "zeroshot_classification_templates.txt"
+        given = given if given is not None or not names.is_file() or captions else readers.lines_of(names)
+        templates = readers.lines_of(prompts) if prompts.is_file() else None
+        source = readers.benchmark_items(root, split or "test", config.label, captions, skip)
+    else:
+        label = {"classification": config.label or "cls", "retrieval": None, "images": None}[task]
+        source = readers.shard_items(
+            readers.shard_paths(config.data, split), label, (config.caption or "txt") if captions else None, False, skip
+        )
+    items = _filtered(list(source), config, captions)
+    check_budget(skipped, len(items) + len(skipped), config.max_bad_fraction, config.data)
+    if not items:
+        raise OptionError(f"data={config.data!r}: no items to evaluate (split={split}, include={config.include}, exclude={config.exclude})")
+    limits = ImageLimits(background=_colour(config.background))
+    result = EvalSet(_name(config.data, split), items, templates=templates, limits=limits, skipped=skipped)
+    if task == "classification":
+        result.labels, names = class_names.resolve([item.label for item in items], given, config.data)
+        result.labels, result.classes = class_names.merge_duplicates(result.labels, names)
+    if config.limit is not None and config.limit < len(items):
+        result = result.subset(permutation(combine(config.seed, len(items)), len(items))[: config.limit].sort().values)
+    return result
+
+
+def check_budget(skipped: list[dict[str, str]], total: int, max_fraction: float, where: str) -> None:
+    """Raise RuntimeError naming counts and examples when too many items are bad; otherwise say what is left out."""
+    if not skipped:
+        return
+    reasons: dict[str, int] = {}
+    for entry in skipped:
+        reason = entry["reason"].split(":")[0]
+        reasons[reason] = reasons.get(reason, 0) + 1
+    counted = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    examples = ", ".join(f"{entry['key']} ({entry['reason']})" for entry in skipped[:3])
+    message = f"{where}: {len(skipped)} of {total} items cannot be used ({counted}), for example {examples}"
+    if len(skipped) > max_fraction * total:
+        raise RuntimeError(f"{message}; more than max_bad_fraction={max_fraction}: repair the data, or raise the budget")
+    logger.warning("%s", message)
+
+
+def _filtered(items: list[Item], config: DataConfig, captions: bool) -> list[Item]:
+    def texts(item: Item) -> list[str]:
+        return item.captions if captions else [str(item.label)]
+
+    for key in ("include", "exclude"):
+        try:
+            re.compile(getattr(config, key) or "")
+        except re.error as error:
+            raise OptionError(f"{key}={getattr(config, key)!r} is no regular expression: {error}") from None
+    if config.include is not None:
+        items = [item for item in items if any(re.search(config.include, text) for text in texts(item))]
+    if config.exclude is not None:
+        items = [item for item in items if not all(re.search(config.exclude, text) for text in texts(item))]
+    return items
+
+
+def _colour(value: list) -> tuple[int, int, int]:
+    if len(value) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in value):
+        raise OptionError(f"background={value}: expected three numbers from 0 to 255, such as [255, 255, 255]")
+    return (value[0], value[1], value[2])
+
+
+def _line(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def _name(data: str, split: str | None) -> str:
+    return f"{data}:{split}" if split else data

@@ -1,0 +1,204 @@
+"""Encode a data set once: threads decode ahead, every process encodes its part, nothing is lost or repeated, results can be kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from .. import distributed
+from ..data.decode import ImageLimits, decode_image
+from ..data.schema import BadSample
+from ..data.views import CenterView
+from ..random import combine
+from ..types import Model, Params, Sample, ViewSpec
+from .datasets import DataConfig, EvalSet, check_budget
+from .readers import Item
+
+TIMEOUT_S = 300  # a decoder that takes longer hangs
+
+
+class Images(NamedTuple):
+    """Some items, decoded and cut. `rows` are positions in the data set; those in `bad` are not in `pixels`."""
+
+    rows: list[int]
+    pixels: Tensor  # uint8 [b,3,H,W]
+    params: Params
+    bad: list[tuple[int, str]]  # (row, reason)
+
+
+@dataclass
+class Features:
+    """What the model says of each usable item, in the data set's order, in float32 on the CPU, on every process."""
+
+    rows: Tensor  # int64 [m]: which items, ascending
+    values: dict[str, Tensor]  # "features" [m,E], "pooled" [m,D]: whichever the model gives
+    skipped: list[dict[str, str]]
+
+
+def cut(item: Item, view: ViewSpec, seed: Tensor, limits: ImageLimits) -> tuple[Tensor, Params]:
+    """Read, decode and cut one item: uint8 [3,h,w] and the view's parameters, one row. Raises BadSample."""
+    sample = Sample(key=item.key, image=decode_image(item.read(), limits))
+    params = view.draw([sample], seed.reshape(1))
+    return view.geometry(sample.image, {name: value[0] for name, value in params.items()}), params
+
+
+def images(dataset: EvalSet, plan: Iterable[list[int]], view: ViewSpec, threads: int, seed: int | Tensor = 0) -> Iterator[Images]:
+    """For every batch of rows in `plan`, in order, its images; a few batches are decoded ahead.
+
+    A row's random numbers depend on (seed, batch number, row) alone. Items that do not decode are listed in `bad`.
+    """
+
+    def job(number: int, row: int) -> tuple[Tensor, Params] | BadSample:
+        try:
+            return cut(dataset.items[row], view, combine(seed, number, row), dataset.limits)
+        except BadSample as error:
+            return error
+
+    with ThreadPoolExecutor(max_workers=max(threads, 1), thread_name_prefix="evaluate") as pool:
+        batches = enumerate(plan)
+        waiting: deque[tuple[list[int], list[Future]]] = deque()
+        try:
+            while True:
+                for number, rows in islice(batches, 3 - len(waiting)):
+                    waiting.append((rows, [pool.submit(job, number, row) for row in rows]))
+                if not waiting:
+                    return
+                rows, futures = waiting.popleft()
+                results = [future.result(timeout=TIMEOUT_S) for future in futures]
+                bad = [(row, str(r)) for row, r in zip(rows, results, strict=True) if isinstance(r, BadSample)]
+                good = [(row, r) for row, r in zip(rows, results, strict=True) if not isinstance(r, BadSample)]
+                pixels = torch.stack([r[0] for _, r in good]) if good else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+                params = {name: torch.cat([r[1][name] for _, r in good]) for name in good[0][1][1]} if good else {}
+                yield Images([row for row, _ in good], pixels, params, bad)
+        finally:
+            for _, futures in waiting:
+                for future in futures:
+                    future.cancel()
+
+
+def render(view: ViewSpec, batch: Images, device: torch.device) -> Tensor:
+    """[b,3,H,W] normalised, on `device`."""
+    return view.render(batch.pixels.to(device), {name: value.to(device) for name, value in batch.params.items()}).data
+
+
+def center_view(model: Model) -> CenterView:
+    """The model's own evaluation preprocessing."""
+    p = model.preprocess
+    return CenterView(size=p.size, mean=tuple(p.mean), std=tuple(p.std), interpolation=p.interpolation, resize_mode=p.resize_mode)
+
+
+def part(n: int) -> range:
+    """This process's contiguous part of range(n)."""
+    rank, world = distributed.rank(), distributed.world_size()
+    return range(n * rank // world, n * (rank + 1) // world)
+
+
+def gather_rows(local: Tensor) -> Tensor:
+    """[m_r, ...] on each process, of any m_r -> [sum m_r, ...] on all: padded for the collective, then cut back."""
+    if distributed.world_size() == 1:
+        return local
+    counts = distributed.all_gather_with_grad(torch.tensor([len(local)], device=local.device))
+    padded = local.new_zeros(int(counts.max()), *local.shape[1:])
+    padded[: len(local)] = local
+    gathered = distributed.all_gather_with_grad(padded).unflatten(0, (len(counts), -1))
+    return torch.cat([rows[:count] for rows, count in zip(gathered, counts.tolist(), strict=True)])
+
+
+@torch.no_grad()
+def encode_images(model: Model, dataset: EvalSet, accelerator: Accelerator, config: DataConfig) -> Features:
+    """Encode every item once. Raises RuntimeError where more than `max_bad_fraction` of the items cannot be used."""
+    stored = _cache_file(model, dataset, config.cache)
+    found = _load(stored) if stored is not None and distributed.broadcast_object(stored.is_file()) else None
+    if found is None:
+        found = _encode(model, dataset, accelerator, config)
+        if stored is not None and distributed.is_main():
+            _save(found, stored)
+        distributed.barrier()
+    check_budget(found.skipped, len(dataset), config.max_bad_fraction, dataset.name)
+    if not len(found.rows):
+        raise RuntimeError(f"{dataset.name}: none of {len(dataset)} images can be used")
+    return found
+
+
+def _encode(model: Model, dataset: EvalSet, accelerator: Accelerator, config: DataConfig) -> Features:
+    device, view = accelerator.device, center_view(model)
+    mine = part(len(dataset))
+    plan = [list(mine[i : i + config.batch_size]) for i in range(0, len(mine), config.batch_size)]
+    rows: list[int] = []
+    skipped: list[dict[str, str]] = []
+    kept: dict[str, list[Tensor]] = {}
+    for batch in images(dataset, plan, view, config.threads, config.seed):
+        skipped += [{"key": dataset.items[row].key, "reason": reason} for row, reason in batch.bad]
+        if not batch.rows:
+            continue
+        rows += batch.rows
+        encoded = model.images(render(view, batch, device))
+        for name in ("features", "pooled"):
+            value = getattr(encoded, name)
+            if value is not None:
+                kept.setdefault(name, []).append(value.float().cpu())
+    names, widths = _agreed({name: parts[0].shape[1] for name, parts in kept.items()})
+    values = {}
+    for name, width in zip(names, widths, strict=True):
+        local = torch.cat(kept[name]) if name in kept else torch.empty(0, width)
+        values[name] = gather_rows(local.to(device)).cpu()
+    order = gather_rows(torch.tensor(rows, dtype=torch.int64, device=device)).cpu()
+    return Features(order, values, distributed.gather_lists(skipped))
+
+
+def _agreed(widths: dict[str, int]) -> tuple[list[str], list[int]]:
+    """Output names and widths, also for a process that had no usable item."""
+    merged = dict(sorted(set(distributed.gather_lists(list(widths.items())))))
+    return list(merged), list(merged.values())
+
+
+@torch.no_grad()
+def encode_texts(model: Model, texts: list[str], accelerator: Accelerator, batch_size: int) -> Tensor:
+    """[n,E] normalised, float32 on the CPU, on every process. Raises TypeError for a model without a text tower."""
+    mine = part(len(texts))
+    parts = []
+    for start in range(0, max(len(mine), 1), batch_size):
+        chunk = [texts[i] for i in mine[start : start + batch_size]] or texts[:1]  # every process learns the width
+        encoded = model.texts(chunk)
+        if encoded is None:
+            raise TypeError("this model has no text tower: use knn, linear_probe or finetune, or give a model with text")
+        parts.append(torch.nn.functional.normalize(encoded.float(), dim=-1))
+    return gather_rows(torch.cat(parts)[: len(mine)].to(accelerator.device)).cpu()
+
+
+def _cache_file(model: Model, dataset: EvalSet, folder: str | None) -> Path | None:
+    if folder is None:
+        return None
+    what = (model.fingerprint, dataset.fingerprint(), repr(model.preprocess), getattr(model, "precision", None))
+    return Path(folder) / (hashlib.sha256(repr(what).encode()).hexdigest() + ".safetensors")
+
+
+def _save(found: Features, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    tensors = {"rows": found.rows, **{name: value.contiguous() for name, value in found.values.items()}}
+    save_file(tensors, temporary, metadata={"skipped": json.dumps(found.skipped)})
+    os.replace(temporary, path)
+
+
+def _load(path: Path) -> Features:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        skipped = json.loads(file.metadata()["skipped"])
+    return Features(tensors.pop("rows"), tensors, skipped)

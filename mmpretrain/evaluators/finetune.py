@@ -1,0 +1,211 @@
+"""Fine-tune for classification, and the same budget from random weights beside it (He 2019, "Rethinking ImageNet pre-training")."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from .. import distributed
+from ..data.views import ImageView
+from ..optim import OptimConfig, build_optimizer, parameter_groups, set_learning_rate
+from ..random import combine, permutation
+from ..types import Model, Result
+from .base import OptionError, option
+from .datasets import EvalSet, check_budget
+from .features import center_view, gather_rows, images, part, render
+from .metrics import classification_metrics, confusion_tables, predictions
+from .models import autocast
+from .pairs import TrainDataConfig, open_pair
+
+
+@dataclass
+class Config(TrainDataConfig):
+    mode: str = option("all", "what is trained beside the new head: all, last_n (blocks), or head (nothing else)")
+    n: int = option(2, "how many of the last blocks mode=last_n trains")
+    lr: float = option(1e-4, "peak learning rate of the tower's last layer")
+    head_lr: float = option(10.0, "factor on lr for the new head")
+    layer_decay: float = option(0.75, "a layer's rate is lr * layer_decay ** (layers above it); 1 for none")
+    weight_decay: float = option(0.05, "AdamW, on matrices only")
+    epochs: float = option(10.0, "passes over the training set")
+    steps: int | None = option(None, "updates, instead of epochs")
+    train_batch_size: int = option(64, "images an update, over all processes")
+    warmup: float = option(0.1, "fraction of the updates that the learning rate rises in, before it falls on a cosine")
+    min_scale: float = option(0.35, "smallest area of the random crops, as a fraction of the image")
+    flip: float = option(0.5, "probability of a horizontal flip")
+    random: bool = option(True, "also train from random weights with the same budget: random_acc1")
+
+
+class FineTune:
+    """acc1, acc5, mean_per_class_recall on the test set after training, and the same with the prefix `random_` from random weights.
+
+    Both trainings see the same images, crops and order. Results are deterministic on one kind of device and number of processes.
+    """
+
+    Config = Config
+
+    def __init__(self, config: Config) -> None:
+        if config.mode not in ("all", "last_n", "head"):
+            raise OptionError(f"mode={config.mode!r}: expected all, last_n or head")
+        if config.train_batch_size % distributed.world_size():
+            raise OptionError(f"train_batch_size={config.train_batch_size} does not divide by {distributed.world_size()} processes")
+        self.config = config
+
+    def __call__(self, model: Model, accelerator: Accelerator) -> Result:
+        config = self.config
+        train, test = open_pair(config)
+        metrics: dict[str, float] = {}
+        tables: dict[str, list[dict[str, Any]]] = {}
+        n = 0
+        for prefix, fresh in (("", False), ("random_", True))[: 1 + config.random]:
+            devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+            with torch.random.fork_rng(devices), torch.enable_grad():
+                torch.manual_seed(config.seed)
+                classifier = Classifier(model.copy(random=fresh), len(train.classes)).to(accelerator.device)
+                losses, skipped = train_classifier(classifier, train, model, accelerator, config)
+            logits, labels, lost = classify(classifier, test, model, accelerator, config)
+            metrics |= {prefix + key: value for key, value in classification_metrics(logits, labels).items()}
+            tables[f"{prefix}loss"] = losses
+            if not fresh:
+                n = len(labels)
+                tables |= confusion_tables(labels, predictions(logits, labels), test.classes)
+                if all_skipped := train.skipped + test.skipped + skipped + lost:
+                    tables["skipped"] = all_skipped
+        return Result(metrics, n, test.name, tables)
+
+
+class Classifier(nn.Module):
+    """An image tower and a linear head, initially zero, on what it pools."""
+
+    def __init__(self, tower: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.tower = tower
+        self.head = nn.Linear(tower.width, num_classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B,3,H,W] -> logits [B,C]."""
+        return self.head(self.tower(pixels, outputs=frozenset({"pooled"})).pooled)
+
+    def freeze(self, mode: str, n: int) -> dict[str, int]:
+        """Leave trainable what `mode` says; -> tower parameter name -> depth (embeddings 0, what follows the blocks deepest)."""
+        depth = {f"tower.{name}": layer for name, layer in self.tower.layer_ids().items()}
+        last = max(depth.values())
+        if mode == "last_n" and not 0 < n < last:
+            raise OptionError(f"n={n}: this tower has {last - 1} blocks; take 1 to {last - 1}, or mode=all or head")
+        lowest = {"all": 0, "last_n": last - n, "head": last + 1}[mode]
+        for name, parameter in self.tower.named_parameters(prefix="tower"):
+            parameter.requires_grad_(depth[name] >= lowest)
+        return depth
+
+
+@dataclass
+class _Order:
+    """Training rows, a pure function of (seed, step): permuted epochs one after the other, cut into full batches."""
+
+    n: int
+    batch_size: int
+    seed: int
+    epochs: dict[int, Tensor] = field(default_factory=dict)
+
+    def batch(self, step: int) -> list[int]:
+        rows = []
+        for slot in range(step * self.batch_size, (step + 1) * self.batch_size):
+            epoch = slot // self.n
+            if epoch not in self.epochs:
+                self.epochs = {e: order for e, order in self.epochs.items() if e >= epoch - 1}
+                self.epochs[epoch] = permutation(combine(self.seed, epoch), self.n)
+            rows.append(int(self.epochs[epoch][slot % self.n]))
+        return rows
+
+
+def train_classifier(
+    classifier: Classifier, dataset: EvalSet, model: Model, accelerator: Accelerator, config: Config
+) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
+    """Train in place; -> (loss curve, items that could not be used). Every process takes its part of each batch."""
+    device, world, rank = accelerator.device, distributed.world_size(), distributed.rank()
+    steps = config.steps or math.ceil(config.epochs * len(dataset) / config.train_batch_size)
+    p = model.preprocess
+    view = ImageView(size=p.size, mean=p.mean, std=p.std, scale=(config.min_scale, 1.0), flip=config.flip)
+    depth = classifier.freeze(config.mode, config.n)
+    trainable = [(name, parameter) for name, parameter in classifier.named_parameters() if parameter.requires_grad]
+    optim = OptimConfig(
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        warmup_steps=round(config.warmup * steps),
+        layer_decay=config.layer_decay,
+        head_lr=config.head_lr,
+    )
+    optimizer = build_optimizer(parameter_groups(trainable, optim, depth), optim)
+    order = _Order(len(dataset), config.train_batch_size, config.seed)
+    mine = config.train_batch_size // world
+
+    def plan() -> Iterator[list[int]]:
+        for step in range(steps):
+            yield order.batch(step)[rank * mine : (rank + 1) * mine]
+
+    classifier.train()
+    if config.mode == "head":
+        classifier.tower.eval()  # frozen features, batch statistics included
+    losses: list[dict[str, float]] = []
+    bad: dict[int, str] = {}
+    shown = max(1, steps // 100)
+    for step, batch in enumerate(images(dataset, plan(), view, config.threads, config.seed)):
+        bad |= dict(batch.bad)
+        count = distributed.all_reduce_sum(torch.tensor(float(len(batch.rows)), device=device))
+        if not batch.rows:
+            raise RuntimeError(f"{dataset.name}: no image of an update's part can be used, first {dataset.items[batch.bad[0][0]].key}")
+        set_learning_rate(optimizer, optim, step, steps)
+        pixels, labels = render(view, batch, device), dataset.labels[batch.rows].to(device)
+        with autocast(model, device):
+            logits = classifier(pixels)
+        loss = cross_entropy(logits.float(), labels, reduction="sum") * (world / count)
+        optimizer.zero_grad()
+        loss.backward()
+        distributed.average_gradients([parameter for _, parameter in trainable])
+        nn.utils.clip_grad_norm_([parameter for _, parameter in trainable], 1.0)
+        optimizer.step()
+        if step % shown == 0 or step == steps - 1:
+            losses.append({"step": step + 1, "loss": distributed.average({"loss": loss})["loss"]})
+    for buffer in classifier.buffers():  # running statistics of BatchNorm differ between processes
+        if buffer.is_floating_point():
+            buffer.copy_(distributed.all_reduce_sum(buffer) / world)
+    skipped = [{"key": key, "reason": reason} for key, reason in dict(distributed.gather_lists(_named(dataset, bad))).items()]
+    check_budget(skipped, len(dataset), config.max_bad_fraction, dataset.name)
+    return losses, skipped
+
+
+def _named(dataset: EvalSet, bad: dict[int, str]) -> list[tuple[str, str]]:
+    return [(dataset.items[row].key, reason) for row, reason in sorted(bad.items())]
+
+
+@torch.no_grad()
+def classify(
+    classifier: Classifier, dataset: EvalSet, model: Model, accelerator: Accelerator, config: Config
+) -> tuple[Tensor, Tensor, list[dict[str, str]]]:
+    """(logits [m,C], labels [m], items that could not be used), in the data set's order, on every process."""
+    device, view, mine = accelerator.device, center_view(model), part(len(dataset))
+    classifier.eval()
+    rows: list[int] = []
+    bad: dict[int, str] = {}
+    logits = [torch.empty(0, classifier.head.out_features, device=device)]
+    plan = [list(mine[i : i + config.batch_size]) for i in range(0, len(mine), config.batch_size)]
+    for batch in images(dataset, plan, view, config.threads):
+        bad |= dict(batch.bad)
+        if batch.rows:
+            rows += batch.rows
+            with autocast(model, device):
+                logits.append(classifier(render(view, batch, device)).float())
+    order = gather_rows(torch.tensor(rows, dtype=torch.int64, device=device)).cpu()
+    skipped = [{"key": key, "reason": reason} for key, reason in distributed.gather_lists(_named(dataset, bad))]
+    check_budget(skipped, len(dataset), config.max_bad_fraction, dataset.name)
+    return gather_rows(torch.cat(logits)).cpu(), dataset.labels[order], skipped

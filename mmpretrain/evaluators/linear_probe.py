@@ -1,0 +1,100 @@
+"""Linear probe: a logistic regression on frozen features, its strength of regularisation chosen on a held-out part of the training set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ..random import combine, permutation
+from ..types import Model, Result
+from .base import OptionError, option
+from .metrics import classification_metrics, confusion_tables, predictions
+from .pairs import TrainDataConfig, encode_pair
+
+
+@dataclass
+class Config(TrainDataConfig):
+    features: str = option("both", "pooled (before the projection), features (after it), or both")
+    c: list = option([0.01, 0.1, 1.0, 10.0, 100.0], "candidates for C, the inverse strength of the L2 penalty (scikit-learn's)")  # noqa: RUF009
+    validation: float = option(0.2, "fraction of the training set that C is chosen on; the probe is then fitted on all of it")
+    max_iter: int = option(300, "L-BFGS iterations at most")
+
+
+class LinearProbe:
+    """acc1, acc5, mean_per_class_recall of a probe on `pooled`; with features=both, those of `features` carry the prefix `features_`.
+
+    Features are standardised by the training set's mean and deviation. The solver is L-BFGS over the whole set (Radford 2021, A.3).
+    """
+
+    Config = Config
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def __call__(self, model: Model, accelerator: Accelerator) -> Result:
+        config = self.config
+        if not config.c or any(c <= 0 for c in config.c):
+            raise OptionError(f"c={config.c}: expected positive numbers")
+        pair = encode_pair(model, accelerator, config)
+        device, labels = accelerator.device, pair.train_labels.to(accelerator.device)
+        metrics: dict[str, float] = {}
+        tables: dict[str, list[dict]] = {"c": []}
+        for name, prefix, train, test in pair.feature_sets(config.features):
+            mean, std = train.mean(0), train.std(0, correction=0).clamp_min(1e-6)
+            x, x_test = ((train - mean) / std).to(device), ((test - mean) / std).to(device)
+            best, tried = choose_c(x, labels, len(pair.classes), config)
+            weight, bias = fit(x, labels, len(pair.classes), best, config.max_iter)
+            logits = (x_test @ weight.T + bias).cpu()
+            found = classification_metrics(logits, pair.test_labels)
+            metrics |= {prefix + key: value for key, value in found.items()}
+            tables["c"] += [{"features": name, "c": c, "validation acc1": acc, "chosen": c == best} for c, acc in tried]
+            predicted = predictions(logits, pair.test_labels)
+            tables |= {
+                key if not prefix else f"{name}_{key}": rows
+                for key, rows in confusion_tables(pair.test_labels, predicted, pair.classes).items()
+            }
+        if pair.skipped:
+            tables["skipped"] = pair.skipped
+        return Result(metrics, len(pair.test_labels), pair.name, tables)
+
+
+def choose_c(x: Tensor, labels: Tensor, num_classes: int, config: Config) -> tuple[float, list[tuple[float, float]]]:
+    """The C of best accuracy on the held-out rows, the smallest among equals; and (C, accuracy) of each."""
+    candidates = sorted(float(c) for c in config.c)
+    held = round(len(x) * config.validation)
+    if len(candidates) == 1 or held == 0:
+        return candidates[0], []
+    order = permutation(combine(config.seed, len(x)), len(x)).to(x.device)
+    fitted, tested = order[held:], order[:held]
+    tried = []
+    start = None
+    for c in candidates:
+        start = fit(x[fitted], labels[fitted], num_classes, c, config.max_iter, start)
+        right = (x[tested] @ start[0].T + start[1]).argmax(1) == labels[tested]
+        tried.append((c, right.double().mean().item()))
+    return max(tried, key=lambda pair: (pair[1], -pair[0]))[0], tried
+
+
+def fit(
+    x: Tensor, labels: Tensor, num_classes: int, c: float, max_iter: int = 300, start: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Minimise C * sum of cross-entropies + |W|^2 / 2 (scikit-learn's LogisticRegression; the bias is free): W [C,D], b [C]."""
+    with torch.enable_grad():
+        weight = (torch.zeros(num_classes, x.shape[1], device=x.device) if start is None else start[0].clone()).requires_grad_()
+        bias = (torch.zeros(num_classes, device=x.device) if start is None else start[1].clone()).requires_grad_()
+        solver = torch.optim.LBFGS(
+            [weight, bias], max_iter=max_iter, tolerance_grad=1e-6, tolerance_change=1e-9, history_size=20, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> Tensor:
+            solver.zero_grad()
+            loss = cross_entropy(x @ weight.T + bias, labels) + weight.square().sum() / (2 * c * len(x))
+            loss.backward()
+            return loss
+
+        solver.step(closure)
+    return weight.detach(), bias.detach()

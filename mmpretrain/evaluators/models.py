@@ -1,0 +1,190 @@
+"""Any model behind the narrow waist that evaluators use: our runs, open_clip folders and names, timm and transformers towers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..data.text import get_tokenizer, trim
+from ..towers.dual import DualEncoder, build_towers
+from ..towers.weights import load_weights
+from ..types import Encoded, Model
+from .base import OptionError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+def autocast(model: Model, device: torch.device | str) -> torch.autocast:
+    """The context of the model's precision; nothing for a model that does not say."""
+    dtype = _DTYPES[getattr(model, "precision", "fp32")]
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None)
+
+
+class TowerModel:
+    """A DualEncoder as a Model. It may be wrapped around live towers during training: their modes are restored after each call."""
+
+    def __init__(
+        self, dual: DualEncoder, precision: Precision = "fp32", new_tower: Callable[[], nn.Module] | None = None, joint: bool = True
+    ) -> None:
+        """`new_tower` makes an image tower with new weights, by default from `dual.model_cfg`; `joint=False`: its projection is untrained."""
+        if precision not in _DTYPES:
+            raise OptionError(f"precision {precision!r}: expected {', '.join(_DTYPES)}")
+        self.dual = dual
+        self.precision = precision
+        self.preprocess = dual.preprocess
+        self._outputs = frozenset({"pooled", "features"} if joint else {"pooled"})
+        self._new_tower = new_tower or (lambda: build_towers(dual.model_cfg, text=False).visual)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over names, types, shapes and values of the weights. Taken once: wrap live towers anew after they change."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.dual.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        modes = [module for module in self.dual.modules() if module.training]
+        self.dual.eval()
+        try:
+            with torch.inference_mode(), autocast(self, next(self.dual.parameters()).device):
+                yield
+        finally:
+            for module in modes:
+                module.training = True
+
+    def images(self, pixels: Tensor) -> Encoded:
+        """[B,3,H,W] normalised, on the towers' device -> features [B,E], pooled [B,D], and tokens [B,N,D] of a patch tower."""
+        tower = self.dual.visual
+        if tower is None:
+            raise TypeError("this model has no image tower")
+        outputs = self._outputs | ({"tokens"} if tower.patch_size is not None else set())
+        with self._evaluating():
+            return tower(pixels, outputs=outputs)
+
+    def texts(self, texts: list[str]) -> Tensor | None:
+        """-> [n,E]; None where there is no text tower."""
+        tower = self.dual.text
+        if tower is None:
+            return None
+        tokenizer = get_tokenizer(self.dual.tokenizer)
+        ids = tokenizer.encode(texts, self.dual.context_length)
+        if tower.trimmable and tokenizer.eot is not None:
+            ids = trim(ids, tokenizer.eot)
+        with self._evaluating():
+            return tower(ids.to(next(tower.parameters()).device), outputs=frozenset({"features"})).features
+
+    def copy(self, random: bool = False) -> nn.Module:
+        """An image tower to fine-tune, all parameters trainable; `random`: new weights, drawn from torch's generator."""
+        if self.dual.visual is None:
+            raise TypeError("this model has no image tower to fine-tune")
+        device = next(self.dual.visual.parameters()).device
+        tower = self._new_tower().to(device) if random else copy.deepcopy(self.dual.visual)
+        return tower.requires_grad_(True)
+
+
+def load_model(
+    spec: str,
+    device: torch.device | str = "cpu",
+    *,
+    which: Literal["student", "ema"] = "student",
+    arch: str | None = None,
+    precision: Precision = "fp32",
+    find_checkpoint: Callable[[Path], Path] | None = None,
+) -> TowerModel:
+    """A model from
+
+    - a run folder, with `find_checkpoint` (mmpretrain.checkpoint.find_checkpoint: its newest valid one);
+    - a checkpoint or open_clip folder: weights and open_clip_config.json. `which="ema"` takes teacher.safetensors;
+    - a .pt or .safetensors file, with `arch` an open_clip model name or JSON file;
+    - `ViT-B-32:laion2b_s34b_b79k`: an open_clip name and pretrained tag, downloaded;
+    - `timm:NAME` (pretrained weights, downloaded), or `hf:FOLDER` (a transformers model).
+
+    Raises OptionError for a spec that names nothing.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        if (path / "checkpoints").is_dir() or (not _weights(path) and any(path.glob("step-*"))):
+            if find_checkpoint is None:
+                raise OptionError(f"{path} is a run; give one of its checkpoints: {path}/checkpoints/step-N")
+            path = find_checkpoint(path)
+        elif (path / "manifest.json").is_file() and find_checkpoint is not None:
+            path = find_checkpoint(path)  # a checkpoint of ours named directly is verified too
+        dual = _from_folder(path, which)
+    elif which == "ema":
+        raise OptionError(f"{spec}: an EMA teacher is kept only in the checkpoints of a run, and this is no folder")
+    elif path.is_file():
+        if arch is None:
+            raise OptionError(f"{spec} holds weights only: say of which architecture, an open_clip model name such as ViT-B-32")
+        dual = build_towers(arch, pretrained=spec)
+    elif spec.startswith("timm:"):
+        return TowerModel(_pretrained_timm(spec).to(device), precision, joint=False)
+    elif spec.startswith("hf:"):
+        if not Path(spec[3:]).is_dir():
+            raise OptionError(f"{spec}: no such folder {spec[3:]!r}")
+        dual = build_towers(spec)
+        return TowerModel(dual.to(device), precision, lambda: _new_transformers_tower(spec[3:]))
+    elif ":" in spec and "/" not in spec.split(":")[0]:
+        name, tag = spec.rsplit(":", 1)
+        dual = build_towers(name, pretrained=tag)
+    else:
+        raise OptionError(
+            f"model {spec!r}: no such folder or file; expected a run, a checkpoint or open_clip folder, a weights file with an "
+            "architecture, NAME:PRETRAINED_TAG of open_clip, timm:NAME, or hf:FOLDER"
+        )
+    return TowerModel(dual.to(device), precision)
+
+
+def _weights(folder: Path) -> Path | None:
+    return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+
+
+def _from_folder(folder: Path, which: str) -> DualEncoder:
+    config, weights = folder / "open_clip_config.json", _weights(folder)
+    if which == "ema":
+        weights = folder / "teacher.safetensors"
+        if not weights.is_file():
+            raise OptionError(f"{folder}: no teacher.safetensors, so this run kept no EMA teacher; leave out which=ema")
+    if not config.is_file() or weights is None:
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
+        raise OptionError(
+            f"{folder}: expected open_clip_config.json beside model.safetensors or open_clip_model.safetensors, found {found}"
+        )
+    dual = build_towers(str(folder))
+    load_weights(dual, weights)
+    return dual
+
+
+def _pretrained_timm(spec: str) -> DualEncoder:
+    import timm
+
+    dual = build_towers(spec)
+    trunk = dual.visual.module.trunk
+    trunk.load_state_dict(timm.create_model(spec.removeprefix("timm:"), pretrained=True, num_classes=0).state_dict())
+    return dual
+
+
+def _new_transformers_tower(folder: str) -> nn.Module:
+    """The folder's image tower with weights as its library draws them."""
+    from transformers import AutoConfig, AutoModel
+
+    from ..towers.adapters import from_transformers
+
+    tower = from_transformers(folder, image=True, text=False)[0]
+    fresh = AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    tower.model.load_state_dict(getattr(fresh, "vision_model", fresh).state_dict())
+    if hasattr(fresh, "visual_projection"):
+        tower.projection.load_state_dict(fresh.visual_projection.state_dict())
+    return tower

@@ -1,0 +1,91 @@
+"""Image-text retrieval with several captions per image: recall@k in both directions, in tiles, so memory is N x tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from .. import distributed
+from ..types import Model, Result
+from .base import option
+from .datasets import DataConfig, open_dataset
+from .features import encode_images, encode_texts, part
+from .metrics import TIE
+
+
+@dataclass
+class Config(DataConfig):
+    tile: int = option(4096, "queries and candidates compared at once: memory grows with its square")
+    examples: int = option(8, "texts to show in the report with the rank of their image")
+
+
+class Retrieval:
+    """image_retrieval_recall@k: texts whose image is among the k best; text_retrieval_recall@k: images with an own caption there.
+
+    As CLIP_benchmark counts them, except that ties count against the model (CLIP_benchmark leaves them to top-k's order).
+    """
+
+    Config = Config
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def __call__(self, model: Model, accelerator: Accelerator) -> Result:
+        config = self.config
+        dataset = open_dataset(config, "retrieval")
+        found = encode_images(model, dataset, accelerator, config)
+        if "features" not in found.values:
+            raise TypeError("this model gives no joint features: retrieval needs an image and a text tower")
+        used = [dataset.items[row] for row in found.rows.tolist()]
+        texts = [caption for item in used for caption in item.captions]
+        owner = torch.tensor([i for i, item in enumerate(used) for _ in item.captions])  # text -> image
+        text = encode_texts(model, texts, accelerator, config.batch_size * 4).to(accelerator.device)
+        image = normalize(found.values["features"], dim=-1).to(accelerator.device)
+        image_rank, text_rank = retrieval_ranks(image, text, owner.to(accelerator.device), config.tile)
+        metrics = {f"image_retrieval_recall@{k}": (image_rank < k).double().mean().item() for k in (1, 5, 10)}
+        metrics |= {f"text_retrieval_recall@{k}": (text_rank < k).double().mean().item() for k in (1, 5, 10)}
+        tables = {}
+        if config.examples:
+            step = max(1, len(texts) // config.examples)
+            tables["examples"] = [
+                {"text": texts[i], "key": used[int(owner[i])].key, "rank_of_image": int(image_rank[i]) + 1}
+                for i in range(0, len(texts), step)
+            ][: config.examples]
+        if skipped := dataset.skipped + found.skipped:
+            tables["skipped"] = skipped
+        return Result(metrics, len(used), dataset.name, tables)
+
+
+def retrieval_ranks(image: Tensor, text: Tensor, owner: Tensor, tile: int = 4096, tie: float = TIE) -> tuple[Tensor, Tensor]:
+    """image [N,E], text [M,E] normalised, owner int64 [M] (text -> its image) -> ranks, 0 = best, on every process.
+
+    Returns (int64 [M]: images that score at least as high for a text as its own, int64 [N]: texts of other images that score at least as
+    high for an image as the best of its own). An image without a text ranks last. Every process ranks its part of the queries.
+    """
+    everything = torch.arange(len(image), device=image.device)
+    image_rank = _ranks(text, owner, image, everything, tile, tie)
+    text_rank = _ranks(image, everything, text, owner, tile, tie)
+    return image_rank, text_rank
+
+
+def _ranks(query: Tensor, query_id: Tensor, key: Tensor, key_id: Tensor, tile: int, tie: float) -> Tensor:
+    """For each query, how many keys of another id score at least as high as the best key of its own id."""
+    ranks = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+    mine = part(len(query))
+    for start in range(mine.start, mine.stop, tile):
+        rows = slice(start, min(start + tile, mine.stop))
+        best = query.new_full((rows.stop - rows.start,), float("-inf"))
+        for columns in (slice(i, i + tile) for i in range(0, len(key), tile)):
+            own = query_id[rows, None] == key_id[None, columns]  # [tile,tile]
+            scores = (query[rows] @ key[columns].T).masked_fill(~own, float("-inf"))
+            best = torch.maximum(best, scores.amax(1))
+        for columns in (slice(i, i + tile) for i in range(0, len(key), tile)):
+            other = query_id[rows, None] != key_id[None, columns]
+            scores = query[rows] @ key[columns].T
+            ranks[rows] += (other & (scores >= best[:, None] - tie)).sum(1)
+        ranks[rows] = torch.where(best.isinf(), len(key), ranks[rows])
+    return distributed.all_reduce_sum(ranks) if distributed.world_size() > 1 else ranks

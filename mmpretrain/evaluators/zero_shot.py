@@ -1,0 +1,106 @@
+"""Zero-shot classification (Radford 2021, section 3.1): an image belongs to the class whose prompts it is closest to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..types import Model, Result
+from .base import OptionError, option
+from .datasets import DataConfig, EvalSet, open_dataset
+from .examples import thumbnail
+from .features import encode_images, encode_texts
+from .metrics import classification_metrics, confusion_tables, predictions
+
+
+@dataclass
+class Config(DataConfig):
+    templates: str | list | None = option(  # noqa: RUF009 (it makes a field)
+        None,
+        "prompts: openai (80), simple (7), a file (one a line) or a list, with {} or {c} for the class; default: the data's own, or openai",
+    )
+    examples: int = option(8, "right and wrong predictions to show in the report, of each")
+
+
+class ZeroShot:
+    """acc1, acc5, mean_per_class_recall. Classes of the same name count as one; ties count against the model."""
+
+    Config = Config
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def __call__(self, model: Model, accelerator: Accelerator) -> Result:
+        config = self.config
+        dataset = open_dataset(config, "classification")
+        if config.classes is None and all(name.isdigit() for name in dataset.classes):
+            raise OptionError(f"{dataset.name}: labels are numbers, and zero-shot needs names: add classes=FILE (one name a line)")
+        prompts = read_templates(config.templates, dataset.templates)
+        found = encode_images(model, dataset, accelerator, config)
+        if "features" not in found.values:
+            raise TypeError("this model gives no joint features: zero_shot needs an image and a text tower")
+        weights = class_embeddings(model, dataset.classes, prompts, accelerator, config.batch_size * 4)
+        scores = normalize(found.values["features"], dim=-1) @ weights.T  # [m,C]
+        labels = dataset.labels[found.rows]
+        predicted = predictions(scores, labels)
+        tables = confusion_tables(labels, predicted, dataset.classes)
+        if accelerator.is_main_process and config.examples:
+            tables["examples"] = example_rows(dataset, found.rows, labels, predicted, scores, config.examples)
+        if skipped := dataset.skipped + found.skipped:
+            tables["skipped"] = skipped
+        return Result(classification_metrics(scores, labels), len(labels), dataset.name, tables)
+
+
+def read_templates(chosen: str | Sequence[str] | None, own: list[str] | None = None) -> list[str]:
+    """Prompts with exactly one placeholder `{}` or `{c}`, as format strings with `{}`. Raises OptionError."""
+    if chosen is None and own:
+        prompts = list(own)
+    elif chosen in (None, "openai", "simple"):
+        import open_clip
+
+        functions = open_clip.SIMPLE_IMAGENET_TEMPLATES if chosen == "simple" else open_clip.OPENAI_IMAGENET_TEMPLATES
+        prompts = [function("{c}") for function in functions]
+    elif isinstance(chosen, str) and "{" not in chosen:
+        if not Path(chosen).is_file():
+            raise OptionError(f"templates={chosen!r}: expected openai, simple, a file, or prompts with {{c}}")
+        prompts = [line.strip() for line in Path(chosen).read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        prompts = [chosen] if isinstance(chosen, str) else [str(prompt) for prompt in chosen]
+    wrong = [prompt for prompt in prompts if prompt.count("{}") + prompt.count("{c}") != 1]
+    if wrong or not prompts:
+        raise OptionError(f"templates: expected one {{}} or {{c}} in each prompt, found {wrong[0] if wrong else 'no prompt'!r}")
+    return [prompt.replace("{c}", "{}") for prompt in prompts]
+
+
+def class_embeddings(model: Model, classes: list[str], prompts: list[str], accelerator: Accelerator, batch_size: int) -> Tensor:
+    """[C,E]: the mean of a class's normalised prompt embeddings, normalised again (Radford 2021, section 3.1.4)."""
+    texts = [prompt.replace("{}", name) for name in classes for prompt in prompts]
+    embedded = encode_texts(model, texts, accelerator, batch_size)  # [C*P,E]
+    return normalize(embedded.unflatten(0, (len(classes), len(prompts))).mean(1), dim=-1)
+
+
+def example_rows(dataset: EvalSet, rows: Tensor, labels: Tensor, predicted: Tensor, scores: Tensor, count: int) -> list[dict[str, Any]]:
+    """Right and wrong predictions, `count` of each, evenly spaced over the data set so that every run shows the same."""
+    shown = []
+    for right in (True, False):
+        where = torch.nonzero((labels == predicted) == right).flatten()
+        for i in where[torch.linspace(0, len(where) - 1, min(count, len(where))).long()].tolist():
+            item = dataset.items[rows[i]]
+            shown.append(
+                {
+                    "image": thumbnail(item, dataset.limits),
+                    "key": item.key,
+                    "label": dataset.classes[labels[i]],
+                    "predicted": dataset.classes[predicted[i]],
+                    "score": scores[i, predicted[i]].item(),
+                    "right": right,
+                }
+            )
+    return shown
