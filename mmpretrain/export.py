@@ -1,0 +1,75 @@
+"""Write a model in open_clip's folder format, which open_clip, and through it CLIP_benchmark, load by `local-dir:FOLDER`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmpretrain.towers.dual import DualEncoder, build_towers
+from mmpretrain.towers.weights import load_weights
+
+WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+_TOP = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias")
+
+
+def open_clip_config(dual: DualEncoder, logit_bias: float | None = None) -> dict[str, Any]:
+    """{model_cfg, preprocess_cfg} as open_clip reads it; the text tower is named `text.*`, hence custom_text."""
+    cfg = {key: copy.deepcopy(value) for key, value in dual.model_cfg.items() if key in _TOP}
+    for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
+        if part in cfg:
+            known = {field.name for field in fields(kind)}
+            cfg[part] = {key: value for key, value in cfg[part].items() if key in known}
+    cfg["custom_text"] = True
+    if logit_bias is not None:  # open_clip creates the parameter only if an initial value is given
+        cfg["init_logit_bias"] = logit_bias
+    p = dual.preprocess
+    preprocess = {"mean": list(p.mean), "std": list(p.std), "interpolation": p.interpolation, "resize_mode": p.resize_mode}
+    return {"model_cfg": cfg, "preprocess_cfg": preprocess}
+
+
+def export_open_clip(dual: DualEncoder, leftovers: Mapping[str, Tensor], folder: str | Path) -> Path:
+    """Write `open_clip_model.safetensors` and `open_clip_config.json` into a new or empty `folder`; -> the folder.
+
+    `leftovers`: logit_scale (its logarithm, of any shape with one element; open_clip's initial value where absent) and logit_bias.
+    Raises ValueError for a model without both towers, or with a transformers tower that open_clip has no config for.
+    """
+    folder = Path(folder)
+    if dual.visual is None or dual.text is None or not {"vision_cfg", "text_cfg"} <= dual.model_cfg.keys():
+        lacks = "a transformers model" if "hf_folder" in dual.model_cfg else "one that lacks a tower"
+        raise ValueError(
+            f"open_clip's format needs both towers in its own config format, and this is {lacks}: train with a model of vision_cfg and "
+            "text_cfg, or use the checkpoint's model.safetensors directly (`visual.*` are the image tower's weights)"
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: choose a new folder")
+    scale = leftovers.get("logit_scale", torch.tensor(math.log(1 / 0.07)))
+    bias = leftovers.get("logit_bias")
+    state = {key: value.detach().cpu().contiguous() for key, value in dual.state_dict().items()}
+    state["logit_scale"] = scale.detach().cpu().float().reshape(()).clone()
+    if bias is not None:
+        state["logit_bias"] = bias.detach().cpu().float().reshape(()).clone()
+    config = open_clip_config(dual, None if bias is None else float(bias))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def load_model(checkpoint: str | Path) -> tuple[DualEncoder, dict[str, Tensor]]:
+    """A checkpoint folder of ours, or any folder of open_clip's format, -> its towers with their weights, and logit_scale and such."""
+    folder = Path(checkpoint)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} has no {CONFIG}: give a run, one of its checkpoints, or a folder of open_clip's format")
+    cfg = json.loads((folder / CONFIG).read_text())["model_cfg"]
+    dual = build_towers(str(folder), image="vision_cfg" in cfg, text="text_cfg" in cfg)
+    return dual, load_weights(dual, folder)

@@ -1,0 +1,52 @@
+"""Write a run's model in the format of another library.
+
+    python scripts/export.py RUN_OR_CHECKPOINT --to open_clip --out FOLDER
+
+A run means its newest valid checkpoint. The folder loads with open_clip.create_model_and_transforms("local-dir:FOLDER").
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmpretrain.export import CONFIG, export_open_clip, load_model
+
+
+class Format(StrEnum):
+    open_clip = "open_clip"
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """A checkpoint folder is itself; a run is its newest valid checkpoint."""
+    if (path / CONFIG).is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder: give a run, or one of its checkpoints")
+    from mmpretrain.checkpoint import find_checkpoint
+
+    return find_checkpoint(path)
+
+
+def main(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="a run folder, or one of its checkpoints")],
+    out: Annotated[Path, typer.Option(help="folder to write; new or empty")],
+    to: Annotated[Format, typer.Option(help="the format to write")] = Format.open_clip,
+) -> None:
+    """Write a run's model in the format of another library."""
+    try:
+        checkpoint = newest_checkpoint(source)
+        dual, leftovers = load_model(checkpoint)
+        export_open_clip(dual, leftovers, out)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    print(f'{checkpoint} -> {out}: open_clip.create_model_and_transforms("local-dir:{out}")')
+
+
+if __name__ == "__main__":
+    typer.run(main)
