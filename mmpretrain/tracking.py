@@ -183,16 +183,23 @@ class Progress:
 
 
 def console_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
-    """Rows of any columns; a nested `metrics` is spread out. Nothing in it is markup."""
-    flat = [{**{k: v for k, v in row.items() if k != "metrics"}, **(row.get("metrics") or {})} for row in rows]
-    columns = list(dict.fromkeys(k for row in flat for k in row))
+    """Rows of any columns; a row of results.jsonl gives one line per metric. Nothing in it is markup."""
+    lines = [line for row in rows for line in _by_metric(row)]
+    columns = list(dict.fromkeys(k for line in lines for k in line))
     table = Table(title=Text(plain(title)) if title else None)
     for column in columns:
         table.add_column(Text(plain(column)), overflow="fold")
-    for row in flat:
-        cells = (row.get(c) for c in columns)
+    for line in lines:
+        cells = (line.get(c) for c in columns)
         table.add_row(*(Text("" if v is None else f"{v:.4f}" if isinstance(v, float) else plain(v)) for v in cells))
     return table
+
+
+def _by_metric(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    if not isinstance(row.get("metrics"), Mapping):
+        return [row]
+    who = {"name": row.get("name") or row.get("evaluator"), **{k: row.get(k) for k in ("dataset", "step", "n") if k in row}}
+    return [{**who, "metric": metric, "value": value} for metric, value in row["metrics"].items()]
 
 
 class Tracker:
@@ -274,7 +281,9 @@ class Tracker:
         metrics = {k: float(v) for k, v in line.get("metrics", {}).items() if isinstance(v, int | float)}
         for metric, value in metrics.items():
             self._board.add_scalar(f"{name}/{metric}", value, self.total_steps if step is None else step)
-        self._progress.print(console_table([metrics], f"{name} at step {step}, n = {line.get('n')}"))
+        shown = "  ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
+        when = "" if step is None else f" at step {step}"
+        self._progress.print(f"{name}{when}, n = {line.get('n')}: {shown}")
 
     def skipped(self, step: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Records {source, shard, key, reason} of all ranks: the caller gathers them."""
@@ -301,7 +310,7 @@ class Tracker:
             self._progress.print(text)
 
     def table(self, rows: Sequence[Mapping[str, Any]], title: str = "Results") -> None:
-        """Rows of results.jsonl (their `metrics` become columns) or of anything else."""
+        """Lines of results.jsonl, shown metric by metric, or rows of anything else."""
         if self.is_main:
             self._progress.print(console_table(rows, title))
 

@@ -57,6 +57,7 @@ def write_report(run_dir: str | Path, summary: Mapping[str, Any] | None = None) 
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["count"] = tables.show
     path = run_dir / "report.html"
     temporary = path.with_suffix(".tmp")
     # A lone surrogate in a caption cannot be encoded: a question mark rather than no report.
@@ -87,13 +88,15 @@ def _facts(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> 
         steps, took = _column(metrics, "step_s")
         if len(took):
             facts["time in steps"] = duration(float(np.nansum(took * np.diff(steps, prepend=0))))
-    for label, name, text in (("samples/s, median", "samples_per_s", "{:,.0f}"), ("waiting for data", "wait", "{:.1%}")):
-        values = _wait_share(metrics)[1] if name == "wait" else _column(metrics, name)[1]
-        if np.isfinite(values).any():
-            facts[label] = text.format(np.nanmedian(values))
+    _, rate = _column(metrics, "samples_per_s")
+    if np.isfinite(rate).any():
+        facts["samples/s, median"] = f"{np.nanmedian(rate):,.0f}"
+    _, share = _wait_share(metrics)
+    if np.isfinite(share).any():
+        facts["waiting for data"] = f"{100 * np.nanmedian(share):.1f} %"
     _, loss = _column(metrics, "loss")
     if len(loss := loss[np.isfinite(loss)]) > 1:
-        facts["loss, first to last"] = f"{loss[0]:.4g} → {plots.smooth(loss, len(loss) / 40)[-1]:.4g}"
+        facts["loss, first to last"] = f"{loss[0]:.4g} → {loss[-max(len(loss) // 50, 1) :].mean():.4g}"
     shown = {k: v for k, v in summary.items() if k != "name" and isinstance(v, str | int | float)}
     return facts | {str(k).replace("_", " "): tables.show(v) for k, v in shown.items()}
 
@@ -115,7 +118,9 @@ def _notes(metrics: Sequence[Mapping[str, Any]], headline: Sequence[Mapping[str,
             notes.append(f"{name} was not finite in {len(bad)} of {len(values)} logged steps, first at step {bad[0]:.0f}.")
     _, share = _wait_share(metrics)
     if np.isfinite(share).any() and np.nanmedian(share) > 0.2:
-        notes.append(f"{np.nanmedian(share):.0%} of the time went into waiting for data: give the loader more threads or smaller images.")
+        notes.append(
+            f"{100 * np.nanmedian(share):.0f} % of the time went into waiting for data: give the loader more threads or smaller images."
+        )
     for group in headline:
         for row in group["rows"]:
             for mark in row["baselines"]:
@@ -146,13 +151,23 @@ def _speed_charts(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         steps, values = _column(metrics, name)
         if np.isfinite(values).any():
             charts.append(
-                {"title": title, "svg": plots.curves({title: (steps, values)}, title, smoothed=name != "lr"), "log": None, "last": ""}
+                {
+                    "title": title,
+                    "svg": plots.curves({title: (steps, values)}, title, smoothed=name != "lr", from_zero=True),
+                    "log": None,
+                    "last": "",
+                }
             )
     steps, share = _wait_share(metrics)
     if np.isfinite(share).any():
         title = "share of the step spent waiting for data"
         charts.append(
-            {"title": title, "svg": plots.curves({title: (steps, share)}, title, smoothed=True, percent=True), "log": None, "last": ""}
+            {
+                "title": title,
+                "svg": plots.curves({title: (steps, share)}, title, smoothed=True, percent=True, from_zero=True),
+                "log": None,
+                "last": "",
+            }
         )
     return charts
 

@@ -37,15 +37,13 @@ MAX_POINTS = 400  # what a chart of this width can show
 
 
 def smooth(y: np.ndarray, window: float) -> np.ndarray:
-    """Exponential moving average over about `window` points, unbiased at the start; NaN is passed over."""
-    keep = 1 - 1 / max(window, 1.0)
-    total = weight = 0.0
-    out = np.full(len(y), np.nan)
-    for i, value in enumerate(y):
-        if np.isfinite(value):
-            total, weight = keep * total + value, keep * weight + 1
-            out[i] = total / weight
-    return out
+    """Mean over `window` points around each, fewer towards the ends but as many on each side: no lag. NaN is passed over."""
+    at = np.arange(len(y))
+    half = np.minimum(np.minimum(at, at[::-1]), int(window) // 2)
+    finite = np.isfinite(y)
+    total, count = (np.concatenate([[0], np.cumsum(v)]) for v in (np.where(finite, y, 0.0), finite))
+    n = count[at + half + 1] - count[at - half]
+    return np.where(n > 0, (total[at + half + 1] - total[at - half]) / np.maximum(n, 1), np.nan)
 
 
 def thin(x: np.ndarray, y: np.ndarray, points: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -60,9 +58,9 @@ def thin(x: np.ndarray, y: np.ndarray, points: int = MAX_POINTS) -> tuple[np.nda
 
 
 def suits_log(values: Sequence[float]) -> bool:
-    """Positive throughout and spanning more than a factor of 20."""
+    """Positive throughout and spanning more than a factor of 10."""
     y = np.asarray([v for v in values if np.isfinite(v)], dtype=float)
-    return len(y) > 2 and bool(y.min() > 0) and y.max() / y.min() > 20
+    return len(y) > 2 and bool(y.min() > 0) and y.max() / y.min() > 10
 
 
 def curves(
@@ -71,6 +69,7 @@ def curves(
     log_y: bool = False,
     smoothed: bool = False,
     percent: bool = False,
+    from_zero: bool = False,
     baselines: Mapping[str, float] | None = None,
 ) -> str:
     """series: name -> (steps, values); NaN leaves a gap and a cross on the axis. -> `<svg>...</svg>`."""
@@ -83,7 +82,7 @@ def curves(
             bad = ~np.isfinite(y)
             if smoothed and len(x) >= 20:
                 axes.plot(*thin(x, y), color=colour, linewidth=0.8, alpha=0.35)
-                axes.plot(*thin(x, smooth(y, len(x) / 40)), color=colour, linewidth=2, label=name)
+                axes.plot(*thin(x, smooth(y, len(x) / 25)), color=colour, linewidth=2, label=name)
             else:
                 marker = "o" if len(x) <= 30 else None
                 axes.plot(*thin(x, y), color=colour, linewidth=1.8, marker=marker, markersize=3.5, label=name)
@@ -98,11 +97,13 @@ def curves(
         elif not log_y:
             axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=False)
         axes.xaxis.set_major_formatter(lambda v, _: _count(v))
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        if from_zero:
+            axes.set_ylim(bottom=0)
         axes.set_xlabel("step")
         axes.grid(axis="y", linewidth=0.6)
         if len(series) > 1 or baselines:
-            axes.legend(frameon=False, fontsize=9, ncols=2 if len(series) > 3 else 1)
+            figure.legend(loc="outside lower center", frameon=False, fontsize=9, ncols=2)
         return _svg(figure, label)
 
 
@@ -115,7 +116,7 @@ def heat_map(classes: Sequence[str], counts: np.ndarray, label: str) -> str:
         figure = Figure(figsize=(size, size), layout="constrained")
         axes = figure.add_subplot()
         shade = matplotlib.colors.LinearSegmentedColormap.from_list("shade", [(0.16, 0.42, 0.8, 0.0), (0.16, 0.42, 0.8, 1.0)])
-        axes.imshow(share, cmap=shade, vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(share**0.6, cmap=shade, vmin=0, vmax=1, interpolation="nearest")  # the power lifts rare confusions into sight
         axes.set_xlabel("predicted")
         axes.set_ylabel("true")
         if len(classes) <= 40:
@@ -124,7 +125,7 @@ def heat_map(classes: Sequence[str], counts: np.ndarray, label: str) -> str:
             axes.set_yticks(range(len(names)), names)
         if len(classes) <= 14:
             for i, j in np.argwhere(counts > 0):
-                colour = "#ffffff" if share[i, j] > 0.55 else _TEXT
+                colour = "#ffffff" if share[i, j] > 0.5 else _TEXT
                 axes.text(j, i, f"{counts[i, j]:.0f}", ha="center", va="center", fontsize=8, color=colour)
         return _svg(figure, label)
 

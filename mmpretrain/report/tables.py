@@ -16,6 +16,7 @@ from ..tracking import latest_results
 
 _FRACTION = re.compile(r"acc\d*$|recall|precision|f1|auc|mean_ap|\bmap|chance|purity|consistency|share", re.IGNORECASE)
 _BASELINE = re.compile(r"(chance|random|majority|baseline|scratch)_(.+)")
+_BASELINE_NAMES = {"random": "random weights", "scratch": "from scratch", "majority": "majority class"}
 _BOUND = re.compile(r"(.+)_(low|high)")
 
 
@@ -77,7 +78,11 @@ def headline(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             low, high = (metrics.get(f"{metric}_{end}", math.nan) for end in ("low", "high"))
             interval = f"{show(low, metric)} to {show(high, metric)}" if math.isfinite(low + high) else ""
             marks = [
-                {"name": name, "text": show(base, metric), "at": round(100 * base, 2) if fraction and 0 <= base <= 1 else None}
+                {
+                    "name": _BASELINE_NAMES.get(name, name),
+                    "text": show(base, metric),
+                    "at": round(100 * base, 2) if fraction and 0 <= base <= 1 else None,
+                }
                 for name, base in baselines.get(metric, {}).items()
             ]
             bar = round(100 * value, 2) if fraction else None
@@ -129,7 +134,13 @@ def predictions(rows: Sequence[Mapping[str, Any]], each: int = 18) -> dict[str, 
         if len(side) < each:
             fields = {k: row.get(k) for k in ("key", "truth", "predicted")}
             score = row.get("score")
-            side.append({**fields, "score": "" if score is None else show(score), "image": thumbnail(row.get("thumbnail"))})
+            side.append(
+                {
+                    **fields,
+                    "score": f"{score:.2f}" if isinstance(score, float) else show(score) if score is not None else "",
+                    "image": thumbnail(row.get("thumbnail")),
+                }
+            )
     return {**shown, "num_right": counts[True], "num_wrong": counts[False]}
 
 
