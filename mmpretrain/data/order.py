@@ -28,7 +28,7 @@ class Place(NamedTuple):
     epoch: np.ndarray
 
 
-class _Recent:
+class Recent:
     """The few results last used; computed twice rather than waited for when threads race."""
 
     def __init__(self, make: Callable[[Any], Any], keep: int) -> None:
@@ -61,8 +61,8 @@ class Order:
         self.window = max(1, window)
         self.first = np.concatenate([[0], np.cumsum(self.counts)])[:-1]  # [S] a shard's first sample in listing order
         self._seed = seed
-        self._epoch = _Recent(self._make_epoch, 2)
-        self._window = _Recent(self._make_window, 6)
+        self._epoch = Recent(self._make_epoch, 2)
+        self._window = Recent(self._make_window, 6)
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         shards = random.permutation(random.combine(self._seed, epoch), len(self.counts)).numpy()

@@ -1,0 +1,172 @@
+"""2. Remote shard -> local file: bounded, checked by size, fetched again after failures, read ahead because the order is known."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mmpretrain.data.index import SUFFIX, ShardIndex, load
+from mmpretrain.data.schema import ShardError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+CHUNK = 1 << 22
+
+
+def is_remote(name: str) -> bool:
+    return "://" in name and not name.startswith("file://")
+
+
+def default_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmpretrain"
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ShardError(f"{url}: {error}") from error
+
+
+def retried(action: Callable[[], T], what: str, attempts: int = 5, first_wait: float = 0.5) -> T:
+    """Run `action` until it succeeds, waiting twice as long after each failure. Raises ShardError with the last cause."""
+    for attempt in range(1, attempts + 1):
+        try:
+            return action()
+        except FileNotFoundError as error:
+            raise ShardError(f"{what}: no such file") from error
+        except Exception as error:  # network stacks raise their own kinds
+            if attempt == attempts:
+                raise ShardError(f"{what}: failed {attempts} times, last with {type(error).__name__}: {error}") from error
+            log.warning("%s: %s: %s; trying again (%d of %d)", what, type(error).__name__, error, attempt, attempts)
+            time.sleep(first_wait * 2 ** (attempt - 1))
+    raise AssertionError("unreachable")
+
+
+def _read(url: str) -> bytes | None:
+    filesystem, path = _filesystem(url)
+    return retried(lambda: filesystem.cat_file(path), url) if filesystem.exists(path) else None
+
+
+def read_sizes(names: list[str]) -> dict[str, int]:
+    """Sample counts stated beside the shards: sizes.json {"00000.tar": 8123}. Raises ShardError where one is not of that form."""
+    found: dict[str, int] = {}
+    by_folder: dict[str, list[str]] = {}
+    for name in names:
+        by_folder.setdefault(name.rpartition("/")[0], []).append(name)
+    for folder, members in by_folder.items():
+        place = f"{folder}/sizes.json" if folder or members[0].startswith("/") else "sizes.json"
+        if is_remote(place):
+            data = _read(place)
+        else:
+            data = Path(place).read_bytes() if Path(place).is_file() else None
+        if data is None:
+            continue
+        try:
+            sizes = {str(key): int(value) for key, value in json.loads(data).items()}
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ShardError(f'{place}: expected {{"00000.tar": count, ...}} ({error}). Correct or delete it.') from error
+        for name in members:
+            if (base := name.rpartition("/")[2]) in sizes:
+                found[name] = sizes[base]
+    return found
+
+
+def remote_index(url: str) -> ShardIndex | None:
+    """The index saved beside a remote shard, or None."""
+    data = _read(url + SUFFIX)
+    return None if data is None else load(io.BytesIO(data))[0]
+
+
+class ShardCache:
+    """Local copies of remote shards, the least recently used deleted when they exceed `max_bytes`.
+
+    A deleted copy that is still open stays readable until it is closed. `indexes` is where indexes of shards in read-only folders go.
+    """
+
+    def __init__(self, folder: str | Path | None = None, max_bytes: int = 100 << 30, attempts: int = 5, first_wait: float = 0.5) -> None:
+        self.folder = Path(folder) if folder else default_folder()
+        self.indexes = self.folder / "indexes"
+        self.max_bytes, self._attempts, self._first_wait = max_bytes, attempts, first_wait
+        self._lock = threading.Lock()
+        self._running: dict[str, Future[str]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def _place(self, url: str) -> Path:
+        return self.folder / "shards" / (hashlib.sha256(url.encode()).hexdigest()[:24] + ".tar")
+
+    def fetch(self, url: str) -> str:
+        """The local copy's path; waits for a fetch already under way. Raises ShardError."""
+        future = self._start(url)
+        path = future.result()
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)  # marks it as used
+            return path
+        with self._lock:
+            self._running.pop(url, None)
+        return self._start(url).result()
+
+    def read_ahead(self, urls: list[str]) -> None:
+        for url in urls:
+            self._start(url)
+
+    def _start(self, url: str) -> Future[str]:
+        with self._lock:
+            running = self._running.get(url)
+            if running is None or (running.done() and (running.exception() is not None or not os.path.exists(running.result()))):
+                self._pool = self._pool or ThreadPoolExecutor(4, thread_name_prefix="fetch")
+                running = self._running[url] = self._pool.submit(self._fetch, url)
+            return running
+
+    def _fetch(self, url: str) -> str:
+        place = self._place(url)
+        filesystem, path = _filesystem(url)
+        size = retried(lambda: filesystem.size(path), url, self._attempts, self._first_wait)
+        if place.exists() and (size is None or place.stat().st_size == size):
+            return str(place)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        self._make_room(size or 0)
+        retried(lambda: self._copy(filesystem, path, size, place), url, self._attempts, self._first_wait)
+        return str(place)
+
+    @staticmethod
+    def _copy(filesystem: Any, path: str, size: int | None, place: Path) -> None:
+        handle, temporary = tempfile.mkstemp(prefix=place.name + ".tmp-", dir=place.parent)
+        try:
+            with os.fdopen(handle, "wb") as out, filesystem.open(path, "rb") as source:
+                while chunk := source.read(CHUNK):
+                    out.write(chunk)
+                written = out.tell()
+            if size is not None and written != size:
+                raise OSError(f"{written} bytes came, expected {size}")
+            os.replace(temporary, place)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def _make_room(self, needed: int) -> None:
+        with self._lock:
+            entries = []
+            for file in (self.folder / "shards").glob("*.tar"):
+                with contextlib.suppress(FileNotFoundError):
+                    status = file.stat()
+                    entries.append((status.st_mtime, status.st_size, file))
+            total = sum(size for _, size, _ in entries)
+            for _, size, file in sorted(entries):
+                if total + needed <= self.max_bytes:
+                    break
+                file.unlink(missing_ok=True)
+                total -= size

@@ -1,0 +1,223 @@
+"""8. Loader threads, rows of every source -> Batch.
+
+Threads, not processes: decoding and resizing release the GIL, and nothing has to be copied between processes. Every step's rows are cut
+into blocks that threads decode, cut and (on CPU) render; the thread that finishes a step's last block joins them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from mmpretrain.data.source import Block, Source, join
+from mmpretrain.types import Batch
+
+MIN_BLOCK, MAX_BLOCK = 32, 256  # rows
+
+
+class _Step:
+    """One step's blocks as they come in."""
+
+    def __init__(self, slots: dict[str, list[range]]) -> None:
+        self.slots = slots
+        self.blocks: dict[str, list[Block | None]] = {name: [None] * len(parts) for name, parts in slots.items()}
+        self.left = sum(map(len, slots.values()))
+        self.result: dict[str, Block] = {}
+        self.error: BaseException | None = None
+        self.done = threading.Event()
+        self.lock = threading.Lock()
+
+
+class Loader:
+    """Endless batches of this rank's rows. Source s at step t covers its slots [t * batch_size, (t+1) * batch_size), rank r the r-th part.
+
+    `start` slots already consumed, per source, as `position()` gave them. `threads` decode; `prefetch` steps are worked on ahead. On CPU
+    the threads render too; otherwise uint8 pixels are pinned, sent, and rendered on `device` on a stream of their own. A step that takes
+    longer than `timeout_s` is an error that names what the threads were reading.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        start: Mapping[str, int] | None = None,
+        threads: int | None = None,
+        prefetch: int | None = None,
+        device: torch.device | str = "cpu",
+        timeout_s: float = 600.0,
+    ) -> None:
+        for name, source in sources.items():
+            if source.batch_size < 1 or source.batch_size % world_size:
+                raise ValueError(f"source {name!r}: batch_size {source.batch_size} does not divide among {world_size} ranks")
+        self.sources = dict(sources)
+        self.device, self.timeout_s = torch.device(device), timeout_s
+        self._rank, self._world = rank, world_size
+        self._position = {name: int((start or {}).get(name, 0)) for name in sources}
+        self._scheduled = dict(self._position)
+        self._skipped: list[dict[str, Any]] = []
+        if not any(self._position.values()):
+            self._skipped = [record for source in sources.values() for record in source.damaged()]
+        self.wait_s = 0.0
+        threads = threads or max(1, min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+        rows = [source.batch_size // world_size for source in sources.values()]
+        self._block = min(MAX_BLOCK, max(MIN_BLOCK, -(-max(rows) // threads)))
+        blocks = sum(-(-n // self._block) for n in rows)
+        self._ahead = prefetch or max(2, -(-2 * threads // blocks))
+        self._steps: deque[_Step] = deque()
+        self._staged: tuple[_Step, Batch] | None = None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._queue: queue.SimpleQueue[tuple[_Step, str, int] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._start_threads(threads)
+        _open.add(self)
+
+    def _start_threads(self, count: int) -> None:
+        """Loader threads compute on one core each. OpenMP's thread count is per thread, but torch also notes the last value given as the
+        one for threads to come: the calling thread puts its own back."""
+        own = torch.get_num_threads()
+        ready = threading.Barrier(count + 1)
+
+        def run() -> None:
+            torch.set_num_threads(1)
+            ready.wait()
+            ready.wait()
+            while (job := self._queue.get()) is not None:
+                self._work(*job)
+
+        # Daemons: a thread that hangs in a file system must not keep the process from ending.
+        self._threads = [threading.Thread(target=run, name=f"loader-{i}", daemon=True) for i in range(count)]
+        for thread in self._threads:
+            thread.start()
+        ready.wait()
+        torch.set_num_threads(own)
+        ready.wait()
+
+    def _schedule(self) -> None:
+        slots: dict[str, list[range]] = {}
+        for name, source in self.sources.items():
+            share = source.batch_size // self._world
+            first = self._scheduled[name] + self._rank * share
+            slots[name] = [range(at, min(at + self._block, first + share)) for at in range(first, first + share, self._block)]
+            source.read_ahead(self._scheduled[name])
+            self._scheduled[name] += source.batch_size
+        step = _Step(slots)
+        self._steps.append(step)
+        for name, parts in slots.items():
+            for i in range(len(parts)):
+                self._queue.put((step, name, i))
+
+    def _work(self, step: _Step, name: str, i: int) -> None:
+        try:
+            if not self._closed and step.error is None:
+                block = self.sources[name].rows(step.slots[name][i])
+                step.blocks[name][i] = block.render("image") if self.device.type == "cpu" else block
+        except BaseException as error:
+            step.error = step.error or error
+        with step.lock:
+            step.left -= 1
+            last = step.left == 0
+        if last:
+            try:
+                if step.error is None and not self._closed:
+                    for source, blocks in step.blocks.items():
+                        joined = join(blocks)  # type: ignore[arg-type]
+                        step.result[source] = joined.render() if self.device.type == "cpu" else joined.render("text").moved(self._pin)
+                    step.blocks.clear()
+            except BaseException as error:
+                step.error = error
+            step.done.set()
+
+    def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closed:
+            raise StopIteration
+        started = time.perf_counter()
+        while len(self._steps) < self._ahead:
+            self._schedule()
+        step = self._steps[0]
+        if not step.done.wait(self.timeout_s):
+            at = "; ".join(sorted({place for source in self.sources.values() for place in list(source.reading.values())})) or "no sample"
+            self.close()
+            raise RuntimeError(
+                f"the loader's threads made no batch in {self.timeout_s:g} s; they are reading {at}. Is the file system alive?"
+            )
+        if step.error is not None:
+            self.close()
+            raise step.error
+        staged, self._staged = self._staged, None
+        batch = staged[1] if staged is not None and staged[0] is step else self._on_device(step)
+        self._steps.popleft()
+        self._schedule()
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self._stream)
+            for tensor in _tensors(batch):
+                tensor.record_stream(current)
+            if self._steps[0].done.is_set() and self._steps[0].error is None:  # sent and rendered while this batch trains
+                self._staged = (self._steps[0], self._on_device(self._steps[0]))
+        for name, block in step.result.items():
+            self._position[name] += self.sources[name].batch_size
+            self._skipped += block.skipped
+        self.wait_s = time.perf_counter() - started
+        return batch
+
+    def _on_device(self, step: _Step) -> Batch:
+        if self.device.type == "cpu":
+            return {name: block.to_rows() for name, block in step.result.items()}
+        with torch.cuda.stream(self._stream):
+            return {
+                name: block.moved(lambda tensor: tensor.to(self.device, non_blocking=True)).to_rows() for name, block in step.result.items()
+            }
+
+    def position(self) -> dict[str, int]:
+        """Slots consumed by the batches handed out, per source: what a checkpoint stores."""
+        return dict(self._position)
+
+    def drain_skipped(self) -> list[dict[str, Any]]:
+        """Samples replaced in the batches handed out since the last call: {source, shard, key, reason, detail, slot}."""
+        records, self._skipped = self._skipped, []
+        return records
+
+    def close(self, wait_s: float = 5.0) -> None:
+        """Stop the threads and wait for them; those that hang are left to end with the process."""
+        if not self._closed:
+            self._closed = True
+            for _ in self._threads:
+                self._queue.put(None)
+            end = time.monotonic() + wait_s
+            for thread in self._threads:
+                thread.join(max(0.0, end - time.monotonic()))
+
+
+_open: weakref.WeakSet[Loader] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A daemon thread that the interpreter's end finds inside torch would abort the process."""
+    for loader in list(_open):
+        loader.close()
+
+
+def _tensors(batch: Batch) -> Iterator[torch.Tensor]:
+    for rows in batch.values():
+        yield rows.seeds
+        yield from rows.labels.values()
+        for view in rows.views.values():
+            yield from (tensor for tensor in view if tensor is not None)

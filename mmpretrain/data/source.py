@@ -1,0 +1,345 @@
+"""7. One source: named shards read one way. Slots in, decoded and cut rows out; bad samples replaced, counted and budgeted."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmpretrain import random
+from mmpretrain.data import decode
+from mmpretrain.data.cache import ShardCache
+from mmpretrain.data.order import Blend, Order
+from mmpretrain.data.schema import BadSample, BadSampleBudgetError, ShardError, image_extension
+from mmpretrain.data.shards import ShardSet, load_classes, shard_label
+from mmpretrain.data.views import NORMALISATION
+from mmpretrain.types import Params, Rows, Sample, View, ViewSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class ImageConfig:
+    size: int = 224  # pixels a side of the views
+    mean: Any = "openai"  # openai, imagenet, half, or three numbers
+    std: Any = "openai"  # openai, imagenet, half, or three numbers
+    background: list[int] = field(default_factory=lambda: [255, 255, 255])  # RGB that shows through transparency
+
+    def normalisation(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """(mean, std) as numbers. Raises ValueError for an unknown name."""
+        found = []
+        for value, which in ((self.mean, 0), (self.std, 1)):
+            if isinstance(value, str):
+                if value not in NORMALISATION:
+                    raise ValueError(f"image normalisation {value!r}: expected {', '.join(NORMALISATION)} or three numbers")
+                value = NORMALISATION[value][which]
+            if len(value) != 3:
+                raise ValueError(f"image normalisation {list(value)}: expected three numbers")
+            found.append(tuple(float(v) for v in value))
+        return found[0], found[1]
+
+
+@dataclass
+class SplitConfig:
+    holdout: float = 0.1  # share of the samples held out, by the hash of their keys
+    part: str = "train"  # train or holdout: which part this source reads
+
+
+@dataclass
+class SourceConfig:
+    shards: Any = ""  # glob, brace range, folder, several joined with ::, a list of these, or a list of {path, weight}
+    batch_size: int = 256  # global rows per update
+    image: ImageConfig | None = field(default_factory=ImageConfig)  # how images are made into views
+    caption: str = "txt"  # the member that holds the caption, or json:FIELD (a text or a list of texts)
+    label: str | None = None  # the member that holds the class (cls), or json:FIELD
+    classes: Any = None  # class names, or a file with one a line: needed where labels are names
+    split: SplitConfig | None = None  # hold samples out, by the hash of their keys
+    shuffle_window: int = 16  # shards whose samples are mixed
+    max_bad_fraction: float = 0.01  # bad samples among those read before the run stops; ten are always allowed
+    max_consecutive_bad: int = 100  # bad samples in a row before the run stops
+    max_pixels: int = 64_000_000  # larger images are bad samples, judged by their headers
+    min_side: int = 8  # pixels; smaller images are bad samples
+    max_aspect: float = 20.0  # longer side over shorter side; more elongated images are bad samples
+    max_member_bytes: int = 64 << 20  # larger members are bad samples; a caption may have 64 KiB
+    verify: bool = True  # compare members with the index's sha256 where it has them
+    cache_dir: str | None = None  # copies of remote shards; default: the user's cache folder
+    cache_bytes: int = 100 << 30  # how much they may take
+
+
+class Block(NamedTuple):
+    """Some rows of a source before rendering."""
+
+    keys: list[str]
+    seeds: Tensor  # int64 [n]
+    labels: dict[str, Tensor]
+    pixels: dict[ViewSpec, Tensor]  # what `geometry` gave, stacked
+    params: dict[ViewSpec, Params]
+    skipped: list[dict[str, Any]]  # {source, shard, key, reason, detail, slot}
+    views: dict[ViewSpec, View]  # those already rendered
+
+    def render(self, modality: str | None = None) -> Block:
+        """Render the views of one modality, or all that are left."""
+        for spec in list(self.pixels):
+            if modality is None or spec.modality == modality:
+                self.views[spec] = spec.render(self.pixels.pop(spec), self.params.pop(spec))
+        return self
+
+    def to_rows(self) -> Rows:
+        """The rendered rows."""
+        self.render()
+        return Rows(self.keys, self.seeds, self.labels, self.views)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Block:
+        """Every tensor passed through `move`: pinned, or sent to a device."""
+        return Block(
+            self.keys,
+            move(self.seeds),
+            {name: move(label) for name, label in self.labels.items()},
+            {spec: move(pixels) for spec, pixels in self.pixels.items()},
+            {spec: {name: move(value) for name, value in drawn.items()} for spec, drawn in self.params.items()},
+            self.skipped,
+            {spec: View(*(None if t is None else move(t) for t in view)) for spec, view in self.views.items()},
+        )
+
+
+MAX_CAPTION_BYTES = 1 << 16
+
+
+class Source:
+    """Stages 1-6 for one source. Construction opens every local shard and raises ShardError for what cannot work.
+
+    `views` are the specs to make, `labels` whether the objectives want the label. Members that none of them needs may be missing.
+    """
+
+    def __init__(self, name: str, config: SourceConfig, views: Collection[ViewSpec], labels: bool = False, seed: int = 0) -> None:
+        self.name, self.config, self.seed = name, config, seed
+        self.views = sorted(views, key=repr)
+        self.batch_size = config.batch_size
+        self.classes = load_classes(config.classes)
+        self._class_index = None if self.classes is None else {c: i for i, c in enumerate(self.classes)}
+        self._wants = {
+            "image": any(v.modality == "image" for v in views),
+            "text": any(v.modality == "text" for v in views),
+            "label": bool(labels),
+        }
+        if self._wants["label"] and config.label is None:
+            raise ValueError(
+                f"source {name!r}: an objective wants labels. Say which member holds them, e.g. `label: cls` or `label: json:category`."
+            )
+        image = config.image or ImageConfig()
+        self._limits = decode.ImageLimits(config.max_pixels, config.min_side, config.max_aspect, tuple(image.background))
+        split = None
+        if config.split is not None:
+            if not 0 < config.split.holdout < 1 or config.split.part not in ("train", "holdout"):
+                raise ValueError(f"source {name!r}: split {config.split}: holdout must lie between 0 and 1, part be train or holdout")
+            split = (config.split.holdout, config.split.part)
+        cache = ShardCache(config.cache_dir, config.cache_bytes)
+        self._base = random.combine(seed, random.stream(("source", name)))
+        parts = self._parts(config.shards)
+        self.shard_sets = [ShardSet(spec, split, config.shuffle_window, cache, config.verify) for spec, _ in parts]
+        self._orders = [Order(s.counts, random.combine(self._base, i), config.shuffle_window) for i, s in enumerate(self.shard_sets)]
+        self._blend = Blend([weight for _, weight in parts], self._base)
+        self.num_samples = sum(order.total for order in self._orders)
+        self._lock = threading.Lock()
+        self._read = self._consecutive = 0
+        self._bad: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
+        self.reading: dict[int, str] = {}  # thread -> the sample it is at, for errors
+        self._preflight()
+
+    def _parts(self, shards: Any) -> list[tuple[Any, float]]:
+        if isinstance(shards, (list, tuple)) and shards and not isinstance(shards[0], str):
+            return [(part["path"], float(part.get("weight", 1))) for part in shards]
+        return [(list(shards) if isinstance(shards, (list, tuple)) else shards, 1.0)]
+
+    def _preflight(self) -> None:
+        needed = []
+        if self._wants["text"]:
+            needed.append(self.config.caption.partition(":")[0])
+        if self._wants["label"]:
+            needed.append(str(self.config.label).partition(":")[0])
+        for shards, order in zip(self.shard_sets, self._orders):
+            where = f"source {self.name!r}, {shards.names[0]}" + (f" and {len(shards.names) - 1} more" if len(shards.names) > 1 else "")
+            if order.total == 0:
+                part = f" in the {self.config.split.part} part of the split" if self.config.split else ""
+                raise ShardError(f"{where}: no samples{part}.")
+            n = shards.looked_at
+            has = ", ".join(shards.found)
+            if n and self._wants["image"] and image_extension(shards.found) is None:
+                raise ShardError(f"{where}: 0 of {n} samples have an image (jpg, png, jpeg, webp); they have {has}.")
+            for extension in needed:
+                if n and not shards.found.get(extension):
+                    raise ShardError(
+                        f"{where}: 0 of {n} samples have {extension}; they have {has}. Set `caption:` or `label:` to a member they have."
+                    )
+            lost = sum(damage.lost for _, damage in shards.damage)
+            for name, damage in shards.damage:
+                log.warning("%s: %s at byte %d: %s; about %d samples lost", name, damage.reason, damage.offset, damage.detail, damage.lost)
+            if lost > max(10, self.config.max_bad_fraction * order.total):
+                name, damage = shards.damage[0]
+                raise ShardError(
+                    f"{where}: {len(shards.damage)} damaged shards, about {lost} samples lost; the first is {name}, {damage.reason} "
+                    f"at byte {damage.offset}: {damage.detail}. Fetch or build them again, or raise max_bad_fraction "
+                    f"({self.config.max_bad_fraction})."
+                )
+
+    def damaged(self) -> list[dict[str, Any]]:
+        """What preflight quarantined: one record per damaged shard, as in skipped.jsonl."""
+        return [
+            {"source": self.name, "shard": shard_label(name), "key": d.key, "reason": d.reason, "detail": f"byte {d.offset}: {d.detail}"}
+            for shards in self.shard_sets
+            for name, d in shards.damage
+        ]
+
+    def read_ahead(self, slot: int) -> None:
+        """Start fetching what slots from `slot` on need."""
+        if not any(shards.remote for shards in self.shard_sets):
+            return
+        component, own = self._blend.locate(np.arange(slot, slot + len(self._blend.cycle)))
+        for c, (shards, order) in enumerate(zip(self.shard_sets, self._orders)):
+            shards.read_ahead(order.shards_from(int(own[component == c].min())))
+
+    def rows(self, slots: range | Sequence[int]) -> Block:
+        """Decode and cut the samples of these slots. Raises BadSampleBudgetError, ShardError, or RuntimeError naming the sample."""
+        slots_ = np.asarray(slots, np.int64)
+        component, own = self._blend.locate(slots_)
+        samples: list[Sample] = []
+        seeds: list[int] = []
+        skipped: list[dict[str, Any]] = []
+        places = {int(c): self._orders[c].locate(own[component == c]) for c in np.unique(component)}
+        next_of = dict.fromkeys(places, 0)
+        for c, own_slot, slot in zip(component.tolist(), own.tolist(), slots_.tolist()):
+            place, at = places[c], next_of[c]
+            next_of[c] += 1
+            where = (int(place.shard[at]), int(place.sample[at]), int(place.epoch[at]))
+            attempt = 0
+            while True:
+                try:
+                    sample = self._sample(c, where[0], where[1])
+                except BadSample as bad:
+                    skipped.append(self._count_bad(c, where[0], where[1], slot, bad))
+                    attempt += 1
+                    where = self._orders[c].replacement(own_slot, attempt)
+                    continue
+                break
+            with self._lock:
+                self._read += 1
+                self._consecutive = 0
+            samples.append(sample)
+            number = int(self._orders[c].first[where[0]]) + where[1]
+            seeds.append(int(random.combine(self._base, c, where[2], number, attempt)))
+        return self._cut(samples, torch.tensor(seeds, dtype=torch.int64), skipped)
+
+    def _sample(self, c: int, shard: int, number: int) -> Sample:
+        name = shard_label(self.shard_sets[c].names[shard])
+        me = threading.get_ident()
+        self.reading[me] = name
+        key = f"{name}/#{number}"
+        try:
+            key, members, opened = self.shard_sets[c].members(shard, number)
+            key = self.reading[me] = f"{name}/{key}"
+            return self._decode(key, members, lambda member: self.shard_sets[c].read(opened, member))
+        except (BadSample, ShardError):
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"source {self.name!r}: reading {key} of {self.shard_sets[c].names[shard]}: {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            self.reading.pop(me, None)
+
+    def _decode(self, key: str, members: dict, read: Any) -> Sample:
+        sample = Sample(key)
+
+        def member(extension: str | None, limit: int) -> bytes:
+            if extension is None or extension not in members:
+                raise BadSample("missing_field", f"{extension or 'image'}; it has {', '.join(sorted(members))}")
+            if members[extension].size > limit:
+                raise BadSample("too_many_bytes", f"{extension} has {members[extension].size} bytes, the limit is {limit}")
+            return read(members[extension])
+
+        metadata: dict[str, Any] | None = None
+
+        def json_field(extension: str, name: str) -> Any:
+            nonlocal metadata
+            metadata = decode.decode_json(member(extension, self.config.max_member_bytes)) if metadata is None else metadata
+            if name not in metadata:
+                raise BadSample("missing_field", f"{extension}:{name}; it has {', '.join(sorted(metadata))[:200]}")
+            return metadata[name]
+
+        if self._wants["text"]:  # before the image: captions are cheaper to refuse
+            extension, _, name = self.config.caption.partition(":")
+            if name:
+                sample.captions = decode.captions_from(json_field(extension, name), self.config.caption)
+            else:
+                sample.captions = [decode.decode_text(member(extension, MAX_CAPTION_BYTES))]
+        if self._wants["label"]:
+            extension, _, name = str(self.config.label).partition(":")
+            value = json_field(extension, name) if name else member(extension, MAX_CAPTION_BYTES)
+            sample.labels["label"] = decode.label_from(value, self._class_index, str(self.config.label))
+        if self._wants["image"]:
+            data = member(image_extension(members), self.config.max_member_bytes)
+            sample.image = decode.decode_image(data, self._limits)
+        return sample
+
+    def _cut(self, samples: list[Sample], seeds: Tensor, skipped: list[dict[str, Any]]) -> Block:
+        pixels, params = {}, {}
+        for spec in self.views:
+            drawn = params[spec] = spec.draw(samples, seeds)
+            rows = []
+            for i, sample in enumerate(samples):
+                source = sample.image if spec.modality == "image" else sample.captions
+                rows.append(spec.geometry(source, {name: value[i] for name, value in drawn.items()}))
+            pixels[spec] = torch.stack(rows)
+        labels = {"label": torch.tensor([s.labels["label"] for s in samples])} if self._wants["label"] else {}
+        return Block([s.key for s in samples], seeds, labels, pixels, params, skipped, {})
+
+    def _count_bad(self, c: int, shard: int, number: int, slot: int, bad: BadSample) -> dict[str, Any]:
+        name = self.shard_sets[c].names[shard]
+        key = self.shard_sets[c].members(shard, number)[0]
+        with self._lock:
+            self._read += 1
+            self._consecutive += 1
+            self._bad[bad.reason] += 1
+            self._examples.setdefault(bad.reason, f"{shard_label(name)}/{key}: {bad}")
+            total, consecutive = sum(self._bad.values()), self._consecutive
+            if consecutive >= self.config.max_consecutive_bad or total > max(10, self.config.max_bad_fraction * self._read):
+                reasons = ", ".join(f"{n} {reason}" for reason, n in self._bad.most_common())
+                limit = (
+                    f"{consecutive} in a row (max_consecutive_bad: {self.config.max_consecutive_bad})"
+                    if consecutive >= self.config.max_consecutive_bad
+                    else f"more than max_bad_fraction: {self.config.max_bad_fraction}"
+                )
+                raise BadSampleBudgetError(
+                    f"source {self.name!r}: {total} of {self._read} samples read are bad, {limit}: {reasons}. "
+                    f"For instance {'; '.join(list(self._examples.values())[:3])}. Repair the shards or raise the limit."
+                )
+        return {"source": self.name, "shard": shard_label(name), "key": key, "reason": bad.reason, "detail": bad.detail, "slot": slot}
+
+
+def join(blocks: list[Block]) -> Block:
+    """Blocks of consecutive slots -> one; views that are not rendered yet wait for `render` over all rows."""
+    first = blocks[0]
+    if len(blocks) == 1:
+        return first
+    views: dict[ViewSpec, View] = {}
+    for spec in first.views:
+        parts = [b.views[spec] for b in blocks]
+        target = None if parts[0].target is None else torch.cat([p.target for p in parts])
+        views[spec] = View(torch.cat([p.data for p in parts]), target)
+    return Block(
+        keys=[key for b in blocks for key in b.keys],
+        seeds=torch.cat([b.seeds for b in blocks]),
+        labels={name: torch.cat([b.labels[name] for b in blocks]) for name in first.labels},
+        pixels={spec: torch.cat([b.pixels[spec] for b in blocks]) for spec in first.pixels},
+        params={spec: {name: torch.cat([b.params[spec][name] for b in blocks]) for name in drawn} for spec, drawn in first.params.items()},
+        skipped=[record for b in blocks for record in b.skipped],
+        views=views,
+    )
