@@ -16,7 +16,7 @@ from ..data.decode import ImageLimits
 from ..random import combine, permutation
 from . import classes as class_names
 from . import readers
-from .base import OptionError, option
+from .base import OptionError
 from .readers import Item
 
 logger = logging.getLogger(__name__)
@@ -26,25 +26,21 @@ logger = logging.getLogger(__name__)
 class DataConfig:
     """The options every evaluator shares: what to evaluate on, and how it is read."""
 
-    data: str = field(metadata={"help": "class folder, CSV file, shards (globs, braces, or a folder of tars), or CLIP_benchmark folder"})
-    split: str | None = option(None, "subfolder (class folder, shards), or value of the column `split` (CSV); CLIP_benchmark: test")
-    image: str | None = option(None, "CSV column with the image file")
-    label: str | None = option(None, "CSV column with the label; in shards a member (cls) or json:FIELD")
-    caption: str | None = option(
-        None, "CSV column or template '{name}: {keywords}'; in shards a member (txt) or json:FIELD (a text or a list)"
-    )
-    classes: str | list | dict | None = option(  # noqa: RUF009 (it makes a field)
-        None, "class names: imagenet, a .txt or .json file, a list, or a mapping label: name"
-    )
-    exclude: str | None = option(None, "regular expression: leave out items whose label (or every caption) matches")
-    include: str | None = option(None, "regular expression: keep only items whose label (or a caption) matches")
-    limit: int | None = option(None, "evaluate on so many items, drawn by `seed`")
-    background: list = option([255, 255, 255], "colour behind transparent images: red, green, blue, 0..255")  # noqa: RUF009
-    batch_size: int = option(64, "images a forward, on each process")
-    threads: int = option(4, "threads that read and decode ahead, on each process")
-    cache: str | None = option(None, "folder to keep features in, keyed by weights and data")
-    max_bad_fraction: float = option(0.01, "fail when more than this fraction of the items cannot be used")
-    seed: int = option(0, "what is drawn (limit, held-out parts, initial weights) depends on it alone")
+    data: str  # class folder, CSV file, shards (globs, braces, or a folder of tars), or CLIP_benchmark folder
+    split: str | None = None  # subfolder (class folder, shards), or value of the column `split` (CSV); CLIP_benchmark: test
+    image: str | None = None  # CSV column with the image file
+    label: str | None = None  # CSV column with the label; in shards a member (cls) or json:FIELD
+    caption: str | None = None  # CSV column or template '{name}: {keywords}'; in shards a member (txt) or json:FIELD (a text or a list)
+    classes: str | list[str] | dict[str, str] | None = None  # class names: imagenet, a .txt or .json file, a list, or a mapping label: name
+    exclude: str | None = None  # regular expression: leave out items whose label (or every caption) matches
+    include: str | None = None  # regular expression: keep only items whose label (or a caption) matches
+    limit: int | None = None  # evaluate on so many items, drawn by `seed`
+    background: tuple[int, int, int] = (255, 255, 255)  # colour behind transparent images: red, green, blue, 0..255
+    batch_size: int = 64  # images a forward, on each process
+    threads: int = 4  # threads that read and decode ahead, on each process
+    cache: str | None = None  # folder to keep features in, keyed by weights and data
+    max_bad_fraction: float = 0.01  # fail when more than this fraction of the items cannot be used
+    seed: int = 0  # what is drawn (limit, held-out parts, initial weights) depends on it alone
 
 
 @dataclass
@@ -137,7 +133,9 @@ def open_dataset(config: DataConfig, task: Literal["classification", "retrieval"
     check_budget(skipped, len(items) + len(skipped), config.max_bad_fraction, config.data)
     if not items:
         raise OptionError(f"data={config.data!r}: no items to evaluate (split={split}, include={config.include}, exclude={config.exclude})")
-    limits = ImageLimits(background=_colour(config.background))
+    if not all(0 <= part <= 255 for part in config.background):
+        raise OptionError(f"background={list(config.background)}: expected three numbers from 0 to 255, such as [255, 255, 255]")
+    limits = ImageLimits(background=config.background)
     result = EvalSet(_name(config.data, split), items, templates=templates, limits=limits, skipped=skipped)
     if task == "classification":
         result.labels, names = class_names.resolve([item.label for item in items], given, config.data)
@@ -177,12 +175,6 @@ def _filtered(items: list[Item], config: DataConfig, captions: bool) -> list[Ite
     if config.exclude is not None:
         items = [item for item in items if not all(re.search(config.exclude, text) for text in texts(item))]
     return items
-
-
-def _colour(value: list) -> tuple[int, int, int]:
-    if len(value) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in value):
-        raise OptionError(f"background={value}: expected three numbers from 0 to 255, such as [255, 255, 255]")
-    return (value[0], value[1], value[2])
 
 
 def _line(path: Path) -> str | None:

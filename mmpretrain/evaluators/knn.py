@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -10,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..types import Model, Result
-from .base import option
 from .features import gather_rows, part
 from .metrics import classification_metrics, confusion_tables, predictions
 from .pairs import TrainDataConfig, encode_pair
@@ -18,9 +18,9 @@ from .pairs import TrainDataConfig, encode_pair
 
 @dataclass
 class Config(TrainDataConfig):
-    k: int = option(20, "neighbours that vote")
-    temperature: float = option(0.07, "a neighbour of cosine s votes with weight exp(s / temperature)")
-    features: str = option("pooled", "pooled (before the projection), features (after it), or both")
+    k: int = 20  # neighbours that vote
+    temperature: float = 0.07  # a neighbour of cosine s votes with weight exp(s / temperature)
+    features: Literal["pooled", "features", "both"] = "pooled"  # pooled (before the projection), features (after it), or both
 
 
 class KNN:
@@ -56,7 +56,7 @@ class KNN:
             }
         if pair.skipped:
             tables["skipped"] = pair.skipped
-        return Result(metrics, len(pair.test_labels), pair.name, tables)
+        return Result(metrics | {"chance": 1 / len(pair.classes)}, len(pair.test_labels), pair.name, tables)
 
 
 def knn_votes(query: Tensor, train: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float, tile: int = 1024) -> Tensor:

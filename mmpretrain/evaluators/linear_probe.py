@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -11,17 +12,19 @@ from torch.nn.functional import cross_entropy
 
 from ..random import combine, permutation
 from ..types import Model, Result
-from .base import OptionError, option
+from .base import OptionError
 from .metrics import classification_metrics, confusion_tables, predictions
 from .pairs import TrainDataConfig, encode_pair
 
 
 @dataclass
 class Config(TrainDataConfig):
-    features: str = option("both", "pooled (before the projection), features (after it), or both")
-    c: list = option([0.01, 0.1, 1.0, 10.0, 100.0], "candidates for C, the inverse strength of the L2 penalty (scikit-learn's)")  # noqa: RUF009
-    validation: float = option(0.2, "fraction of the training set that C is chosen on; the probe is then fitted on all of it")
-    max_iter: int = option(300, "L-BFGS iterations at most")
+    features: Literal["pooled", "features", "both"] = "both"  # pooled (before the projection), features (after it), or both
+    c: list[float] = field(
+        default_factory=lambda: [0.01, 0.1, 1.0, 10.0, 100.0]
+    )  # candidates for C, the inverse strength of the L2 penalty (scikit-learn's)
+    validation: float = 0.2  # fraction of the training set that C is chosen on; the probe is then fitted on all of it
+    max_iter: int = 300  # L-BFGS iterations at most
 
 
 class LinearProbe:
@@ -59,7 +62,7 @@ class LinearProbe:
             }
         if pair.skipped:
             tables["skipped"] = pair.skipped
-        return Result(metrics, len(pair.test_labels), pair.name, tables)
+        return Result(metrics | {"chance": 1 / len(pair.classes)}, len(pair.test_labels), pair.name, tables)
 
 
 def choose_c(x: Tensor, labels: Tensor, num_classes: int, config: Config) -> tuple[float, list[tuple[float, float]]]:

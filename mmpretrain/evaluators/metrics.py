@@ -58,7 +58,7 @@ def confusion_tables(labels: Tensor, predicted: Tensor, classes: list[str], larg
     right = torch.bincount(labels[labels == predicted], minlength=C)
     wrong = [(-count, pair // C, pair % C) for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True) if pair // C != pair % C]
     confusions = [
-        {"class": classes[a], "predicted": classes[b], "count": -count, "fraction": -count / total[a].item()}
+        {"true": classes[a], "predicted": classes[b], "count": -count, "fraction": -count / total[a].item()}
         for count, a, b in sorted(wrong)[:largest]
     ]
     present = [c for c in range(C) if total[c] > 0]

@@ -34,12 +34,20 @@ class TowerModel:
     """A DualEncoder as a Model. It may be wrapped around live towers during training: their modes are restored after each call."""
 
     def __init__(
-        self, dual: DualEncoder, precision: Precision = "fp32", new_tower: Callable[[], nn.Module] | None = None, joint: bool = True
+        self,
+        dual: DualEncoder,
+        device: torch.device | str | None = None,
+        precision: Precision = "fp32",
+        new_tower: Callable[[], nn.Module] | None = None,
+        joint: bool = True,
     ) -> None:
-        """`new_tower` makes an image tower with new weights, by default from `dual.model_cfg`; `joint=False`: its projection is untrained."""
+        """`device` moves the towers. `new_tower` makes an image tower with new weights, by default from `dual.model_cfg`.
+
+        `joint=False`: the projection was never trained, so no features are given.
+        """
         if precision not in _DTYPES:
             raise OptionError(f"precision {precision!r}: expected {', '.join(_DTYPES)}")
-        self.dual = dual
+        self.dual = dual if device is None else dual.to(device)
         self.precision = precision
         self.preprocess = dual.preprocess
         self._outputs = frozenset({"pooled", "features"} if joint else {"pooled"})
@@ -130,12 +138,12 @@ def load_model(
             raise OptionError(f"{spec} holds weights only: say of which architecture, an open_clip model name such as ViT-B-32")
         dual = build_towers(arch, pretrained=spec)
     elif spec.startswith("timm:"):
-        return TowerModel(_pretrained_timm(spec).to(device), precision, joint=False)
+        return TowerModel(_pretrained_timm(spec), device, precision, joint=False)
     elif spec.startswith("hf:"):
         if not Path(spec[3:]).is_dir():
             raise OptionError(f"{spec}: no such folder {spec[3:]!r}")
         dual = build_towers(spec)
-        return TowerModel(dual.to(device), precision, lambda: _new_transformers_tower(spec[3:]))
+        return TowerModel(dual, device, precision, lambda: _new_transformers_tower(spec[3:]))
     elif ":" in spec and "/" not in spec.split(":")[0]:
         name, tag = spec.rsplit(":", 1)
         dual = build_towers(name, pretrained=tag)
@@ -144,7 +152,7 @@ def load_model(
             f"model {spec!r}: no such folder or file; expected a run, a checkpoint or open_clip folder, a weights file with an "
             "architecture, NAME:PRETRAINED_TAG of open_clip, timm:NAME, or hf:FOLDER"
         )
-    return TowerModel(dual.to(device), precision)
+    return TowerModel(dual, device, precision)
 
 
 def _weights(folder: Path) -> Path | None:

@@ -12,16 +12,16 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..types import Model
-from .base import OptionError, option
+from .base import OptionError
 from .datasets import DataConfig, EvalSet, kind_of, open_dataset
 from .features import encode_images
 
 
 @dataclass
 class TrainDataConfig(DataConfig):
-    train: str | None = option(None, "data to fit on; default: the same data, another split or a held-out part")
-    train_split: str | None = option(None, "split to fit on; default: train, where `split` is given or the data has one")
-    holdout: float = option(0.2, "without `train` and splits: the fraction of items, by key hash, that is tested on and not fitted")
+    train: str | None = None  # data to fit on; default: the same data, another split or a held-out part
+    train_split: str | None = None  # split to fit on; default: train, where `split` is given or the data has one
+    holdout: float = 0.2  # without `train` and splits: the fraction of items, by key hash, that is tested on and not fitted
 
 
 @dataclass
@@ -38,8 +38,6 @@ class EncodedPair:
 
     def feature_sets(self, wanted: str) -> Iterator[tuple[str, str, Tensor, Tensor]]:
         """(name, metric prefix, train, test) for `pooled`, `features`, or `both` of them where the model gives both."""
-        if wanted not in ("pooled", "features", "both"):
-            raise OptionError(f"features={wanted!r}: expected pooled, features or both")
         names = [name for name in ("pooled", "features") if name in self.train] if wanted == "both" else [wanted]
         if missing := [name for name in names if name not in self.train]:
             raise OptionError(f"features={missing[0]}: this model gives only {', '.join(self.train)}")

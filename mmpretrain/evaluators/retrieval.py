@@ -11,7 +11,6 @@ from torch.nn.functional import normalize
 
 from .. import distributed
 from ..types import Model, Result
-from .base import option
 from .datasets import DataConfig, open_dataset
 from .features import encode_images, encode_texts, part
 from .metrics import TIE
@@ -19,8 +18,8 @@ from .metrics import TIE
 
 @dataclass
 class Config(DataConfig):
-    tile: int = option(4096, "queries and candidates compared at once: memory grows with its square")
-    examples: int = option(8, "texts to show in the report with the rank of their image")
+    tile: int = 4096  # queries and candidates compared at once: memory grows with its square
+    examples: int = 8  # texts to show in the report with the rank of their image
 
 
 class Retrieval:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..types import Model, Result
-from .base import OptionError, option
+from .base import OptionError
 from .datasets import DataConfig, EvalSet, open_dataset
 from .examples import thumbnail
 from .features import encode_images, encode_texts
@@ -22,11 +23,10 @@ from .metrics import classification_metrics, confusion_tables, predictions
 
 @dataclass
 class Config(DataConfig):
-    templates: str | list | None = option(  # noqa: RUF009 (it makes a field)
-        None,
-        "prompts: openai (80), simple (7), a file (one a line) or a list, with {} or {c} for the class; default: the data's own, or openai",
+    templates: str | list[str] | None = (
+        None  # openai, simple, a file or a list of prompts with {} or {c}; default: the data's own, or openai
     )
-    examples: int = option(8, "right and wrong predictions to show in the report, of each")
+    examples: int = 8  # right and wrong predictions to show in the report, of each
 
 
 class ZeroShot:
@@ -52,10 +52,10 @@ class ZeroShot:
         predicted = predictions(scores, labels)
         tables = confusion_tables(labels, predicted, dataset.classes)
         if accelerator.is_main_process and config.examples:
-            tables["examples"] = example_rows(dataset, found.rows, labels, predicted, scores, config.examples)
+            tables["predictions"] = example_rows(dataset, found.rows, labels, predicted, scores, config.examples)
         if skipped := dataset.skipped + found.skipped:
             tables["skipped"] = skipped
-        return Result(classification_metrics(scores, labels), len(labels), dataset.name, tables)
+        return Result(classification_metrics(scores, labels) | {"chance": 1 / len(dataset.classes)}, len(labels), dataset.name, tables)
 
 
 def read_templates(chosen: str | Sequence[str] | None, own: list[str] | None = None) -> list[str]:
@@ -95,12 +95,12 @@ def example_rows(dataset: EvalSet, rows: Tensor, labels: Tensor, predicted: Tens
             item = dataset.items[rows[i]]
             shown.append(
                 {
-                    "image": thumbnail(item, dataset.limits),
+                    "thumbnail": base64.b64encode(thumbnail(item, dataset.limits)).decode(),
                     "key": item.key,
-                    "label": dataset.classes[labels[i]],
+                    "truth": dataset.classes[labels[i]],
                     "predicted": dataset.classes[predicted[i]],
                     "score": scores[i, predicted[i]].item(),
-                    "right": right,
+                    "correct": right,
                 }
             )
     return shown
