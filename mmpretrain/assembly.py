@@ -8,7 +8,8 @@ import torch
 
 from mmpretrain.checkpoint import MANIFEST, find_checkpoint
 from mmpretrain.config import Config
-from mmpretrain.data.source import Source
+from mmpretrain.data.source import ImageConfig, Source
+from mmpretrain.data.shards import load_classes
 from mmpretrain.data.text import get_tokenizer
 from mmpretrain.model import PretrainModel
 from mmpretrain.objectives import OBJECTIVES, Context, Objective
@@ -64,12 +65,13 @@ def build_model(config: Config) -> tuple[PretrainModel, Teacher | None]:
 
 def context(config: Config, source: str, towers: DualEncoder) -> Context:
     """What an objective on `source` may know."""
-    image = config.sources[source].image
+    image = config.sources[source].image or ImageConfig()
     visual, text, preprocess = towers.visual, towers.text, towers.preprocess
+    mean, std = image.normalisation(preprocess.mean, preprocess.std)
     return Context(
         image_size=image.size or preprocess.size,
-        mean=image.mean or preprocess.mean,
-        std=image.std or preprocess.std,
+        mean=mean,
+        std=std,
         patch_size=visual.patch_size if visual is not None else None,
         image_width=visual.width if visual is not None else 0,
         text_width=text.width if text is not None else 0,
@@ -78,14 +80,14 @@ def context(config: Config, source: str, towers: DualEncoder) -> Context:
         context_length=towers.context_length,
         vocab_size=get_tokenizer(towers.tokenizer).vocab_size if text is not None else 0,
         trim_text=text is not None and text.trimmable,
-        classes=tuple(config.sources[source].classes or ()),
+        classes=tuple(load_classes(config.sources[source].classes) or ()),
     )
 
 
 def build_sources(config: Config, model: PretrainModel) -> dict[str, Source]:
     """Every source, opened and counted, with the views and labels that its objectives want."""
     views = model.views()
-    return {name: Source(name, options, views[name], config.seed) for name, options in config.sources.items()}
+    return {name: Source(name, options, views[name], seed=config.seed) for name, options in config.sources.items()}
 
 
 def check_division(config: Config, processes: int) -> None:

@@ -15,6 +15,7 @@ from mmpretrain import checkpoint, distributed, launch, run
 from mmpretrain.assembly import build_model, build_sources, check_division, first_rows, total_steps
 from mmpretrain.config import Config, EvaluationConfig
 from mmpretrain.data.loader import Loader
+from mmpretrain.data.source import Source
 from mmpretrain.evaluators import EVALUATORS
 from mmpretrain.evaluators.models import TowerModel
 from mmpretrain.interrupts import Interrupts
@@ -54,7 +55,7 @@ def train(config: Config) -> int:
 
     model.to(device)
     loader = Loader(
-        sources, config.seed, distributed.rank(), processes, state["positions"],
+        sources, rank=distributed.rank(), world_size=processes, start=state["positions"],
         threads=config.loader_threads, prefetch=config.prefetch, device=device,
     )  # fmt: skip
     batches = iter(loader)
@@ -117,7 +118,7 @@ def train(config: Config) -> int:
 
             # Say it, save it, evaluate it.
             tracker.skipped(step, distributed.gather_lists(loader.drain_skipped()))
-            if not bad and (tracker.due(step) if accelerator.is_main_process else Tracker.due(tracker, step)):
+            if not bad and tracker.due(step):
                 scalars = distributed.average({"loss": loss, "grad_norm": norm} | logs)
                 tracker.log(step, step * samples_per_step, scalars, waited, time.perf_counter() - started, lr)
             if step == 1 or step == steps or (config.images_every and step % config.images_every == 0):
@@ -249,8 +250,12 @@ def describe(config: Config, accelerator: Accelerator, model: PretrainModel, sou
     for name, source in sources.items():
         rows = config.sources[name].batch_size
         epochs = (config.steps or 0) * rows / max(1, source.num_samples)
-        lines.append(f"source {name}: {source.num_samples} samples in {len(source.counts)} shards, {rows} rows a step, {epochs:.2f} epochs")
+        lines.append(f"source {name}: {source.num_samples} samples in {num_shards(source)} shards, {rows} rows a step, {epochs:.2f} epochs")
     return "\n".join(lines)
+
+
+def num_shards(source: Source) -> int:
+    return sum(len(shards.names) for shards in source.shard_sets)
 
 
 def finish(config: Config, tracker: Tracker, sources: dict[str, Any]) -> None:
@@ -261,6 +266,6 @@ def finish(config: Config, tracker: Tracker, sources: dict[str, Any]) -> None:
     rows = latest_results(read_jsonl(folder / "results.jsonl"))
     if rows:
         tracker.table([{"evaluation": r["name"], "step": r["step"], "n": r["n"], "metrics": r["metrics"]} for r in rows])
-    data = {name: {"shards": len(s.counts), "samples": s.num_samples, "rows_per_step": config.sources[name].batch_size} for name, s in sources.items()}
+    data = {name: {"shards": num_shards(s), "samples": s.num_samples, "rows_per_step": config.sources[name].batch_size} for name, s in sources.items()}
     path = write_report(folder, {"data": data})
     tracker.message(json.dumps({"run": str(folder)}) if not path else f"report: {path}")

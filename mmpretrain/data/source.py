@@ -27,15 +27,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class ImageConfig:
-    size: int = 224  # pixels a side of the views
-    mean: Any = "openai"  # openai, imagenet, half, or three numbers
-    std: Any = "openai"  # openai, imagenet, half, or three numbers
+    size: int | None = None  # pixels a side of the views; default: the model's
+    mean: Any = None  # openai, imagenet, half, or three numbers; default: the model's
+    std: Any = None  # openai, imagenet, half, or three numbers; default: the model's
     background: list[int] = field(default_factory=lambda: [255, 255, 255])  # RGB that shows through transparency
 
-    def normalisation(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """(mean, std) as numbers. Raises ValueError for an unknown name."""
+    def normalisation(self, mean: Any = "openai", std: Any = "openai") -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """(mean, std) as numbers; the arguments stand for what is not set. Raises ValueError for an unknown name."""
         found = []
-        for value, which in ((self.mean, 0), (self.std, 1)):
+        for value, which in ((self.mean or mean, 0), (self.std or std, 1)):
             if isinstance(value, str):
                 if value not in NORMALISATION:
                     raise ValueError(f"image normalisation {value!r}: expected {', '.join(NORMALISATION)} or three numbers")
@@ -211,7 +211,7 @@ class Source:
         slots_ = np.asarray(slots, np.int64)
         component, own = self._blend.locate(slots_)
         samples: list[Sample] = []
-        seeds: list[int] = []
+        origin: list[tuple[int, int, int, int]] = []  # component, epoch, sample of the component, attempt
         skipped: list[dict[str, Any]] = []
         places = {int(c): self._orders[c].locate(own[component == c]) for c in np.unique(component)}
         next_of = dict.fromkeys(places, 0)
@@ -229,13 +229,12 @@ class Source:
                     where = self._orders[c].replacement(own_slot, attempt)
                     continue
                 break
-            with self._lock:
-                self._read += 1
-                self._consecutive = 0
+            self._consecutive = 0
             samples.append(sample)
-            number = int(self._orders[c].first[where[0]]) + where[1]
-            seeds.append(int(random.combine(self._base, c, where[2], number, attempt)))
-        return self._cut(samples, torch.tensor(seeds, dtype=torch.int64), skipped)
+            origin.append((c, where[2], int(self._orders[c].first[where[0]]) + where[1], attempt))
+        with self._lock:
+            self._read += len(samples)
+        return self._cut(samples, random.combine(self._base, *torch.tensor(origin).unbind(1)), skipped)
 
     def _sample(self, c: int, shard: int, number: int) -> Sample:
         name = shard_label(self.shard_sets[c].names[shard])
@@ -293,11 +292,9 @@ class Source:
         pixels, params = {}, {}
         for spec in self.views:
             drawn = params[spec] = spec.draw(samples, seeds)
-            rows = []
-            for i, sample in enumerate(samples):
-                source = sample.image if spec.modality == "image" else sample.captions
-                rows.append(spec.geometry(source, {name: value[i] for name, value in drawn.items()}))
-            pixels[spec] = torch.stack(rows)
+            each = zip(*(value.unbind(0) for value in drawn.values())) if drawn else ((),) * len(samples)
+            sources = [sample.image if spec.modality == "image" else sample.captions for sample in samples]
+            pixels[spec] = torch.stack([spec.geometry(source, dict(zip(drawn, values))) for source, values in zip(sources, each)])
         labels = {"label": torch.tensor([s.labels["label"] for s in samples])} if self._wants["label"] else {}
         return Block([s.key for s in samples], seeds, labels, pixels, params, skipped, {})
 

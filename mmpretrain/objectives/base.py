@@ -91,7 +91,11 @@ class Objective(nn.Module):
     Config: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
     per_row: ClassVar[bool] = False  # the loss is a mean over independent terms: it may run chunk by chunk, weighted by `count`
     needs: dict[str, Encode | tuple[Encode, ...]]
-    mask_token: nn.Parameter | None = None  # put where this objective's encodes hide a token
+    mask_token: nn.Parameter | None  # put where this objective's encodes hide a token
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("mask_token", None)
 
     def forward(self, **encoded: Any) -> dict[str, Tensor]:
         raise NotImplementedError

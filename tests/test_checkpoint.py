@@ -1,0 +1,153 @@
+"""The checkpoint protocol: whole or absent, verified, newest valid first."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from mmpretrain import checkpoint
+from mmpretrain.checkpoint import CheckpointError
+
+
+def write(root, step, value=1.0, keep=3):
+    return checkpoint.save(root, step, {"model": {"w": torch.full((3,), value)}}, {"w": {"step": torch.tensor(1.0)}}, {"state": {"step": step}}, keep)
+
+
+def test_round_trip_and_pruning(tmp_path):
+    for step in (1, 2, 3, 10):
+        write(tmp_path, step, float(step), keep=2)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000010", "step-00000003"]
+    found = checkpoint.find_checkpoint(tmp_path)
+    assert checkpoint.load_tensors(found, "model")["w"].tolist() == [10.0] * 3
+    assert checkpoint.load_json(found, "state") == {"step": 10}
+    assert checkpoint.load_optimizer(found)["w"]["step"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json"])
+def test_a_flipped_bit_is_refused_and_the_previous_one_taken(tmp_path, name):
+    write(tmp_path, 1)
+    newest = write(tmp_path, 2)
+    data = bytearray((newest / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (newest / name).write_bytes(data)
+    found, said = checkpoint.newest_valid(tmp_path)
+    assert found == tmp_path / "step-00000001"
+    assert len(said) == 1
+    assert name in said[0]
+    assert "sha256" in said[0]
+
+
+@pytest.mark.parametrize("damage", ["missing", "manifest", "no manifest"])
+def test_other_damage_is_named(tmp_path, damage):
+    folder = write(tmp_path, 1)
+    if damage == "missing":
+        (folder / "state.json").unlink()
+    elif damage == "manifest":
+        (folder / "manifest.json").write_text("{")
+    else:
+        (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"state\.json is missing|manifest\.json cannot be read"):
+        checkpoint.find_checkpoint(tmp_path)
+
+
+def test_full_disk_leaves_the_old_checkpoint_and_nothing_partial(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left on device.*earlier checkpoints are untouched"):
+        write(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert checkpoint.newest_valid(tmp_path)[0] == tmp_path / "step-00000001"
+
+
+def test_leftovers_of_a_killed_save_are_ignored_and_removed(tmp_path):
+    write(tmp_path, 1)
+    (tmp_path / "step-00000002.tmp-99").mkdir()
+    assert checkpoint.newest_valid(tmp_path)[0].name == "step-00000001"
+    write(tmp_path, 3)
+    assert not list(tmp_path.glob("*.tmp-*"))
+
+
+def test_kill_at_every_stage_of_a_save_leaves_a_valid_checkpoint(tmp_path):
+    """A child dies by SIGKILL at the n-th file-system call of its second save, for every n until a save gets through."""
+    code = textwrap.dedent("""
+        import os, signal, sys, torch
+        from pathlib import Path
+        from mmpretrain import checkpoint
+        root, fatal = Path(sys.argv[1]), int(sys.argv[2])
+        save = lambda step: checkpoint.save(root, step, {"model": {"w": torch.full((3,), float(step))}}, {}, {"state": {"step": step}}, 1)
+        save(1)
+        calls = 0
+        def dies(call):
+            def wrapper(*args, **kwargs):
+                global calls
+                calls += 1
+                if calls == fatal:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args, **kwargs)
+            return wrapper
+        checkpoint._flush, checkpoint._sha256 = dies(checkpoint._flush), dies(checkpoint._sha256)
+        checkpoint.save_file, checkpoint.torch.save = dies(checkpoint.save_file), dies(checkpoint.torch.save)
+        Path.rename, Path.mkdir, checkpoint.shutil.rmtree = dies(Path.rename), dies(Path.mkdir), dies(checkpoint.shutil.rmtree)
+        save(2)
+    """)
+    # One child that forks for every n: importing torch once.
+    driver = code.replace("fatal = Path(sys.argv[1]), int(sys.argv[2])", "fatal = Path(sys.argv[1]), 0").split("save(1)")
+    forked = (
+        driver[0]
+        + "for n in range(1, 60):\n"
+        + "    root = Path(sys.argv[1]) / str(n)\n"
+        + "    pid = os.fork()\n"
+        + "    if pid == 0:\n"
+        + "        fatal = n\n"
+        + textwrap.indent("save(1)" + driver[1], "        ")
+        + "\n        os._exit(0)\n"
+        + "    if os.waitpid(pid, 0)[1] == 0: break\n"
+        + "print(n)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", forked, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    stages = int(out.stdout)
+    assert stages > 8
+    for n in range(1, stages + 1):
+        found, _ = checkpoint.newest_valid(tmp_path / str(n))
+        assert found is not None, f"killed at call {n}"
+        step = json.loads((found / "state.json").read_text())["step"]
+        assert checkpoint.load_tensors(found, "model")["w"].tolist() == [float(step)] * 3
+
+
+def test_optimizer_state_moves_by_name(tmp_path):
+    def build(order):
+        w = {name: torch.nn.Parameter(torch.ones(2)) for name in "ab"}
+        return w, torch.optim.AdamW([{"params": [w[n]], "names": [n]} for n in order], lr=0.1)
+
+    weights, optimizer = build("ab")
+    (weights["a"].sum() * 3 + weights["b"].sum()).backward()
+    optimizer.step()
+    state = checkpoint.optimizer_by_name(optimizer)
+    fresh, other = build("ba")
+    checkpoint.restore_optimizer(other, state)
+    assert torch.equal(other.state[fresh["a"]]["exp_avg"], optimizer.state[weights["a"]]["exp_avg"])
+    assert not torch.equal(other.state[fresh["a"]]["exp_avg"], other.state[fresh["b"]]["exp_avg"])
+    with pytest.raises(CheckpointError, match="names parameters this recipe does not train: z"):
+        checkpoint.restore_optimizer(other, {"z": {}})
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path):
+    folder = write(tmp_path, 1)
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    torch.save({"x": Evil()}, folder / "optimizer.pt")
+    with pytest.raises(Exception, match=r"[Ww]eights.?only|Unsupported"):
+        checkpoint.load_optimizer(folder)
+    assert not (tmp_path / "owned").exists()

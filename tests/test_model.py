@@ -1,0 +1,125 @@
+"""The step's machinery: one forward per distinct encode, merged passes equal to separate ones, chunks equal to one batch."""
+
+import pytest
+import torch
+
+from mmpretrain.model import freeze_unused, make_plan, take
+from tests import tiny
+
+SHARED = {"clip": {"augment": "simclr"}, "simclr": {}, "simmim": {"augment": "simclr"}, "masked_text": {}}
+TWO_SOURCES = {"clip": {}, "simclr": {"source": "photos"}, "simmim": {"source": "photos", "augment": "simclr"}, "masked_text": {"weight": 0.3}}
+ALL = {
+    "clip": {}, "siglip": {}, "simclr": {"norm": "layer"}, "simclr_photos": {"kind": "simclr", "source": "photos", "loss": "info_nce"},
+    "simmim": {"mask_patch": 2, "normalise_target": True}, "masked_text": {"mask_ratio": 0.4},
+    "flip": {"kind": "clip", "token_drop": 0.5, "view_index": 1},
+}  # fmt: skip
+
+
+@pytest.fixture
+def trunk_calls(monkeypatch):
+    """Rows of every trunk forward."""
+    from mmpretrain.towers.vision import VisionTransformer
+
+    calls = []
+    original = VisionTransformer.trunk
+
+    def spy(self, tokens, *args, **kwargs):
+        calls.append(len(tokens.x))
+        return original(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(VisionTransformer, "trunk", spy)
+    return calls
+
+
+def test_objectives_that_share_a_view_share_its_forward(trunk_calls):
+    model = tiny.model(SHARED)
+    # clip and simclr's first are one view; simclr's second, and the masked copy of the first, are others.
+    assert len([e for e in model.plan if e.view.modality == "image"]) == 3
+    assert {len(v) for v in model.views().values()} == {4}
+    model(tiny.batch(model))
+    assert sum(trunk_calls) == 3 * 8
+    assert len(trunk_calls) == 2  # pooled outputs in one pass, tokens in another
+
+
+def test_a_disabled_objective_costs_nothing(trunk_calls):
+    model = tiny.model({"clip": {}})
+    assert set(model.views()) == {"pairs"}
+    model(tiny.batch(model))
+    assert trunk_calls == [8]
+
+
+@pytest.mark.parametrize("objectives", [SHARED, TWO_SOURCES, ALL])
+def test_merged_forwards_equal_separate_ones(objectives):
+    model = tiny.model(objectives)
+    batch = tiny.batch(model)
+    merged = model.encode(batch, model.plan)
+    for encode in model.plan:
+        (alone,) = model.encode(batch, [encode]).values()
+        together = merged[next(k for k in merged if k == type(k)(**{**vars(encode), "outputs": frozenset()}))]
+        for name in encode.outputs:
+            torch.testing.assert_close(getattr(together, name), getattr(alone, name), rtol=1e-12, atol=1e-12)
+
+
+def test_the_sum_is_weighted_and_logged_per_objective():
+    model = tiny.model({"clip": {"weight": 2.0}, "masked_text": {"weight": 0.25}})
+    loss, logs = model(tiny.batch(model))
+    torch.testing.assert_close(loss.double(), (2 * logs["clip/loss"] + 0.25 * logs["masked_text/loss"]).double(), rtol=1e-6, atol=0)
+    assert {"clip/logit_scale", "masked_text/accuracy"} <= set(logs)
+
+
+@pytest.mark.parametrize("chunks", [2, 4])
+@pytest.mark.parametrize("objectives", [SHARED, TWO_SOURCES, ALL, {"simmim": {}}, {"clip": {}}])
+def test_chunks_equal_one_batch(objectives, chunks):
+    """Including masked text, whose rows hold different numbers of hidden words."""
+    direct, chunked = tiny.model(objectives), tiny.model(objectives)
+    batch = tiny.batch(direct)
+    loss, logs = direct(batch)
+    loss.backward()
+    total, found = chunked.backward_in_chunks(batch, chunks, torch.Tensor.backward)
+    torch.testing.assert_close(total, loss.detach(), rtol=1e-6, atol=0)
+    assert set(found) == set(logs)
+    for name in logs:
+        torch.testing.assert_close(found[name].double(), logs[name].double(), rtol=1e-6, atol=1e-12)
+    expected, got = tiny.gradients(direct), tiny.gradients(chunked)
+    assert set(got) == set(expected)
+    # Losses are summed in fp32: what remains is its rounding.
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_every_trainable_parameter_gets_a_gradient_after_freezing():
+    model = tiny.model({"simclr": {}})
+    batch = tiny.batch(model)
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    unused = freeze_unused(model, take(batch, 0, 2))
+    assert "towers.visual.proj" in unused  # simclr reads the pooled output, before the joint projection
+    assert any(name.startswith("towers.text.") for name in unused)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name])
+    model(batch)[0].backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+def test_masked_encode_uses_its_owners_embedding():
+    model = tiny.model({"simmim": {}})
+    batch = tiny.batch(model)
+    model(batch)[0].backward()
+    assert model.objectives["simmim"].mask_token.grad.abs().sum() > 0
+
+
+def test_unknown_output_is_refused():
+    model = tiny.model({"clip": {}})
+    objective = model.objectives["clip"]
+    objective.needs["image"] = type(objective.needs["image"])("pairs", objective.needs["image"].view, outputs=frozenset({"feature"}))
+    with pytest.raises(ValueError, match="feature"):
+        make_plan([objective])
+
+
+def test_bf16_is_near_fp32():
+    model = tiny.model(SHARED, double=False)
+    batch = tiny.batch(model, double=False)
+    exact, _ = model(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough, _ = model(batch)
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=0.02, atol=0)

@@ -1,0 +1,73 @@
+"""Models and batches small enough to differentiate in float64, shared by tests."""
+
+from __future__ import annotations
+
+import torch
+
+from mmpretrain import random
+from mmpretrain.model import PretrainModel
+from mmpretrain.objectives import OBJECTIVES, Context
+from mmpretrain.options import build
+from mmpretrain.towers.dual import DualEncoder, build_towers
+from mmpretrain.types import Batch, Rows, Sample, View
+
+MODEL = {
+    "embed_dim": 12,
+    "vision_cfg": {"image_size": 16, "patch_size": 4, "width": 16, "layers": 2, "head_width": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+}
+WORDS = ["a red circle", "two blue squares on grass", "one", "a striped star left of a very large dotted ring", "nothing at all"]
+
+
+def towers(seed: int = 0) -> DualEncoder:
+    torch.manual_seed(seed)
+    return build_towers(MODEL)
+
+
+def context(dual: DualEncoder, **changes) -> Context:
+    known = {
+        "image_size": 16, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "patch_size": 4, "image_width": 16, "text_width": 16,
+        "embed_dim": 12, "context_length": 16, "vocab_size": 49408,
+    }  # fmt: skip
+    return Context(**(known | changes))
+
+
+def model(objectives: dict[str, dict], seed: int = 0, double: bool = True) -> PretrainModel:
+    """Objectives by name, `source` defaulting to "pairs"."""
+    dual = towers(seed)
+    built, weights = {}, {}
+    for name, options in objectives.items():
+        kind = OBJECTIVES[options.get("kind", name)]
+        torch.manual_seed(seed)
+        config = build(kind.Config, {"source": "pairs", **options})
+        built[name], weights[name] = kind(config, context(dual)), config.weight
+    result = PretrainModel(dual, built, weights)
+    return result.double() if double else result
+
+
+def rows(source: str, specs, count: int, start: int = 0, double: bool = True) -> Rows:
+    """`count` random pictures with captions, rendered through the real view specs; row i depends on start + i alone."""
+    samples = []
+    for i in range(start, start + count):
+        generator = torch.Generator().manual_seed(i + 1000 * len(source))
+        image = torch.randint(0, 256, (3, 20, 24), generator=generator, dtype=torch.uint8)
+        samples.append(Sample(f"{source}/{i}", image, [WORDS[i % len(WORDS)], WORDS[(i + 2) % len(WORDS)]]))
+    seeds = random.combine(len(source), torch.arange(start, start + count))
+    views = {}
+    for spec in specs:
+        params = spec.draw(samples, seeds)
+        cut = [
+            spec.geometry(s.image if spec.modality == "image" else s.captions, {k: v[i] for k, v in params.items()})
+            for i, s in enumerate(samples)
+        ]
+        view = spec.render(torch.stack(cut), params)
+        views[spec] = View(view.data.double() if double and view.data.is_floating_point() else view.data, view.target)
+    return Rows([s.key for s in samples], seeds, {}, views)
+
+
+def batch(pretrain: PretrainModel, count: int = 8, start: int = 0, double: bool = True) -> Batch:
+    return {source: rows(source, specs, count, start, double) for source, specs in pretrain.views().items()}
+
+
+def gradients(pretrain: PretrainModel) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in pretrain.named_parameters() if p.grad is not None}
