@@ -1,4 +1,4 @@
-"""The demo benchmark's shards: `python -m data_prep demo OUT`, and `ensure_demo` for a first training run. docs/demo.md states the benchmark.
+"""The demo benchmark's shards: `python -m data_prep demo OUT`, and `ensure_demo` for a first run. docs/demo.md states the benchmark.
 
 Each split is a folder of OUT, written beside its final name and renamed when whole; `demo.json` in it says which generator, seed and count
 made it, so what is there already is kept and what another generator made is replaced.
@@ -103,8 +103,8 @@ def ensure_demo(
 ) -> Path:
     """Write the demo splits under `root` unless they are there, of this generator version, seed and size; returns `root`.
 
-    splits: names from SPLITS, all by default. counts: scenes per split, where not the benchmark's own number. processes: as many as there are
-    cores by default; they are spawned, so the calling script needs its `if __name__ == "__main__"` guard. say: receives progress lines.
+    splits: names from SPLITS, all by default. counts: scenes per split, where not the benchmark's own number. processes: one per core by
+    default; they are spawned, so the calling script needs its `if __name__ == "__main__"` guard. say: receives progress lines.
 
     Raises ValueError for an unknown split or count, FileExistsError where a split's folder was not written by this generator.
     """

@@ -57,7 +57,7 @@ def raw_pixels(images: np.ndarray) -> np.ndarray:
 
 
 def nearest_neighbours(train: np.ndarray, labels: np.ndarray, test: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Accuracy of majority vote among the k nearest by Euclidean distance, for each k of NEIGHBOURS: {"k=1": ...}; ties go to the nearer."""
+    """Accuracy of majority vote among the k nearest by Euclidean distance, for each k of NEIGHBOURS; ties go to the nearer."""
     square = (train**2).sum(1)
     correct = dict.fromkeys(NEIGHBOURS, 0)
     most = min(max(NEIGHBOURS), len(train))
@@ -67,9 +67,10 @@ def nearest_neighbours(train: np.ndarray, labels: np.ndarray, test: np.ndarray, 
         near = np.take_along_axis(near, np.argsort(np.take_along_axis(distance, near, 1), 1, kind="stable"), 1)
         votes = labels[near]  # [b, most], nearest first
         for k in NEIGHBOURS:
-            for row, target in zip(votes[:, :k], truth[low : low + 256]):
-                weight = np.bincount(row, weights=1 + 1e-6 * np.arange(len(row))[::-1])
-                correct[k] += int(weight.argmax() == target)
+            score = np.zeros((len(votes), int(labels.max()) + 1))
+            for rank, vote in enumerate(votes[:, :k].T):
+                score[np.arange(len(votes)), vote] += 1 - 1e-6 * rank
+            correct[k] += int((score.argmax(1) == truth[low : low + 256]).sum())
     return {f"k={k}": n / len(test) for k, n in correct.items()}
 
 

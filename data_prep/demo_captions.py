@@ -1,7 +1,8 @@
 """What is said of a demo scene: training captions, prompts that no training caption uses, questions, and binding sentences.
 
 A caption leaves out attributes at random. The texture or the shape is sometimes left out too, but never both, and both sometimes go
-by a synonym; class names and prompts use the first word of each list. Draws come from `random.Random(int).random()`, whose sequence Python keeps.
+by a synonym; class names and prompts use the first word of each list. Draws come from `random.Random(int).random()`, whose sequence
+Python keeps from version to version.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def _wave(p: Floats, period: Floats) -> Floats:
 
 
 def _texture(name: str, p: Floats, q: Floats, distance: Floats, period: Floats, border: Floats) -> Floats | None:
-    """Signed distance to the part in the first colour, negative inside it; None: all of it. Arrays [b, S, S] or [b, 1, 1]."""
+    """Signed distance to the part in the first colour, negative inside it; None: all of it. Arrays [b, W, W] or [b, 1, 1]."""
     if name == "striped":
         return _wave(p, period)
     if name == "dotted":
@@ -91,23 +91,37 @@ def _cover(distance: Floats) -> Floats:
 
 
 _GRID = (np.arange(SIDE, dtype=np.float32) + 0.5)[None]
+_REACH = 1.2  # no shape reaches further from its centre, in radii
+
+
+def _window(scenes: Scenes, rows: np.ndarray, slot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pixel columns and rows (int [b, W] each) of a square that holds every one of these objects as far as it lies in the image."""
+    width = min(SIDE, 2 * int(np.ceil(_REACH * scenes.radius[rows, slot].max())) + 4)
+    span = np.arange(width)
+
+    def lines(centre: np.ndarray) -> np.ndarray:
+        return np.clip(np.rint(centre - width / 2).astype(np.int64), 0, SIDE - width)[:, None] + span
+
+    return lines(scenes.x[rows, slot]), lines(scenes.y[rows, slot])
 
 
 def _paint(canvas: Floats, instance: Floats, scenes: Scenes, rows: np.ndarray, slot: np.ndarray) -> None:
-    """Paint one object into each of `rows` (int [b]), of slot `slot` (int [b]); canvas [B,S,S,3], instance uint8 [B,S,S]."""
+    """Paint one object into each of `rows` (int [b]), of slot `slot` (int [b]); canvas [B,3,S,S], instance uint8 [B,S,S]."""
 
     def of(field: Floats) -> Floats:
         return field[rows, slot].astype(np.float32)[:, None, None]
 
     radius, angle, turn, period = of(scenes.radius), of(scenes.angle), of(scenes.texture_angle), of(scenes.period)
-    dx, dy = _GRID[:, None, :] - of(scenes.x), _GRID[:, :, None] - of(scenes.y)  # [b, 1, S], [b, S, 1]
+    columns, lines = _window(scenes, rows, slot)
+    dx = columns[:, None, :].astype(np.float32) + (0.5 - of(scenes.x))  # [b, 1, W]
+    dy = lines[:, :, None].astype(np.float32) + (0.5 - of(scenes.y))  # [b, W, 1]
     category = scenes.category[rows, slot]
     scale = _CELLS / (2 * _EXTENT) / radius
     c, s = np.cos(angle) * scale, np.sin(angle) * scale
     column = np.clip(c * dx + s * dy + _CELLS / 2, 0, _CELLS - 1).astype(np.int32)
     line = np.clip(c * dy - s * dx + _CELLS / 2, 0, _CELLS - 1).astype(np.int32)
     flat = (CLASS_SHAPE[category].astype(np.int32)[:, None, None] * _CELLS + line) * _CELLS + column
-    distance = _tables().ravel()[flat] * radius  # [b, S, S]
+    distance = _tables().ravel()[flat] * radius  # [b, W, W]
     alpha = _cover(distance)
 
     phase = scenes.texture_phase[rows, slot].astype(np.float32)[:, :, None, None]
@@ -124,9 +138,12 @@ def _paint(canvas: Floats, instance: Floats, scenes: Scenes, rows: np.ndarray, s
         if edge is not None:
             first[at] = _cover(edge)
     rgb = scenes.rgb[rows, slot].astype(np.float32)  # [b, 2, 3]
-    colour = rgb[:, None, None, 1] + first[..., None] * (rgb[:, 0] - rgb[:, 1])[:, None, None]
-    canvas[rows] += alpha[..., None] * (colour - canvas[rows])
-    instance[rows] = np.where(alpha > 0.5, (slot + 1).astype(np.uint8)[:, None, None], instance[rows])
+    colour = rgb[:, 1, :, None, None] + first[:, None] * (rgb[:, 0] - rgb[:, 1])[..., None, None]  # [b, 3, W, W]
+    width = columns.shape[1]
+    for b, (row, top, left) in enumerate(zip(rows, lines[:, 0], columns[:, 0])):
+        below = canvas[row, :, top : top + width, left : left + width]
+        below += alpha[b] * (colour[b] - below)
+        instance[row, top : top + width, left : left + width][alpha[b] > 0.5] = slot[b] + 1
 
 
 def _smooth(coarse: Floats) -> Floats:
@@ -134,33 +151,33 @@ def _smooth(coarse: Floats) -> Floats:
     n = coarse.shape[1]
     at = np.linspace(0, n - 1, SIDE)
     weight = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(n))).astype(np.float32)  # [S, n]
-    return np.einsum("in,bnm,jm->bij", weight, coarse, weight)
+    return weight @ coarse @ weight.T
 
 
 def _background(kind: str, rgb: Floats, u: Floats, streams: list[np.random.Generator]) -> Floats:
-    """[b, S, S, 3] for b scenes of one background kind; rgb [b, 3], u [b, 24], one random stream per scene."""
+    """[b, 3, S, S] for b scenes of one background kind; rgb [b, 3], u [b, 24], one random stream per scene."""
     b = len(rgb)
-    canvas = np.broadcast_to(rgb[:, None, None], (b, SIDE, SIDE, 3)).astype(np.float32)
+    canvas = np.broadcast_to(rgb[..., None, None], (b, 3, SIDE, SIDE)).astype(np.float32)
     x, y = (_GRID[:, None, :] / SIDE - 0.5), (_GRID[:, :, None] / SIDE - 0.5)
     a = (u[:, 0] * 2 * np.pi).astype(np.float32)[:, None, None]
     along = np.cos(a) * x + np.sin(a) * y  # [b, S, S]
     strength = (0.6 + 0.8 * u[:, 1]).astype(np.float32)[:, None, None]
     if kind == "gradient":
-        return canvas + (strength * 50 * along)[..., None]
+        return canvas + (strength * 50 * along)[:, None]
     if kind == "cloudy":
-        return canvas + (strength * 18 * _smooth(np.stack([g.standard_normal((6, 6), dtype=np.float32) for g in streams])))[..., None]
+        return canvas + (strength * 18 * _smooth(np.stack([g.standard_normal((6, 6), dtype=np.float32) for g in streams])))[:, None]
     if kind == "bands":
-        return canvas + (strength * 22 * np.sin(along * (18 + 24 * u[:, 2, None, None]) + 6.28 * u[:, 3, None, None]))[..., None]
+        return canvas + (strength * 22 * np.sin(along * (18 + 24 * u[:, 2, None, None]) + 6.28 * u[:, 3, None, None]))[:, None]
     if kind == "vignette":
         away = np.hypot(x - (u[:, 2, None, None] - 0.5), y - (u[:, 3, None, None] - 0.5))
-        return canvas + (strength * (40 - 110 * away))[..., None]
+        return canvas + (strength * (40 - 110 * away))[:, None]
     if kind == "coarse":
-        return canvas + 22 * np.stack([g.standard_normal((8, 8, 3), dtype=np.float32) for g in streams]).repeat(8, 1).repeat(8, 2)
+        return canvas + 22 * np.stack([g.standard_normal((3, 8, 8), dtype=np.float32) for g in streams]).repeat(8, 2).repeat(8, 3)
     if kind == "patches":
         for k in range(4):
             left, top, width, height = (u[:, 4 + 4 * k + j, None, None] for j in range(4))
             inside = (np.abs(x + 0.5 - left) < 0.15 + 0.2 * width) & (np.abs(y + 0.5 - top) < 0.15 + 0.2 * height)
-            canvas = canvas + (inside * (60 * u[:, 20 + k] - 30)[:, None, None])[..., None]
+            canvas = canvas + (inside * (60 * u[:, 20 + k] - 30)[:, None, None])[:, None]
     return canvas
 
 
@@ -168,7 +185,7 @@ def render(scenes: Scenes) -> tuple[np.ndarray, np.ndarray]:
     """-> (images uint8 [B, S, S, 3], instance uint8 [B, S, S]: 0 background, k + 1 where slot k is on top)."""
     B = len(scenes.index)
     streams = [generator(scenes.seed, scenes.split, int(i), 1) for i in scenes.index]
-    canvas = np.empty((B, SIDE, SIDE, 3), dtype=np.float32)
+    canvas = np.empty((B, 3, SIDE, SIDE), dtype=np.float32)
     for number, kind in enumerate(SPLITS[scenes.split].backgrounds):
         at = np.flatnonzero(scenes.background_kind == number)
         if len(at):
@@ -176,10 +193,12 @@ def render(scenes: Scenes) -> tuple[np.ndarray, np.ndarray]:
     instance = np.zeros((B, SIDE, SIDE), dtype=np.uint8)
     for depth in range(scenes.order.shape[1]):
         slot = scenes.order[:, depth]
-        rows = np.flatnonzero(scenes.present[np.arange(B), slot])
-        if len(rows):
-            _paint(canvas, instance, scenes, rows, slot[rows])
+        here = scenes.present[np.arange(B), slot]
+        for rows in (np.flatnonzero(here & (slot == 0)), np.flatnonzero(here & (slot > 0))):  # apart: main objects need larger windows
+            if len(rows):
+                _paint(canvas, instance, scenes, rows, slot[rows])
     canvas *= scenes.light.astype(np.float32)[:, None, None, None]
     for i, stream in enumerate(streams):
-        canvas[i] += stream.standard_normal((SIDE, SIDE, 3), dtype=np.float32) * np.float32(scenes.noise[i])
-    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8), instance
+        canvas[i] += stream.standard_normal((3, SIDE, SIDE), dtype=np.float32) * np.float32(scenes.noise[i])
+    canvas += 0.5
+    return np.clip(canvas, 0, 255, out=canvas).astype(np.uint8).transpose(0, 2, 3, 1), instance
