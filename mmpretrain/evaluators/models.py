@@ -136,7 +136,9 @@ def load_model(
     elif path.is_file():
         if arch is None:
             raise OptionError(f"{spec} holds weights only: say of which architecture, an open_clip model name such as ViT-B-32")
-        dual = build_towers(arch, pretrained=spec)
+        with _bad_argument():
+            dual = build_towers(arch)
+        load_weights(dual, spec)
     elif spec.startswith("timm:"):
         return TowerModel(_pretrained_timm(spec), device, precision, joint=False)
     elif spec.startswith("hf:"):
@@ -146,13 +148,23 @@ def load_model(
         return TowerModel(dual, device, precision, lambda: _new_transformers_tower(spec[3:]))
     elif ":" in spec and "/" not in spec.split(":")[0]:
         name, tag = spec.rsplit(":", 1)
-        dual = build_towers(name, pretrained=tag)
+        with _bad_argument():
+            dual = build_towers(name, pretrained=tag)
     else:
         raise OptionError(
             f"model {spec!r}: no such folder or file; expected a run, a checkpoint or open_clip folder, a weights file with an "
             "architecture, NAME:PRETRAINED_TAG of open_clip, timm:NAME, or hf:FOLDER"
         )
     return TowerModel(dual, device, precision)
+
+
+@contextlib.contextmanager
+def _bad_argument() -> Iterator[None]:
+    """A model name or tag that does not exist is the caller's mistake."""
+    try:
+        yield
+    except ValueError as error:
+        raise OptionError(str(error)) from error
 
 
 def _weights(folder: Path) -> Path | None:
@@ -178,7 +190,8 @@ def _from_folder(folder: Path, which: str) -> DualEncoder:
 def _pretrained_timm(spec: str) -> DualEncoder:
     import timm
 
-    dual = build_towers(spec)
+    with _bad_argument():
+        dual = build_towers(spec)
     trunk = dual.visual.module.trunk
     trunk.load_state_dict(timm.create_model(spec.removeprefix("timm:"), pretrained=True, num_classes=0).state_dict())
     return dual

@@ -1,0 +1,156 @@
+"""Evaluate a run or a model: python scripts/evaluate.py RUN_OR_MODEL EVALUATOR data=... [key=value ...]
+
+RUN_OR_MODEL is a run folder (its newest valid checkpoint), a checkpoint or open_clip folder, a weights file with --arch,
+NAME:PRETRAINED_TAG of open_clip, timm:NAME, or hf:FOLDER. Works under accelerate launch and torchrun with any number of processes.
+Exit status: 0 done, 1 failed, 2 bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("model", metavar="RUN_OR_MODEL", nargs="?")
+    p.add_argument("evaluator", metavar="EVALUATOR", nargs="?")
+    p.add_argument("options", metavar="key=value", nargs="*", help="options of the evaluator, listed below")
+    p.add_argument("--json", action="store_true", help="print the result line as JSON and nothing else")
+    p.add_argument("--out", type=Path, help="append the result line to this file (default: the run's results.jsonl)")
+    p.add_argument("--name", help="what the result is called (default: the evaluator's name)")
+    p.add_argument("--seed", type=int, help="the same as seed=N")
+    p.add_argument("--weights", choices=["student", "ema"], default="student", help="of a run: the trained towers, or their EMA teacher")
+    p.add_argument("--arch", help="open_clip model name or JSON file, where RUN_OR_MODEL is a file of weights alone")
+    p.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast of the towers")
+    p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    p.add_argument("-h", "--help", action="store_true", help="this text, and every evaluator's options")
+    return p
+
+
+def options_help() -> str:
+    """Every evaluator with its options, defaults and documentation."""
+    from mmpretrain.evaluators import EVALUATORS
+    from mmpretrain.evaluators.datasets import DataConfig
+    from mmpretrain.options import describe
+
+    shared = describe(DataConfig)
+    known = {name for name, _, _ in shared}
+    sections = [("every evaluator", "", shared)]
+    for kind, evaluator in EVALUATORS.items():
+        own = [row for row in describe(evaluator.Config) if row[0] not in known]
+        sections.append((kind, (evaluator.__doc__ or "").split("\n")[0], own))
+    lines = []
+    for title, doc, rows in sections:
+        lines.append(f"\n{title}: {doc}" if doc else f"\n{title}:")
+        lines += [f"  {name}={default}\n      {text}" for name, default, text in rows]
+    return "\n".join(lines)
+
+
+def run_folder(model: str) -> Path | None:
+    """The run that a run folder or one of its checkpoints belongs to."""
+    path = Path(model)
+    if (path / "checkpoints").is_dir():
+        return path
+    parent = path.resolve().parent
+    return parent.parent if path.is_dir() and parent.name == "checkpoints" else None
+
+
+def show(line: dict[str, Any], messages: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from mmpretrain.tracking import plain
+
+    table = Table(title=plain(f"{line['name']} on {line['dataset']} (n = {line['n']})"))
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in line["metrics"].items():
+        table.add_row(Text(name), f"{value:.4f}")
+    console = Console()
+    console.print(table)
+    for message in messages:
+        console.print(Text(plain(message)))
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    import torch
+    from accelerate import Accelerator
+
+    from mmpretrain.checkpoint import find_checkpoint
+    from mmpretrain.evaluators import build_evaluator
+    from mmpretrain.evaluators.models import load_model
+    from mmpretrain.options import OptionError
+    from mmpretrain.report.extras import save_result_extras
+    from mmpretrain.tracking import JsonLines, jsonable
+
+    options = list(arguments.options)
+    if arguments.seed is not None:
+        if any(text.startswith("seed=") for text in options):
+            raise OptionError("both --seed and seed= are given: leave one out")
+        options.append(f"seed={arguments.seed}")
+    evaluator = build_evaluator(arguments.evaluator, options)  # before anything slow: a wrong key is said at once
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise OptionError("--device cuda: there is no CUDA device here")
+    accelerator = Accelerator(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
+    model = load_model(
+        arguments.model,
+        accelerator.device,
+        which=arguments.weights,
+        arch=arguments.arch,
+        precision=arguments.precision,
+        find_checkpoint=find_checkpoint,
+    )
+    result = evaluator(model, accelerator)
+    if accelerator.is_main_process:
+        name = arguments.name or arguments.evaluator
+        line = {"step": None, "evaluator": arguments.evaluator, "name": name, "dataset": result.dataset, "model": model.fingerprint}
+        line |= {"n": result.n, "seed": evaluator.config.seed, "metrics": result.metrics}
+        run = run_folder(arguments.model)
+        out = arguments.out or (run / "results.jsonl" if run else None)
+        messages = []
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            JsonLines(out).append(line)
+            messages.append(f"appended to {out}")
+        if run is not None and arguments.out is None:
+            save_result_extras(run, name, None, result)
+        if skipped := result.tables.get("skipped"):
+            messages.append(f"{len(skipped)} items could not be used, first {skipped[0]['key']}: {skipped[0]['reason']}")
+        if arguments.json:
+            print(json.dumps(jsonable(line), ensure_ascii=False), flush=True)
+        else:
+            show(line, messages)
+    accelerator.end_training()
+    return 0
+
+
+def main() -> int:
+    p = parser()
+    arguments = p.parse_intermixed_args()
+    if arguments.help:
+        print(p.format_help() + options_help())
+        return 0
+    if arguments.model is None or arguments.evaluator is None:
+        p.error("RUN_OR_MODEL and EVALUATOR are required")
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
+    from mmpretrain.options import OptionError
+
+    try:
+        return evaluate(arguments)
+    except OptionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, RuntimeError, TypeError, OSError) as error:
+        logging.getLogger(__name__).debug("failed", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
