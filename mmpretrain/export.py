@@ -70,6 +70,5 @@ def load_model(checkpoint: str | Path) -> tuple[DualEncoder, dict[str, Tensor]]:
     folder = Path(checkpoint)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} has no {CONFIG}: give a run, one of its checkpoints, or a folder of open_clip's format")
-    cfg = json.loads((folder / CONFIG).read_text())["model_cfg"]
-    dual = build_towers(str(folder), image="vision_cfg" in cfg, text="text_cfg" in cfg)
+    dual = build_towers(str(folder))
     return dual, load_weights(dual, folder)

@@ -16,8 +16,11 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
-from mmpretrain.towers.base import Tokens, Tower
+from mmpretrain.towers.base import Tokens, Tower, unmasked
+from mmpretrain.towers.huggingface import HFTower, from_transformers
 from mmpretrain.types import Encoded
+
+__all__ = ["Adapter", "HFTower", "from_open_clip", "from_transformers", "timm_config"]
 
 
 class Adapter(Tower):
@@ -41,12 +44,7 @@ class Adapter(Tower):
         fill: Tensor | None = None,
         bidirectional: bool = False,
     ) -> Tokens:
-        what = f"{type(self.module).__name__} of another library"
-        if hidden is not None or fill is not None or (self.words and not data.is_cuda and bool((data < 0).any())):
-            raise ValueError(f"{what} cannot mask tokens: masked objectives need a native tower (a plain ViT or CLIP text config)")
-        if bidirectional and not isinstance(self.module, HFTextEncoder):
-            raise ValueError(f"{what} cannot change its attention mask: bidirectional encodes need a native text tower")
-        return Tokens(data)
+        return unmasked(self.module, data, hidden, fill, bidirectional and not isinstance(self.module, HFTextEncoder))
 
     def trunk(self, tokens: Tokens, attention: bool = False, pooled_only: bool = False) -> tuple[Tensor, Tensor | None]:
         if attention:

@@ -36,6 +36,17 @@ def merge(parts: Sequence[Tokens]) -> Tokens:
     return Tokens(torch.cat([p.x for p in parts]), first.causal, valid, pool_at)
 
 
+def unmasked(module: nn.Module, data: Tensor, hidden: Tensor | None, fill: Tensor | None, bidirectional: bool) -> Tokens:
+    """Data as another library's module takes it; ValueError where token masks or another attention mask are asked of it."""
+    what = f"{type(module).__name__} of another library"
+    negative = not data.is_floating_point() and (fill is not None or not data.is_cuda) and bool((data < 0).any())
+    if hidden is not None or negative:
+        raise ValueError(f"{what} cannot mask tokens: masked objectives need a native tower (a plain ViT or CLIP text config)")
+    if bidirectional:
+        raise ValueError(f"{what} cannot change its attention mask: bidirectional encodes need a native text tower")
+    return Tokens(data)
+
+
 class Tower(nn.Module):
     """An encoder of one modality.
 
@@ -99,6 +110,10 @@ class Tower(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass: less memory, about a third more compute."""
         raise ValueError(f"{type(self).__name__} cannot checkpoint activations: take a tower that can, or leave the option off")
+
+    def compile_trunk(self) -> None:
+        """torch.compile the blocks in place, for fixed shapes. A deep copy of the tower is not compiled."""
+        raise ValueError(f"{type(self).__name__} has no trunk to compile: set compile=false, or take a native tower (a plain ViT)")
 
     def no_weight_decay(self) -> set[str]:
         """Parameters, beside those of one dimension, that should not decay."""

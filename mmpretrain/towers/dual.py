@@ -14,7 +14,7 @@ import open_clip
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 
-from mmpretrain.towers import adapters, huggingface
+from mmpretrain.towers import adapters
 from mmpretrain.towers.base import Tower
 from mmpretrain.towers.text import TextTransformer
 from mmpretrain.towers.vision import VisionTransformer
@@ -40,9 +40,15 @@ class DualEncoder(nn.Module):
     def __init__(self, visual: Tower | None, text: Tower | None, model_cfg: dict, preprocess: Preprocess, tokenizer: str = "clip"):
         super().__init__()
         self.visual, self.text = visual, text
-        self.model_cfg = model_cfg  # open_clip's format: embed_dim, vision_cfg, text_cfg, quick_gelu
+        self._model_cfg = model_cfg
         self.preprocess = preprocess
         self.tokenizer = tokenizer  # for mmpretrain.data.text.get_tokenizer
+
+    @property
+    def model_cfg(self) -> dict:
+        """open_clip's format: embed_dim, vision_cfg, text_cfg, quick_gelu; a part only while its tower is there."""
+        absent = {part for part, tower in (("vision_cfg", self.visual), ("text_cfg", self.text)) if tower is None}
+        return {"custom_text": True} | {key: value for key, value in self._model_cfg.items() if key not in absent}
 
     @property
     def embed_dim(self) -> int:
@@ -84,13 +90,21 @@ def build_towers(
     Raises ValueError for an unknown model, field or pretrained tag, naming the nearest known one.
     """
     if isinstance(model, str) and model.startswith("hf:"):
-        visual, words, cfg, preprocess = huggingface.from_transformers(model[3:], image, text)
-        dual = DualEncoder(visual, words, cfg, preprocess, model[3:])
-        if pretrained:
+        cfg: dict[str, Any] = {"hf_folder": model[3:]}
+    else:
+        cfg, preprocess_cfg, tokenizer, own_modules = _config(model)
+    if folder := cfg.get("hf_folder"):
+        visual, words, cfg, preprocess = adapters.from_transformers(folder, image, text)
+        preprocess = preprocess if image_size is None else replace(preprocess, size=image_size)
+        dual = DualEncoder(visual, words, cfg, preprocess, folder)
+        if pretrained is not None:
             load_weights(dual, pretrained)
         return dual
-    cfg, preprocess_cfg, tokenizer, own_modules = _config(model)
     vision, words_cfg = cfg.get("vision_cfg"), cfg.get("text_cfg")
+    if pretrained is not None:  # the checkpoint brings the weights of timm and transformers towers too
+        for part, key in ((vision, "timm_model_pretrained"), (words_cfg, "hf_model_pretrained")):
+            if part is not None and key.replace("pretrained", "name") in part:
+                part[key] = False
     if image_size is not None and vision is not None:
         vision["image_size"] = image_size
     tag = None
@@ -125,6 +139,8 @@ def _config(model: str | dict[str, Any]) -> tuple[dict, dict, str, bool]:
             raise ValueError(f"{file} does not exist: a model folder holds open_clip_config.json")
         found = json.loads(file.read_text())
         cfg = _checked(found.get("model_cfg", found), str(file))
+        if "hf_model_name" in cfg.get("text_cfg", {}) and path.is_dir():
+            cfg["text_cfg"]["hf_model_pretrained"] = False  # the folder's own weights follow
         return cfg, found.get("preprocess_cfg", {}), _tokenizer(cfg, None), own
     cfg = open_clip.get_model_config(name.replace("/", "-") if "hf-hub:" not in name else name)
     if cfg is None:
@@ -135,12 +151,19 @@ def _config(model: str | dict[str, Any]) -> tuple[dict, dict, str, bool]:
 
 def _checked(cfg: dict, where: str) -> dict:
     """The config, if every field of it is one that open_clip knows."""
+    top = ["embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "quick_gelu", "custom_text", "nonscalar_logit_scale", "hf_folder"]
+    top += ["init_logit_scale", "init_logit_bias"]
+    for key in cfg:
+        if key not in top:
+            raise ValueError(f"{where}: unknown field {key}{_did_you_mean(difflib.get_close_matches(key, top, 1))}")
     known = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
     for part, kind in known.items():
         names = [field.name for field in fields(kind)]
         for key in cfg.get(part) or {}:
             if key not in names:
                 raise ValueError(f"{where}: unknown field {part}.{key}{_did_you_mean(difflib.get_close_matches(key, names, 1))}")
+    if "hf_folder" in cfg:
+        return cfg
     if not isinstance(cfg.get("embed_dim"), int) or not any(part in cfg for part in known):
         raise ValueError(f"{where}: found {sorted(cfg)}, expected embed_dim with vision_cfg, text_cfg or both (open_clip's format)")
     if "multimodal_cfg" in cfg:

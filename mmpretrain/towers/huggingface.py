@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from mmpretrain.towers.adapters import Adapter
-from mmpretrain.towers.base import Tokens, Tower
+from mmpretrain.towers.base import Tokens, Tower, unmasked
 from mmpretrain.types import Encoded, Preprocess
 
 
@@ -27,11 +27,15 @@ class HFTower(Tower):
         if words:
             self.context_length = getattr(config, "max_position_embeddings", 77)
 
-    embed = Adapter.embed
-
-    @property
-    def module(self) -> nn.Module:
-        return self.model
+    def embed(
+        self,
+        data: Tensor,
+        hidden: Tensor | None = None,
+        mode: Literal["replace", "drop"] = "replace",
+        fill: Tensor | None = None,
+        bidirectional: bool = False,
+    ) -> Tokens:
+        return unmasked(self.model, data, hidden, fill, bidirectional and hasattr(self.model.config, "projection_dim"))
 
     def trunk(self, tokens: Tokens, attention: bool = False, pooled_only: bool = False) -> tuple[Tensor, Tensor | None]:
         if attention:

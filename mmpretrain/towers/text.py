@@ -133,5 +133,8 @@ class TextTransformer(Tower):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.transformer.grad_checkpointing = enable
 
+    def compile_trunk(self) -> None:
+        self.transformer.compile(dynamic=False)
+
     def no_weight_decay(self) -> set[str]:
         return {"positional_embedding"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 import torch
 from open_clip.model import convert_to_custom_text_state_dict
@@ -44,16 +45,20 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if key not in _STALE}
 
 
-def load_weights(dual: nn.Module, path: str | Path) -> dict[str, Tensor]:
+def load_weights(dual: nn.Module, path: str | Path, absent: Literal["error", "keep"] = "error") -> dict[str, Tensor]:
     """Load a checkpoint into the towers of a DualEncoder; -> what is not theirs, such as logit_scale and logit_bias.
 
-    Position embeddings of another image size or context length are resized. Raises ValueError naming the missing, unexpected
-    and mismatching keys.
+    Position embeddings of another image size or context length are resized. A tower of which the checkpoint holds nothing is an
+    error, or with `absent="keep"` keeps its first weights. Raises ValueError naming the missing, unexpected and mismatching keys.
     """
     state = read_weights(path)
     towers = [name for name in ("visual", "text") if getattr(dual, name) is not None]
     own = dual.state_dict()
     _resize(dual, state, own)
+    for name in [name for name in towers if absent == "keep" and not any(key.startswith(f"{name}.") for key in state)]:
+        log.warning("%s holds no %s tower: it keeps its first weights", path, name)
+        towers.remove(name)
+        own = {key: value for key, value in own.items() if not key.startswith(f"{name}.")}
     unused = {name for name in ("visual", "text") if name not in towers and any(key.startswith(f"{name}.") for key in state)}
     if unused:
         log.info("%s: left out the weights of the %s tower, which this model lacks", path, " and ".join(sorted(unused)))
@@ -70,7 +75,7 @@ def load_weights(dual: nn.Module, path: str | Path) -> dict[str, Tensor]:
     if any(problems.values()):
         told = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:8])}{' ...' * (len(keys) > 8)}" for what, keys in problems.items() if keys)
         raise ValueError(f"{path} does not fit this model: {told}. Give the `model` that the checkpoint was trained with")
-    dual.load_state_dict(given)
+    dual.load_state_dict(given, strict=False)  # complete for the towers it has, as checked above
     return {key: value for key, value in state.items() if key.split(".")[0] not in ("visual", "text")}
 
 
