@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -33,11 +34,13 @@ def file_name(name: str, step: int | None) -> str:
 
 
 def jsonable(value: Any) -> Any:
-    """Tensors and NumPy values as Python ones, and NaN or infinity as None: JSON knows neither."""
+    """Tensors and NumPy values as Python ones, bytes in base64, and NaN or infinity as None: JSON knows none of these."""
     if isinstance(value, Mapping):
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [jsonable(v) for v in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
     if hasattr(value, "tolist"):
         return jsonable(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
@@ -198,7 +201,7 @@ def console_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -
 def _by_metric(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     if not isinstance(row.get("metrics"), Mapping):
         return [row]
-    who = {"name": row.get("name") or row.get("evaluator"), **{k: row.get(k) for k in ("dataset", "step", "n") if k in row}}
+    who = {k: v for k, v in row.items() if k not in ("metrics", "model", "seed", "baselines")}  # what tells the lines apart
     return [{**who, "metric": metric, "value": value} for metric, value in row["metrics"].items()]
 
 

@@ -233,6 +233,47 @@ def test_headline_folds_baselines_and_bounds_into_their_metric():
     assert (group["rows"][0]["bar"], group["rows"][1]["bar"], group["rows"][1]["text"]) == (50.0, None, "3")
 
 
+def test_chance_is_put_beside_results_where_it_is_known():
+    results = [
+        {"name": "photos", "n": 100, "metrics": {"acc1": 0.5, "acc5": 0.9, "mean_per_class_recall": 0.4, "random_acc1": 0.3}},
+        {"name": "captions", "n": 50, "metrics": {"binding_acc": 0.9, "image_retrieval_recall@5": 0.5, "median_rank": 4}},
+        {"name": "told", "metrics": {"acc1": 0.5}, "baselines": {"chance": 0.4}},
+        {"name": "unknown", "metrics": {"acc1": 0.5}},
+    ]
+    found = headline(results, {"photos": 4, "told": 10})
+    beside = [{row["metric"]: {b["name"]: b["at"] for b in row["baselines"]} for row in group["rows"]} for group in found]
+    assert beside == [
+        {"acc1": {"random weights": 30.0, "chance": 25.0}, "acc5": {}, "mean_per_class_recall": {"chance": 25.0}},
+        {"binding_acc": {"chance": 50.0}, "image_retrieval_recall@5": {"chance": 10.0}, "median_rank": {}},
+        {"acc1": {"chance": 40.0}},
+        {"acc1": {}},
+    ]
+
+
+def test_the_tables_of_our_evaluators_find_their_place(tmp_path: Path):
+    png_bytes = base64.b64decode(png())
+    matrix = [{"true class": "a", "a": 3, "b": 1}, {"true class": "b", "a": 0, "b": 2}]
+    example = {"image": png_bytes, "key": "0/1", "label": "a", "predicted": "b", "score": 0.25, "right": False}
+    tables = {
+        "confusion_matrix": matrix,
+        "features_confusion_matrix": matrix,
+        "confusions": [{"class": "a", "predicted": "b", "count": 1, "fraction": 0.25}],
+        "examples": [example],
+        "loss": [{"step": s, "loss": 1 / s} for s in range(1, 40)],
+        "per_class": [{"class": "a", "n": 4, "recall": 0.75}],
+    }
+    save_result_extras(tmp_path, "probe", None, Result({}, 6, "toy", tables))
+    save_result_extras(
+        tmp_path, "captions", None, Result({}, 6, "toy", {"examples": [{"text": "a fox", "key": "0/2", "rank_of_image": 3}]})
+    )
+    page = read(write_report(tmp_path))
+    expected = ("Confusion matrix", "Features confusion matrix", "probe: loss", "b 0.25 is a", "75.0 %", "a fox", "rank_of_image")
+    for words in expected:
+        assert words in page.text
+    assert "fraction" not in page.text  # the matrix's own list says the same
+    assert f"data:image/png;base64,{png()}" in page.addresses
+
+
 def test_the_three_forms_of_a_confusion_table_agree():
     dense = {"classes": ["a", "b"], "matrix": [[3, 1], [0, 2]]}
     sparse = [

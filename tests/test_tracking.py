@@ -103,8 +103,12 @@ def test_file_names_stay_inside_the_folder(name: str):
 
 
 def test_jsonable_is_strict_json():
-    value = jsonable({1: {"t": torch.ones(2, 2), "inf": [math.inf, -math.inf, 1]}, "path": Path("x")})
-    assert json.loads(json.dumps(value, allow_nan=False)) == {"1": {"t": [[1, 1], [1, 1]], "inf": [None, None, 1]}, "path": "x"}
+    value = jsonable({1: {"t": torch.ones(2, 2), "inf": [math.inf, -math.inf, 1]}, "path": Path("x"), "b": b"\x89P"})
+    assert json.loads(json.dumps(value, allow_nan=False)) == {
+        "1": {"t": [[1, 1], [1, 1]], "inf": [None, None, 1]},
+        "path": "x",
+        "b": "iVA=",
+    }
 
 
 def test_metrics_line_is_the_documented_one(tmp_path: Path):

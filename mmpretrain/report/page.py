@@ -33,7 +33,8 @@ def write_report(run_dir: str | Path, summary: Mapping[str, Any] | None = None) 
     skipped = read_jsonl(run_dir / "skipped.jsonl", strict=False)
     config = run_dir / "config.yaml"
     config_text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else ""
-    headline = tables.headline(results)
+    extras = [_extra(content) for content in load_extras(run_dir)]
+    headline = tables.headline(results, {e["name"]: len(e["confusions"][0]["classes"]) for e in extras if e["confusions"]})
     context = {
         "name": str(summary.get("name") or run_dir.resolve().name),
         "facts": _facts(metrics, summary),
@@ -44,7 +45,7 @@ def write_report(run_dir: str | Path, summary: Mapping[str, Any] | None = None) 
         "speed": _speed_charts(metrics),
         "others": _other_charts(metrics),
         "pictures": _pictures(run_dir / "images"),
-        "extras": [_extra(content) for content in load_extras(run_dir)],
+        "extras": extras,
         "data": tables.data_summary(summary.get("data")),
         "skipped": tables.skipped_summary(skipped),
         "config": config_text,
@@ -221,19 +222,34 @@ def _pictures(folder: Path) -> list[dict[str, Any]]:
 
 
 def _extra(content: Mapping[str, Any]) -> dict[str, Any]:
-    """One evaluator's confusion matrix, example predictions, figures, and whatever other tables it has."""
-    extra: dict[str, Any] = {"name": content["name"], "step": content.get("step"), "confusion": None, "predictions": None, "tables": {}}
+    """One evaluator's confusion matrices, example predictions, curves, figures, and whatever other tables it has."""
+    extra: dict[str, Any] = {"name": content["name"], "step": content.get("step"), "confusions": [], "predictions": None}
+    extra |= {"charts": [], "tables": {}, "figures": {k: base64.b64encode(svg).decode() for k, svg in content["figures"].items()}}
+    told = set()
     for title, rows in content["tables"].items():
-        matrix = tables.confusion(rows) if title in ("confusion", "confusion_matrix") else None
+        matrix = tables.confusion(rows) if title.endswith(("confusion", "confusion_matrix")) else None
         if matrix:
-            picture = plots.heat_map(matrix["classes"], matrix["counts"], f"{content['name']}: confusion matrix")
-            extra["confusion"] = {**matrix, "svg": picture, "top": tables.plain_table(matrix["top"])}
-        elif title == "predictions" and isinstance(rows, list) and all(isinstance(r, dict) for r in rows):
+            label = title.replace("_", " ").removesuffix(" matrix").capitalize() + " matrix"
+            picture = plots.heat_map(matrix["classes"], matrix["counts"], f"{content['name']}: {label}")
+            extra["confusions"].append({**matrix, "title": label, "svg": picture, "top": tables.plain_table(matrix["top"])})
+            told.add(title.removesuffix("_matrix") + "s")  # the evaluator's own list of the largest says the same
+        elif title in ("predictions", "examples") and tables.are_predictions(rows):
             extra["predictions"] = tables.predictions(rows)
+        elif chart := _curve(f"{content['name']}: {title}", rows):
+            extra["charts"].append(chart)
         elif table := tables.plain_table(rows):
             extra["tables"][title] = table
-    extra["figures"] = {title: base64.b64encode(svg).decode() for title, svg in content["figures"].items()}
+    extra["tables"] = {title: table for title, table in extra["tables"].items() if title not in told}
     return extra
+
+
+def _curve(title: str, rows: Any) -> dict[str, Any] | None:
+    """A chart of rows {"step": ..., one number: ...}, such as the loss of a fine-tuning."""
+    if not isinstance(rows, list) or len(rows) < 2 or not all(isinstance(r, Mapping) and len(r) == 2 and "step" in r for r in rows):
+        return None
+    name = next(k for k in rows[0] if k != "step")
+    steps, values = (np.array([tables.number(row.get(k)) for row in rows]) for k in ("step", name))
+    return _chart(title, steps, values, smoothed=True) if np.isfinite(steps).all() else None
 
 
 def _versions(config_text: str, summary: Mapping[str, Any]) -> dict[str, str]:

@@ -62,8 +62,24 @@ def baselines_of(line: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-def headline(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per evaluator and data set, from its last line: its metrics, each with baselines and interval if it has any."""
+def chance(metric: str, n: Any, num_classes: int | None) -> float:
+    """What guessing scores: for accuracies over `num_classes` balanced classes, for recall@k among `n` images; NaN if not known."""
+    if match := re.fullmatch(r"(?:image|text)_retrieval_recall@(\d+)", metric):
+        k, among = int(match[1]), n
+    elif match := re.fullmatch(r"acc(\d+)", metric):
+        k, among = int(match[1]), num_classes
+    elif metric in ("mean_per_class_recall", "binding_acc"):
+        k, among = 1, num_classes if metric == "mean_per_class_recall" else 2  # binding: two captions a picture
+    else:
+        return math.nan
+    return k / among if isinstance(among, int) and k < among else math.nan  # the best 5 of 4 are always right: nothing to compare
+
+
+def headline(results: Sequence[Mapping[str, Any]], num_classes: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
+    """One entry per evaluator and data set, from its last line: its metrics, each with baselines and interval if it has any.
+
+    num_classes: evaluator's name -> classes of its data set, where known: from it follows what guessing would score.
+    """
     groups = []
     for line in latest_results(results):
         metrics = {str(k): number(v) for k, v in (line.get("metrics") or {}).items()}
@@ -75,6 +91,10 @@ def headline(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if metric in beside or metric in bounds:
                 continue
             fraction = is_fraction(metric, value)
+            beside_it = dict(baselines.get(metric, {}))
+            guess = chance(metric, line.get("n"), (num_classes or {}).get(str(line.get("name"))))
+            if math.isfinite(guess):
+                beside_it.setdefault("chance", guess)
             low, high = (metrics.get(f"{metric}_{end}", math.nan) for end in ("low", "high"))
             interval = f"{show(low, metric)} to {show(high, metric)}" if math.isfinite(low + high) else ""
             marks = [
@@ -83,7 +103,7 @@ def headline(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "text": show(base, metric),
                     "at": round(100 * base, 2) if fraction and 0 <= base <= 1 else None,
                 }
-                for name, base in baselines.get(metric, {}).items()
+                for name, base in beside_it.items()
             ]
             bar = round(100 * value, 2) if fraction else None
             rows.append({"metric": metric, "text": show(value, metric), "bar": bar, "baselines": marks, "interval": interval})
@@ -125,23 +145,33 @@ def confusion(rows: Any, largest: int = 15) -> dict[str, Any] | None:
     return {"classes": classes, "counts": counts, "top": top, "n": int(counts.sum()), "right": int(np.trace(counts))}
 
 
+_PREDICTION = {"key": ("key",), "truth": ("truth", "label"), "predicted": ("predicted",), "score": ("score",)} | {
+    "correct": ("correct", "right"),
+    "thumbnail": ("thumbnail", "image"),
+}
+
+
+def are_predictions(rows: Any) -> bool:
+    """Whether every row is one of {key, truth or label, predicted, score, correct or right, thumbnail or image}."""
+    needed = [_PREDICTION[name] for name in ("truth", "predicted", "correct")]
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, Mapping) for row in rows):
+        return False
+    return all(any(name in row for name in names) for row in rows for names in needed)
+
+
 def predictions(rows: Sequence[Mapping[str, Any]], each: int = 18) -> dict[str, Any]:
     """At most `each` examples that are right and as many that are wrong, thumbnails as data addresses."""
     shown: dict[str, Any] = {"right": [], "wrong": []}
-    counts = Counter(bool(row.get("correct")) for row in rows)
+    counts: Counter[str] = Counter()
     for row in rows:
-        side = shown["right" if row.get("correct") else "wrong"]
-        if len(side) < each:
-            fields = {k: row.get(k) for k in ("key", "truth", "predicted")}
-            score = row.get("score")
-            side.append(
-                {
-                    **fields,
-                    "score": f"{score:.2f}" if isinstance(score, float) else show(score) if score is not None else "",
-                    "image": thumbnail(row.get("thumbnail")),
-                }
-            )
-    return {**shown, "num_right": counts[True], "num_wrong": counts[False]}
+        found = {name: next((row[n] for n in names if n in row), None) for name, names in _PREDICTION.items()}
+        side = "right" if found["correct"] else "wrong"
+        counts[side] += 1
+        if counts[side] <= each:
+            score = found["score"]
+            found["score"] = f"{score:.2f}" if isinstance(score, float) else "" if score is None else show(score)
+            shown[side].append({**found, "image": thumbnail(found["thumbnail"])})
+    return {**shown, "num_right": counts["right"], "num_wrong": counts["wrong"]}
 
 
 def thumbnail(text: Any) -> str | None:
@@ -160,7 +190,7 @@ def plain_table(rows: Any, most: int = 50) -> dict[str, Any] | None:
     """Any list of dicts as columns and text cells, its first `most` rows; thumbnails left out."""
     if not isinstance(rows, list) or not rows or not all(isinstance(r, Mapping) for r in rows):
         return None
-    columns = [c for c in dict.fromkeys(k for row in rows for k in row) if c != "thumbnail"][:30]
+    columns = [c for c in dict.fromkeys(k for row in rows for k in row) if c not in ("thumbnail", "image")][:30]
     cells = [[show(row.get(c), str(c)) for c in columns] for row in rows[:most]]
     return {"columns": columns, "rows": cells, "total": len(rows)}
 
