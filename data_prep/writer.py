@@ -93,7 +93,7 @@ def _same(group: list[Record], path: Path) -> bool:
     return True
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
@@ -126,7 +126,7 @@ def write_shards(
     if not ours and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty and holds no build of ours. Choose another --out, or empty the folder.")
     if not (out / MANIFEST).exists():
-        _write_json(out / UNFINISHED, {"max_count": max_count, "max_bytes": max_bytes})
+        write_json(out / UNFINISHED, {"max_count": max_count, "max_bytes": max_bytes})
     for leftover in out.glob("*.tmp*"):
         leftover.unlink()
     shards: dict[str, dict[str, Any]] = {}
@@ -157,7 +157,7 @@ def write_shards(
         "members": dict(sorted(members.items())),
         "shards": shards,
     }
-    _write_json(out / SIZES, {name: shard["count"] for name, shard in shards.items()})
-    _write_json(out / MANIFEST, manifest)
+    write_json(out / SIZES, {name: shard["count"] for name, shard in shards.items()})
+    write_json(out / MANIFEST, manifest)
     (out / UNFINISHED).unlink(missing_ok=True)
     return manifest
