@@ -356,6 +356,9 @@ def test_log_axis_only_where_it_helps():
     assert not suits_log([1, 2, 3])
     assert not suits_log([0, 5, 100])
     assert not suits_log([float("nan")] * 5)
+    svg = curves({"a": ([1, 2, 3], [0.1, 1, 10])}, "a", log_y=True)
+    assert all(f">{tick}<" in svg for tick in ("0.1", "1", "10"))
+    assert "$" not in svg
 
 
 def test_chart_labels_are_escaped_and_dollars_are_dollars():

@@ -92,6 +92,9 @@ def curves(
             axes.axhline(value, color=_TEXT, linewidth=1, linestyle=("--", ":", "-.")[i % 3], label=name)
         if log_y:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5), numticks=9))
+            axes.yaxis.set_major_formatter(lambda v, _: f"{v:g}")  # the usual one writes mathematics, which is off
+            axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         if percent:
             axes.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.3g} %")
         elif not log_y:
