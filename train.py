@@ -32,7 +32,7 @@ def main() -> int:
         if recipe is None:
             from data_prep.demo import ensure_demo
 
-            ensure_demo()
+            ensure_demo("data/demo")
         from mmpretrain.trainer import train
 
         return train(config)

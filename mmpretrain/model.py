@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpretrain.distributed import all_reduce_sum, world_size
+from mmpretrain.functional import exact
 from mmpretrain.objectives.base import Objective, source_encodes
 from mmpretrain.towers.base import Tokens, Tower, merge
 from mmpretrain.towers.dual import DualEncoder
@@ -119,8 +120,8 @@ class PretrainModel(nn.Module):
             found = objective(**arguments)
             loss = found.pop("loss")
             if objective.per_row:
-                count = objective.count(**arguments).to(loss.device, torch.float32)
-                total = totals[name] if totals is not None else all_reduce_sum(count)
+                count = objective.count(**arguments).to(loss.device, loss.dtype)
+                total = totals[name].to(loss.dtype) if totals is not None else all_reduce_sum(count)
                 share = count * world_size() / total.clamp(min=1)
                 loss = loss * share
                 found = {k: v * share for k, v in found.items()}
@@ -183,7 +184,7 @@ class PretrainModel(nn.Module):
         objective = self.objectives[name]
         blank = {bare(e): Encoded(rows=batch[e.source], view=batch[e.source].views[e.view]) for e in source_encodes(objective.needs)}
         count = objective.count(**self.arguments(objective, blank))
-        return count.to(next(self.parameters()).device, torch.float32)
+        return count.to(next(self.parameters()).device).double()
 
 
 def bare(encode: Encode) -> Encode:
@@ -217,7 +218,7 @@ def mask_owners(objectives: dict[str, Objective]) -> dict[Encode, str]:
 
 
 def sum_losses(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    return torch.stack([loss.float() * weights[name] for name, loss in losses.items()]).sum()
+    return torch.stack([exact(loss) * weights[name] for name, loss in losses.items()]).sum()
 
 
 def take(batch: Batch, i: int, chunks: int) -> Batch:
@@ -248,7 +249,7 @@ def surrogate(encoded: Encoded, leaf: Encoded, i: int, chunks: int) -> Tensor:
         cached, value = getattr(leaf, name), getattr(encoded, name)
         if cached is not None and cached.grad is not None:
             n = len(cached) // chunks
-            total = total + (value.float() * cached.grad[i * n : (i + 1) * n].float()).sum()
+            total = total + (exact(value) * exact(cached.grad[i * n : (i + 1) * n])).sum()
     return total
 
 
