@@ -113,9 +113,14 @@ def _walk(data: mmap.mmap | bytes) -> tuple[list[_Entry], list[int], tuple[int, 
     long_size: int | None = None
     while True:
         if at + BLOCK > end:
-            if at == end:
-                return entries, headers, (at, "cut", "the end-of-archive mark is missing: the file was probably cut at a header")
-            return entries, headers, (at, "cut", f"the file ends at byte {end}, inside a header" if at < end else f"the file ends at {end}")
+            where = (
+                "at a header: the end-of-archive mark is missing"
+                if at == end
+                else "inside a header"
+                if at < end
+                else "inside a member's padding"
+            )
+            return entries, headers, (min(at, end), "cut", f"the file ends at byte {end}, {where}")
         block = data[at : at + BLOCK]
         if block[0] == 0 and not any(block):
             rest = np.frombuffer(data, np.uint8, offset=at)

@@ -1,0 +1,178 @@
+"""Every image and caption that a stranger may put in a shard."""
+
+import io
+import struct
+import unicodedata
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from tests.data.generated import encoded, picture
+from PIL import Image
+
+from mmpretrain.data import decode
+from mmpretrain.data.decode import ImageLimits, decode_image
+from mmpretrain.data.schema import BadSample
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: int = 2) -> None:
+    assert found.dtype == torch.uint8
+    assert found.shape == wanted.shape
+    assert (found.int() - wanted.int()).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_formats_agree_with_pillow(kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(picture(), kind, **options)
+    close(decode_image(data), pixels(Image.open(io.BytesIO(data))))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P"])
+def test_grey_bilevel_and_palette(mode: str) -> None:
+    image = picture().convert(mode)
+    close(decode_image(encoded(image, "PNG")), pixels(image))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_cmyk(kind: str) -> None:
+    image = picture().convert("CMYK")
+    close(decode_image(encoded(image, kind)), pixels(image), 12)
+
+
+def test_grey_jpeg() -> None:
+    image = picture().convert("L")
+    close(decode_image(encoded(image)), pixels(image), 12)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_alpha_is_composited_on_the_background(mode: str, kind: str) -> None:
+    image = picture().convert(mode)
+    image.putalpha(Image.new("L", image.size, 0))
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    found = decode_image(encoded(image, kind, **options), ImageLimits(background=(10, 200, 30)))
+    assert found.flatten(1).unique(dim=1).T.tolist() == [[10, 200, 30]]
+
+
+def test_half_alpha_is_the_mean() -> None:
+    image = Image.new("RGBA", (16, 16), (100, 0, 200, 128))
+    found = decode_image(encoded(image, "PNG"), ImageLimits(background=(0, 100, 200)))
+    assert found[:, 0, 0].tolist() == [50, 50, 200]
+
+
+def test_palette_and_rgb_transparency() -> None:
+    image = Image.new("P", (16, 16), 1)
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    assert decode_image(encoded(image, "PNG", transparency=1))[:, 0, 0].tolist() == [255, 255, 255]
+    image = Image.new("RGB", (16, 16), (1, 2, 3))
+    assert decode_image(encoded(image, "PNG", transparency=(1, 2, 3)))[:, 0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
+    image = Image.new("RGB", (40, 20), (255, 0, 0))
+    image.paste((0, 0, 255), (20, 0, 40, 20))  # red left, blue right
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = decode_image(encoded(image, kind, exif=exif))
+    assert tuple(found.shape[1:]) == ((20, 40) if orientation in (1, 3) else (40, 20))
+    red_at_start = found[0, 3, 3] > 128
+    assert bool(red_at_start) == (orientation in (1, 6))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_rescaled(kind: str) -> None:
+    ramp = np.linspace(0, 65535, 32 * 24).reshape(24, 32).astype(np.uint16)
+    found = decode_image(encoded(Image.fromarray(ramp), kind))
+    close(found[0], torch.from_numpy(np.rint(ramp / 257).astype(np.uint8)), 1)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.0, 255.0), (0.0, 65535.0), (-3.0, 9.0)])
+def test_float_tiff_is_rescaled(low: float, high: float) -> None:
+    ramp = np.linspace(low, high, 32 * 24, dtype=np.float32).reshape(24, 32)
+    found = decode_image(encoded(Image.fromarray(ramp), "TIFF"))[0]
+    assert found.min() == 0
+    assert found.max() == 255
+    assert abs(found.float().mean() - 127.5) < 1
+
+
+def test_animation_gives_its_first_frame() -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in [(250, 0, 0), (0, 250, 0)]]
+    for kind in ("GIF", "WEBP", "PNG"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        assert decode_image(data)[:, 0, 0].tolist() == pytest.approx([250, 0, 0], abs=6)
+
+
+def bomb(width: int, height: int) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", b"")
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"), [((30_000, 30_000), "too_many_pixels"), ((1, 3000), "too_small"), ((100, 3000), "too_elongated")]
+)
+def test_size_is_judged_from_the_header(size: tuple[int, int], reason: str) -> None:
+    with pytest.raises(BadSample) as caught:
+        decode_image(bomb(*size))  # no pixels follow: decoding could only fail as undecodable
+    assert caught.value.reason == reason
+    assert str(size[0]) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_truncated_images_are_bad(kind: str) -> None:
+    data = encoded(picture(size=(96, 96)), kind)
+    for cut in (len(data) // 2, 20):
+        with pytest.raises(BadSample) as caught:
+            decode_image(data[:cut])
+        assert caught.value.reason in ("undecodable_image", "too_small")
+
+
+@pytest.mark.parametrize("data", [b"", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"<html>", b"\0\0\0\x1cftypavif", b"<svg/>", b"\x80\x04pickle"])
+def test_only_allowed_formats_reach_a_decoder(data: bytes) -> None:
+    with pytest.raises(BadSample, match="unknown_format"):
+        decode_image(data)
+
+
+def test_garbage_after_a_good_signature_is_bad() -> None:
+    for start in (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\x10\0\0\0WEBP", b"GIF89a", b"BM", b"II*\0", b"P6\n"):
+        with pytest.raises(BadSample):
+            decode_image(start + b"\x07" * 60)
+
+
+def test_captions() -> None:
+    assert decode.decode_text("  cafe\u0301 \n".encode()) == unicodedata.normalize("NFC", "café")
+    assert decode.decode_text(b"\xef\xbb\xbfword") == "word"
+    for data, reason in [(b"", "empty_caption"), (b" \n\t", "empty_caption"), (b"\xff\xfe", "not_utf8")]:
+        with pytest.raises(BadSample) as caught:
+            decode.decode_text(data)
+        assert caught.value.reason == reason
+
+
+def test_json_captions_and_labels() -> None:
+    assert decode.captions_from(["a", " ", "b "], "json:c") == ["a", "b"]
+    assert decode.captions_from("a", "json:c") == ["a"]
+    classes = {"cat": 0, "dog": 1}
+    assert [decode.label_from(v, classes, "cls") for v in (b"1", "dog", 0, "cat")] == [1, 1, 0, 0]
+    assert decode.label_from(b"7\n", None, "cls") == 7
+    for value in (b"2", "bird", -1, 0.5, None, True):
+        with pytest.raises(BadSample, match="bad_label"):
+            decode.label_from(value, classes, "cls")
+    for value in (3, ["a", 1], [], [""]):
+        with pytest.raises(BadSample):
+            decode.captions_from(value, "json:c")
+    with pytest.raises(BadSample, match="bad_json"):
+        decode.decode_json(b"[1")

@@ -1,0 +1,213 @@
+"""The header scan: what tars of any making hold, and what is said of broken ones."""
+
+import io
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.data.generated import tar_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmpretrain.data import index as shard_index
+from mmpretrain.data.index import ShardIndex, open_index, scan_bytes
+from mmpretrain.data.schema import ShardError, split_name
+
+names = st.text(st.characters(codec="utf-8", exclude_characters="\0/.", exclude_categories=["Cs"]), min_size=1, max_size=130)
+extensions = st.sampled_from(["jpg", "txt", "json", "cls", "seg.png"])
+FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+
+
+def contents(index: ShardIndex, data: bytes) -> list[tuple[str, dict[str, bytes]]]:
+    return [(key, {e: data[m.offset : m.offset + m.size] for e, m in index.members(i).items()}) for i, key in enumerate(index.keys)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(names, st.dictionaries(extensions, st.binary(max_size=1200), min_size=1), max_size=6), st.sampled_from(FORMATS[1:]))
+def test_reads_what_tarfile_wrote(samples: dict[str, dict[str, bytes]], format: int) -> None:
+    data = tar_bytes([(f"{key}.{e}", body) for key, members in samples.items() for e, body in members.items()], format)
+    index = scan_bytes(data, "x.tar")
+    assert contents(index, data) == list(samples.items())
+    assert index.damage == []
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:  # the same offsets as the reference reader
+        assert sorted(index.offset.tolist()) == sorted(m.offset_data for m in tar.getmembers())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 9 * 512 + 10240), st.integers(1, 4))
+def test_any_cut_keeps_what_precedes_it_and_says_so(cut: int, count: int) -> None:
+    members = [(f"{i}.{e}", bytes([65 + i]) * 700) for i in range(count) for e in ("jpg", "txt")]
+    whole = tar_bytes(members)
+    cut = min(cut, len(whole))
+    if cut == 0:
+        with pytest.raises(ShardError, match="zero bytes"):
+            scan_bytes(b"", "x.tar")
+        return
+    data = whole[:cut]
+    end_of_members = len(members) * (512 + 1024)
+    if cut < 512:
+        with pytest.raises(ShardError, match=r"x\.tar: not a tar"):
+            scan_bytes(data, "x.tar")
+        return
+    index = scan_bytes(data, "x.tar")
+    found = [body for _, sample in contents(index, data) for body in sample.values()]
+    intact = sum(i * 1536 + 512 + 700 <= cut for i in range(len(members)))
+    assert found == [body for _, body in members[:intact]]
+    assert bool(index.damage) == (cut < end_of_members + 512)
+    if index.damage:
+        assert index.damage[0].reason == "cut"
+        assert index.damage[0].offset <= cut
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=3000))
+def test_garbage_never_crashes(data: bytes) -> None:
+    try:
+        index = scan_bytes(data, "x.tar")
+    except ShardError:
+        return
+    assert len(index) == 0  # a valid checksum by chance is out of the question
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_flipped_header_bytes_are_noticed(data: st.DataObject) -> None:
+    whole = bytearray(tar_bytes([(f"{i}.jpg", b"x" * 600) for i in range(5)]))
+    header = data.draw(st.integers(0, 4))
+    at = header * 1536 + data.draw(st.integers(0, 511))
+    whole[at] ^= data.draw(st.integers(1, 255))
+    try:
+        index = scan_bytes(bytes(whole), "x.tar")
+    except ShardError:
+        assert header == 0
+        return
+    same = index.keys == [str(i) for i in range(5)]  # bits of the stated checksum that do not change its value
+    assert same or (len(index) == header and index.damage[0].offset == header * 1536)
+
+
+def test_zeros_in_the_middle_are_damage_with_an_estimate() -> None:
+    data = bytearray(tar_bytes([(f"{i}.jpg", b"x" * 600) for i in range(20)]))
+    data[5 * 1536 : 5 * 1536 + 2048] = bytes(2048)
+    index = scan_bytes(bytes(data), "x.tar")
+    assert len(index) == 5
+    (damage,) = index.damage
+    assert (damage.offset, damage.reason) == (5 * 1536, "zeros")
+    assert 14 <= damage.lost <= 22
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "zero bytes"),
+        (b"<!DOCTYPE html><html>" + b" " * 600, "web page"),
+        (b"\x1f\x8b\x08" + b"z" * 600, "gzip"),
+        (b"PK" * 400, "not a tar"),
+    ],
+)
+def test_what_is_no_tar_is_named(data: bytes, message: str) -> None:
+    with pytest.raises(ShardError, match=message):
+        scan_bytes(data, "some.tar")
+
+
+def test_empty_tar_is_fine() -> None:
+    assert len(scan_bytes(tar_bytes([]), "x.tar")) == 0
+    assert scan_bytes(bytes(1024), "x.tar").damage == []
+
+
+def test_interleaved_members_join_and_repeated_keys_stay_apart() -> None:
+    members = [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.txt", b"3"), ("b.txt", b"4"), ("a.jpg", b"5"), ("a.txt", b"6")]
+    data = tar_bytes(members)
+    index = scan_bytes(data, "x.tar")
+    assert contents(index, data) == [
+        ("a", {"jpg": b"1", "txt": b"3"}),
+        ("b", {"jpg": b"2", "txt": b"4"}),
+        ("a~2", {"jpg": b"5", "txt": b"6"}),
+    ]
+    assert index.duplicates == 1
+
+
+def test_folders_links_and_dot_files_are_no_samples() -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, kind in [
+            ("d", tarfile.DIRTYPE),
+            ("l.jpg", tarfile.SYMTYPE),
+            ("d/.hidden", tarfile.REGTYPE),
+            ("noextension", tarfile.REGTYPE),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info, io.BytesIO())
+        info = tarfile.TarInfo("d.e/k.x.JPG")
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"abc"))
+    index = scan_bytes(out.getvalue(), "x.tar")
+    assert contents(index, out.getvalue()) == [("d.e/k", {"x.jpg": b"abc"})]
+
+
+def test_split_name_follows_the_first_dot() -> None:
+    assert split_name("a/b.c/d.seg.PNG") == ("a/b.c/d", "seg.png")
+    assert split_name("./0001.jpg") == ("./0001", "jpg")
+    assert split_name("a/.x") is split_name("a") is split_name("a.b/c") is None
+
+
+def test_saved_index_reads_back(shard: Callable[..., Path]) -> None:
+    path = shard([("é1.jpg", b"abc"), ("é1.txt", b"d"), ("2.jpg", b"")])
+    first = open_index(path)
+    assert shard_index.index_path(path).exists()
+    again = open_index(path)
+    shard_index.add_checksums(again, path)
+    for name in ("starts", "extension", "offset", "size"):
+        assert np.array_equal(getattr(first, name), getattr(again, name))
+    assert first.keys == again.keys == ["é1", "2"]
+    assert again.members(1)["jpg"].sha256.hex().startswith("e3b0c442")  # sha256 of nothing
+
+
+def test_changed_foreign_shard_is_scanned_again(shard: Callable[..., Path]) -> None:
+    path = shard([("1.jpg", b"abc")])
+    assert len(open_index(path)) == 1
+    shard([("1.jpg", b"abc"), ("2.jpg", b"abc")])
+    os.utime(path, ns=(1, 1))
+    assert len(open_index(path)) == 2
+
+
+def test_built_index_refuses_a_cut_shard(shard: Callable[..., Path]) -> None:
+    path = shard([(f"{i}.jpg", b"x" * 5000) for i in range(9)])
+    index = open_index(path, save_new=False)
+    shard_index.add_checksums(index, path)
+    shard_index.save(index, shard_index.index_path(path))
+    os.truncate(path, 20_000)
+    with pytest.raises(ShardError, match=r"00000\.tar: 20000 bytes, but its index says .* byte 20000 falls in or before sample 3 of 9"):
+        open_index(path)
+
+
+def test_stated_count_that_disagrees_is_an_error(shard: Callable[..., Path]) -> None:
+    path = shard([(f"{i}.jpg", b"x" * 600) for i in range(9)], cut=5 * 1536)  # at a header: the tar itself looks whole
+    with pytest.raises(ShardError, match=r"5 samples found, sizes\.json says 9; it stops at byte 7680"):
+        open_index(path, expected=9)
+
+
+def test_unreadable_index_says_what_to_do(shard: Callable[..., Path]) -> None:
+    path = shard([("1.jpg", b"abc")])
+    shard_index.index_path(path).write_bytes(b"PK\x03\x04 no")
+    with pytest.raises(ShardError, match="Delete it"):
+        open_index(path)
+
+
+def test_read_only_folder_keeps_the_index_in_the_cache(shard: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = shard([("1.jpg", b"abc")], "ro/0.tar")
+    real = shard_index.save
+
+    def refuse(index: ShardIndex, place: Path, mtime_ns: int = 0) -> None:
+        if place.parent == path.parent:
+            raise PermissionError(13, "read-only")
+        real(index, place, mtime_ns)
+
+    monkeypatch.setattr(shard_index, "save", refuse)
+    open_index(path, cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    monkeypatch.setattr(shard_index, "scan", lambda _: pytest.fail("the saved index was not used"))
+    assert open_index(path, cache=tmp_path / "cache").keys == ["1"]
