@@ -49,6 +49,7 @@ PHRASINGS = (
     "{np} {relation} {other}",
     "{other} {opposite} {np}",
 )
+_ALONE = tuple(p for p in PHRASINGS if not re.search("other|count", p))  # for scenes without distractors
 TEMPLATES = {  # zero-shot prompts: sentences that no training caption uses
     "test": (
         "a photo of a {c}.",
@@ -175,8 +176,8 @@ def caption(scene: Description, draw: random.Random) -> str:
     """One training caption."""
     phrasing = PHRASINGS[int(draw.random() * len(PHRASINGS))]
     others = scene.things[1:]
-    if not others and any(slot in phrasing for slot in ("{other}", "{count}")):
-        phrasing = PHRASINGS[int(draw.random() * 10)]
+    if not others and phrasing not in _ALONE:
+        phrasing = _ALONE[int(draw.random() * len(_ALONE))]
     main = scene.things[0]
     other = others[int(draw.random() * len(others))] if others else main
     nn = _noun_phrase(main, draw, main=True)
