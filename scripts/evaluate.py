@@ -67,12 +67,13 @@ def show(line: dict[str, Any], messages: list[str]) -> None:
 
     from mmpretrain.tracking import plain
 
-    table = Table(title=plain(f"{line['name']} on {line['dataset']} (n = {line['n']})"))
+    table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in line["metrics"].items():
         table.add_row(Text(name), f"{value:.4f}")
     console = Console()
+    console.print(Text(plain(f"{line['name']} on {line['dataset']}, {line['n']} samples")))
     console.print(table)
     for message in messages:
         console.print(Text(plain(message)))

@@ -117,13 +117,14 @@ def open_dataset(config: DataConfig, task: Literal["classification", "retrieval"
     elif kind == "csv":
         source = readers.csv_items(root, split, config.image, config.label, config.caption, captions, skip)
     elif kind == "benchmark":
+        split = split or "test"
         what = _line(root / "dataset_type.txt") or "classification"
         if what == "multilabel" or (what == "retrieval") != captions:
             raise OptionError(f"{root}: dataset_type.txt says {what}; it does not fit an evaluator for {task}")
         names, prompts = root / "classnames.txt", root / "zeroshot_classification_templates.txt"
         given = given if given is not None or not names.is_file() or captions else readers.lines_of(names)
         templates = readers.lines_of(prompts) if prompts.is_file() else None
-        source = readers.benchmark_items(root, split or "test", config.label, captions, skip)
+        source = readers.benchmark_items(root, split, config.label, captions, skip)
     else:
         label = {"classification": config.label or "cls", "retrieval": None, "images": None}[task]
         source = readers.shard_items(

@@ -1,0 +1,203 @@
+import json
+
+import pytest
+
+from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.classes import merge_duplicates, read_classes, resolve
+from mmpretrain.evaluators.datasets import DataConfig, open_dataset
+from mmpretrain.evaluators.pairs import TrainDataConfig, open_pair
+from tests.evaluators.fake import colour_folder, picture, shard, write
+
+
+def pairs(dataset) -> list[tuple[str, str]]:
+    return [(item.key, dataset.classes[label]) for item, label in zip(dataset.items, dataset.labels.tolist(), strict=True)]
+
+
+def test_class_folder_names_are_the_labels(tmp_path):
+    colour_folder(tmp_path, ["red", "green"], 1, {"red": "traffic_light"})
+    dataset = open_dataset(DataConfig(str(tmp_path)), "classification")
+    assert dataset.classes == ["green", "traffic light"]
+    assert pairs(dataset) == [("green/0.png", "green"), ("traffic_light/0.png", "traffic light")]
+
+
+def test_class_names_in_another_order_do_not_move_the_labels(tmp_path):
+    """The trap: a list of names in another order than the sorted folders, matched by position, would swap the classes."""
+    colour_folder(tmp_path, ["red", "green", "blue"], 1)
+    dataset = open_dataset(DataConfig(str(tmp_path), classes=["red", "green", "blue"]), "classification")
+    assert dataset.classes == ["red", "green", "blue"]
+    assert pairs(dataset) == [("blue/0.png", "blue"), ("green/0.png", "green"), ("red/0.png", "red")]
+
+
+def test_names_that_match_no_folder_are_refused_with_the_remedy(tmp_path):
+    colour_folder(tmp_path, ["red", "green"], 1, {"red": "n001", "green": "n002"})
+    with pytest.raises(OptionError, match=r"n001.*matched by name, not by position.*classes=FILE\.json"):
+        open_dataset(DataConfig(str(tmp_path), classes=["red", "green"]), "classification")
+    mapped = open_dataset(DataConfig(str(tmp_path), classes={"n002": "green", "n001": "red"}), "classification")
+    assert pairs(mapped) == [("n001/0.png", "red"), ("n002/0.png", "green")]
+
+
+def test_imagenet_folders_are_named_by_wordnet_id(tmp_path):
+    colour_folder(tmp_path, ["red", "green"], 1, {"red": "n01440764", "green": "n02123045"})
+    dataset = open_dataset(DataConfig(str(tmp_path), classes="imagenet"), "classification")
+    assert pairs(dataset) == [("n01440764/0.png", "tench"), ("n02123045/0.png", "tabby cat")]
+    assert len(dataset.classes) == 998  # missile and sunglasses occur twice
+
+
+def test_integer_labels_sort_by_value_and_index_the_names():
+    assert resolve([10, 9, 10], None, "x")[1] == ["9", "10"]
+    labels, names = resolve([2, 0], ["a", "b", "c"], "x")
+    assert (labels.tolist(), names) == ([2, 0], ["a", "b", "c"])
+    with pytest.raises(OptionError, match="labels run from 0 to 3, but there are 3 class names"):
+        resolve([3, 0], ["a", "b", "c"], "x")
+
+
+def test_equal_names_are_one_class(caplog):
+    labels, names = merge_duplicates(*resolve([0, 1, 2, 3], ["crane", "dog", "crane", "eel"], "x"))
+    assert (labels.tolist(), names) == ([0, 1, 0, 2], ["crane", "dog", "eel"])
+    assert "crane" in caplog.text
+
+
+def test_class_files(tmp_path):
+    assert read_classes(str(write(tmp_path / "a.txt", b"red\n\nlight blue\n"))) == ["red", "light blue"]
+    assert read_classes(str(write(tmp_path / "a.json", b'{"1": "red"}'))) == {"1": "red"}
+    with pytest.raises(OptionError, match="no such file"):
+        read_classes("nowhere.txt")
+
+
+def test_splits_are_not_classes(tmp_path):
+    colour_folder(tmp_path / "train", ["red", "green"], 1)
+    colour_folder(tmp_path / "test", ["red", "green"], 2)
+    with pytest.raises(OptionError, match="are splits, not classes: add split=test"):
+        open_dataset(DataConfig(str(tmp_path)), "classification")
+    assert len(open_dataset(DataConfig(str(tmp_path), split="test"), "classification")) == 4
+    with pytest.raises(OptionError, match="no split 'val'; folders there are test, train"):
+        open_dataset(DataConfig(str(tmp_path), split="val"), "classification")
+
+
+def table(tmp_path, text: str) -> str:
+    for name in ("red", "green"):
+        write(tmp_path / f"{name}.png", picture(name))
+    return str(write(tmp_path / "t.csv", text.encode()))
+
+
+def test_csv_with_filters(tmp_path):
+    data = table(tmp_path, "file,name,keywords\nred.png,red,warm|hot\ngreen.png,green: dark skin tone,\ngreen.png,green,cold\n")
+    dataset = open_dataset(DataConfig(data, label="name", exclude="skin tone"), "classification")
+    assert pairs(dataset) == [("red.png", "red"), ("green.png#4", "green")]  # the file's second row
+    assert open_dataset(DataConfig(data, include="^red$", label="name"), "classification").classes == ["red"]
+    with pytest.raises(OptionError, match=r"no column 'nam'.*file, name, keywords"):
+        open_dataset(DataConfig(data, label="nam"), "classification")
+    with pytest.raises(OptionError, match="no regular expression"):
+        open_dataset(DataConfig(data, exclude="("), "classification")
+
+
+def test_csv_rows_of_one_file_are_one_item_with_several_captions(tmp_path):
+    data = table(tmp_path, "file,name,keywords\nred.png,red,warm|hot\ngreen.png,green,\nred.png,crimson,warm\n")
+    dataset = open_dataset(DataConfig(data, caption="a {name} ({keywords})"), "retrieval")
+    assert [(item.key, item.captions) for item in dataset.items] == [
+        ("red.png", ["a red (warm|hot)", "a crimson (warm)"]),
+        ("green.png", ["a green ()"]),
+    ]
+    with pytest.raises(OptionError, match="names no column 'nam'"):
+        open_dataset(DataConfig(data, caption="{nam}"), "retrieval")
+
+
+def test_what_a_csv_lacks_is_counted_named_and_budgeted(tmp_path):
+    data = table(tmp_path, "file,name\nred.png,red\ngreen.png,\ngone.png,blue\n")
+    with pytest.raises(
+        RuntimeError, match=r"2 of 3 items cannot be used \(1 missing_file, 1 missing_label\).*green\.png.*max_bad_fraction"
+    ):
+        open_dataset(DataConfig(data), "classification")
+    dataset = open_dataset(DataConfig(data, max_bad_fraction=0.7), "classification")
+    assert [item.key for item in dataset.items] == ["red.png"]
+    assert [entry["key"] for entry in dataset.skipped] == ["green.png", "gone.png"]
+
+
+def test_shards_with_labels_in_members_and_json(tmp_path):
+    samples = [
+        ("a", {"png": picture("red"), "cls": b"1", "json": json.dumps({"name": "red", "captions": ["r", "rr"]}).encode()}),
+        ("b", {"png": picture("green"), "cls": b"0\n", "json": json.dumps({"name": "green", "captions": ["g"]}).encode()}),
+    ]
+    shard(tmp_path / "0.tar", samples[:1])
+    shard(tmp_path / "1.tar", samples[1:])
+    by_class = open_dataset(DataConfig(str(tmp_path / "{0..1}.tar"), classes=["green", "red"]), "classification")
+    by_name = open_dataset(DataConfig(str(tmp_path), label="json:name"), "classification")
+    assert pairs(by_class) == pairs(by_name) == [("0.tar/a", "red"), ("1.tar/b", "green")]
+    captions = open_dataset(DataConfig(str(tmp_path / "*.tar"), caption="json:captions"), "retrieval")
+    assert [item.captions for item in captions.items] == [["r", "rr"], ["g"]]
+    assert by_class.items[1].read() == picture("green")
+    with pytest.raises(OptionError, match="0 of 2 samples have an image and txt; they have cls, json, png"):
+        open_dataset(DataConfig(str(tmp_path)), "retrieval")
+
+
+def benchmark(root, count: int = 12, retrieval: bool = False):
+    """As CLIP_benchmark writes it: unpadded shard numbers, so that 10.tar sorts before 2.tar as text."""
+    for n in range(count):
+        members = {"png": picture("red" if n % 2 else "green")}
+        members |= {"txt": f"a {n}\nanother {n}".encode()} if retrieval else {"cls": str(n % 2).encode()}
+        shard(root / "test" / f"{n}.tar", [(f"s{n:07d}", members)])
+    write(root / "test" / "nshards.txt", str(count).encode())
+    write(root / "classnames.txt", b"green\nred\n")
+    write(root / "zeroshot_classification_templates.txt", b"a photo of {c}.\n")
+    if retrieval:
+        write(root / "dataset_type.txt", b"retrieval\n")
+    return root
+
+
+def test_clip_benchmark_folder(tmp_path):
+    dataset = open_dataset(DataConfig(str(benchmark(tmp_path))), "classification")
+    assert [item.key for item in dataset.items] == [f"{n}.tar/s{n:07d}" for n in range(12)]
+    assert (dataset.classes, dataset.templates, dataset.name) == (["green", "red"], ["a photo of {c}."], f"{tmp_path}:test")
+    assert dataset.labels.tolist() == [0, 1] * 6
+    with pytest.raises(OptionError, match=r"dataset_type\.txt says classification"):
+        open_dataset(DataConfig(str(tmp_path)), "retrieval")
+    (tmp_path / "test" / "3.tar").unlink()
+    with pytest.raises(OptionError, match=r"3\.tar: not found, but .* says 12 shards"):
+        open_dataset(DataConfig(str(tmp_path)), "classification")
+
+
+def test_clip_benchmark_retrieval_has_a_caption_on_each_line(tmp_path):
+    dataset = open_dataset(DataConfig(str(benchmark(tmp_path, 2, retrieval=True))), "retrieval")
+    assert [item.captions for item in dataset.items] == [["a 0", "another 0"], ["a 1", "another 1"]]
+
+
+def test_limit_is_drawn_by_seed_and_keeps_classes(tmp_path):
+    colour_folder(tmp_path, ["red", "green"], 20)
+    drawn = [open_dataset(DataConfig(str(tmp_path), limit=6, seed=seed), "classification") for seed in (0, 0, 1)]
+    keys = [[item.key for item in dataset.items] for dataset in drawn]
+    assert keys[0] == keys[1] != keys[2]
+    assert [dataset.classes for dataset in drawn] == [["green", "red"]] * 3
+    assert all(item.key.startswith(name) for item, name in pairs_of(drawn[0]))
+
+
+def pairs_of(dataset):
+    return [(item, dataset.classes[label]) for item, label in zip(dataset.items, dataset.labels.tolist(), strict=True)]
+
+
+def test_a_pair_of_sets_shares_classes_by_name(tmp_path):
+    colour_folder(tmp_path / "a", ["red", "green", "blue"], 1)
+    colour_folder(tmp_path / "b", ["red", "blue"], 1)
+    train, test = open_pair(TrainDataConfig(str(tmp_path / "b"), train=str(tmp_path / "a")))
+    assert train.classes == test.classes == ["blue", "green", "red"]
+    assert pairs(test) == [("blue/0.png", "blue"), ("red/0.png", "red")]
+    with pytest.raises(OptionError, match=r"1 classes are not in .*first 'green'"):
+        open_pair(TrainDataConfig(str(tmp_path / "a"), train=str(tmp_path / "b")))
+
+
+def test_without_splits_the_sides_are_divided_by_key(tmp_path):
+    colour_folder(tmp_path, ["red", "green"], 40)
+    train, test = open_pair(TrainDataConfig(str(tmp_path), holdout=0.25))
+    sides = [{item.key for item in side.items} for side in (train, test)]
+    assert not sides[0] & sides[1]
+    assert len(sides[0] | sides[1]) == 80
+    assert 8 <= len(test) <= 32
+    colour_folder(tmp_path, ["blue"], 5)  # others come: everyone stays on their side
+    grown = open_pair(TrainDataConfig(str(tmp_path), holdout=0.25))[1]
+    assert sides[1] == {item.key for item in grown.items if not item.key.startswith("blue")}
+
+
+def test_what_is_nothing_known_is_said(tmp_path):
+    with pytest.raises(OptionError, match="no such folder"):
+        open_dataset(DataConfig(str(tmp_path / "nowhere")), "classification")
+    with pytest.raises(OptionError, match="neither class folders nor"):
+        open_dataset(DataConfig(str(tmp_path)), "classification")

@@ -1,0 +1,176 @@
+import base64
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from mmpretrain.evaluators import EVALUATORS, build_evaluator
+from mmpretrain.evaluators.base import OptionError, make_config
+from mmpretrain.evaluators.datasets import DataConfig, open_dataset
+from mmpretrain.evaluators.features import encode_images
+from mmpretrain.evaluators.zero_shot import class_embeddings, read_templates
+from mmpretrain.types import Model
+from tests.evaluators.fake import COLOURS, ColourModel, colour_folder, picture, shard, write
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def run(kind: str, accelerator, model=None, **options):
+    return build_evaluator(kind, {"threads": 2, **options})(model or ColourModel(), accelerator)
+
+
+def test_the_fake_is_a_model():
+    assert isinstance(ColourModel(), Model)
+
+
+def test_zero_shot_knows_colours(tmp_path, accelerator):
+    colour_folder(tmp_path, list(COLOURS), 3)
+    result = run("zero_shot", accelerator, data=str(tmp_path), batch_size=4, templates=["a {} picture", "{c}"])
+    assert result.metrics == {"acc1": 1.0, "acc5": 1.0, "mean_per_class_recall": 1.0, "chance": pytest.approx(1 / 6)}
+    assert result.n == 18
+
+
+def test_wrong_labels_are_wrong_whatever_the_order(tmp_path, accelerator):
+    """Folders named green and red hold each other's pictures, and class names come in any order: never above zero."""
+    colour_folder(tmp_path, ["red", "green"], 2, {"red": "green", "green": "red"})
+    for classes in (["red", "green"], ["green", "red"], None):
+        assert run("zero_shot", accelerator, data=str(tmp_path), classes=classes).metrics["acc1"] == 0.0
+
+
+def test_mean_per_class_recall_and_acc1_differ_on_unbalanced_data(tmp_path, accelerator):
+    colour_folder(tmp_path, ["red"], 3)
+    write(tmp_path / "blue" / "0.png", picture("red"))
+    result = run("zero_shot", accelerator, data=str(tmp_path))
+    assert result.metrics["acc1"] == 0.75
+    assert result.metrics["mean_per_class_recall"] == 0.5
+    assert result.tables["confusions"] == [{"true": "blue", "predicted": "red", "count": 1, "fraction": 1.0}]
+    wrong = [row for row in result.tables["predictions"] if not row["correct"]]
+    assert [(row["key"], row["truth"], row["predicted"]) for row in wrong] == [("blue/0.png", "blue", "red")]
+    assert base64.b64decode(wrong[0]["thumbnail"]).startswith(b"\x89PNG")
+
+
+def test_equal_class_names_are_one_class(tmp_path, accelerator):
+    classes = {"crane_bird": "red", "crane_machine": "red", "b": "blue"}
+    colour_folder(tmp_path, ["red", "blue"], 2, {"red": "crane_bird", "blue": "b"})
+    write(tmp_path / "crane_machine" / "0.png", picture("red"))
+    result = run("zero_shot", accelerator, data=str(tmp_path), classes=classes)
+    assert (result.metrics["acc1"], result.n) == (1.0, 5)
+
+
+def test_class_embeddings_are_the_renormalised_mean_of_normalised_prompts(accelerator):
+    class TwoPrompts(ColourModel):
+        def texts(self, texts):
+            return torch.tensor([[3.0, 0.0] if text.startswith("a") else [0.0, 0.5] for text in texts])
+
+    found = class_embeddings(TwoPrompts(), ["x", "y", "z"], ["a {}", "b {}"], accelerator, batch_size=4)
+    torch.testing.assert_close(found, torch.full((3, 2), 0.5**0.5))
+
+
+def test_templates(tmp_path):
+    assert (len(read_templates("openai")), len(read_templates("simple")), len(read_templates(None))) == (80, 7, 80)
+    assert read_templates(None, ["their {c}."]) == ["their {}."]
+    assert read_templates(str(write(tmp_path / "t.txt", b"a {c}\n\nthe {}\n"))) == ["a {}", "the {}"]
+    for wrong in ("nowhere.txt", ["no placeholder"], ["{} and {c}"]):
+        with pytest.raises(OptionError, match="templates"):
+            read_templates(wrong)
+
+
+def test_numbers_are_no_class_names(tmp_path, accelerator):
+    shard(tmp_path / "0.tar", [("a", {"png": picture("red"), "cls": b"0"})])
+    with pytest.raises(OptionError, match="zero-shot needs names: add classes=FILE"):
+        run("zero_shot", accelerator, data=str(tmp_path))
+
+
+def test_bad_images_are_named_and_bounded(tmp_path, accelerator):
+    colour_folder(tmp_path, ["red", "blue"], 4)
+    write(tmp_path / "blue" / "9.png", picture("blue")[:40])
+    result = run("zero_shot", accelerator, data=str(tmp_path), max_bad_fraction=0.2)
+    assert (result.n, result.metrics["acc1"]) == (8, 1.0)
+    assert result.tables["skipped"][0]["key"] == "blue/9.png"
+    assert result.tables["skipped"][0]["reason"].startswith("undecodable_image")
+    with pytest.raises(RuntimeError, match=r"1 of 9 items cannot be used \(1 undecodable_image\).*blue/9\.png"):
+        run("zero_shot", accelerator, data=str(tmp_path))
+
+
+def retrieval_csv(tmp_path) -> str:
+    for name in COLOURS:
+        write(tmp_path / f"{name}.png", picture(name))
+    rows = [f"{name}.png,the {name} one" for name in COLOURS] + ["red.png,crimson red", "blue.png,a cyan sky"]
+    return str(write(tmp_path / "pairs.csv", "\n".join(["filepath,title", *rows]).encode()))
+
+
+def test_retrieval_with_several_captions(tmp_path, accelerator):
+    result = run("retrieval", accelerator, data=retrieval_csv(tmp_path), tile=3)
+    metrics = result.metrics
+    assert result.n == 6
+    # Of 8 texts, "a cyan sky" belongs to the blue image: cyan scores 1, then blue and green tie at 0.707 (a tie counts against it).
+    assert metrics["image_retrieval_recall@1"] == pytest.approx(7 / 8)
+    assert metrics["image_retrieval_recall@5"] == 1.0
+    # The cyan image: its own text ties with blue's "a cyan sky".
+    assert metrics["text_retrieval_recall@1"] == pytest.approx(5 / 6)
+    assert metrics["text_retrieval_recall@10"] == 1.0
+
+
+def test_binding(tmp_path, accelerator):
+    texts = [("red", "blue"), ("blue", "red"), ("red red", "red")]  # the last ties
+    samples = [
+        (f"s{i}", {"png": picture("red"), "json": json.dumps({"caption": right, "swap": wrong}).encode()})
+        for i, (right, wrong) in enumerate(texts)
+    ]
+    shard(tmp_path / "0.tar", samples)
+    assert run("binding", accelerator, data=str(tmp_path)).metrics == {"binding_acc": pytest.approx(1 / 3)}
+    shard(tmp_path / "0.tar", [("a", {"png": picture("red"), "json": b"{}"})])
+    with pytest.raises(OptionError, match="1 samples have no `caption` and `swap`"):
+        run("binding", accelerator, data=str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear_probe"])
+def test_frozen_features_classify(tmp_path, accelerator, kind):
+    colour_folder(tmp_path / "train", ["red", "green", "blue"], 5)
+    colour_folder(tmp_path / "test", ["red", "green", "blue"], 2)
+    write(tmp_path / "test" / "red" / "odd.png", picture("blue"))
+    result = run(kind, accelerator, data=str(tmp_path), features="both", **({"k": 3} if kind == "knn" else {"c": [0.1, 10]}))
+    assert result.n == 7
+    for prefix in ("", "features_"):
+        assert result.metrics[f"{prefix}acc1"] == pytest.approx(6 / 7)
+        assert result.metrics[f"{prefix}mean_per_class_recall"] == pytest.approx((2 / 3 + 1 + 1) / 3)
+    assert result.tables["confusions"][0] == {"true": "red", "predicted": "blue", "count": 1, "fraction": pytest.approx(1 / 3)}
+
+
+def test_features_are_kept_by_weights_and_data(tmp_path, accelerator):
+    data = colour_folder(tmp_path / "data", ["red", "green"], 3)
+    config = DataConfig(str(data), cache=str(tmp_path / "cache"), batch_size=2, threads=1)
+    first, again, other = ColourModel(), ColourModel(), ColourModel()
+    found = encode_images(first, open_dataset(config, "classification"), accelerator, config)
+    kept = encode_images(again, open_dataset(config, "classification"), accelerator, config)
+    assert (first.calls, again.calls) == (3, 0)
+    assert torch.equal(found.rows, kept.rows)
+    assert torch.equal(found.values["features"], kept.values["features"])
+    other.fingerprint = "other weights"
+    encode_images(other, open_dataset(config, "classification"), accelerator, config)
+    assert other.calls == 3
+    write(data / "red" / "0.png", picture("blue", size=(30, 30)))
+    encode_images(again, open_dataset(config, "classification"), accelerator, config)
+    assert again.calls == 3
+
+
+def test_options(tmp_path):
+    config = make_config(EVALUATORS["knn"].Config, ["data=x", "k=5", "temperature=1e-1", "exclude=[a-z]", "background=[0, 0, 0]"])
+    assert (config.k, config.temperature, config.exclude, config.background) == (5, 0.1, "[a-z]", (0, 0, 0))
+    assert make_config(EVALUATORS["zero_shot"].Config, ["data=x", "templates={c} icon"]).templates == "{c} icon"
+    for wrong, message in {
+        "temprature=1": "did you mean 'temperature'",
+        "k=many": "expected int",
+        "k": "expected key=value",
+        "features=pool": "pooled",
+    }.items():
+        with pytest.raises(OptionError, match=message):
+            make_config(EVALUATORS["knn"].Config, ["data=x", wrong])
+    with pytest.raises(OptionError, match="'data' is required"):
+        build_evaluator("knn", [])
+    with pytest.raises(OptionError, match="did you mean 'zero_shot'"):
+        build_evaluator("zeroshot", [])

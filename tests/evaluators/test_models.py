@@ -1,0 +1,155 @@
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from mmpretrain import checkpoint
+from mmpretrain.evaluators import build_evaluator
+from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.models import TowerModel, load_model
+from mmpretrain.types import Model
+from tests.evaluators.fake import colour_folder, picture, write
+from tests.tiny import MODEL, towers
+
+CONFIG = {"model_cfg": MODEL, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}}
+
+
+def open_clip_folder(path, dual):
+    path.mkdir(parents=True)
+    save_file(dual.state_dict() | {"logit_scale": torch.tensor(1.0)}, path / "open_clip_model.safetensors")
+    (path / "open_clip_config.json").write_text(json.dumps(CONFIG))
+    return path
+
+
+def test_a_folder_gives_the_same_model(tmp_path):
+    dual = towers()
+    model = load_model(str(open_clip_folder(tmp_path / "m", dual)))
+    assert isinstance(model, Model)
+    assert model.fingerprint == TowerModel(dual).fingerprint
+    assert (model.preprocess.size, model.preprocess.mean, model.preprocess.resize_mode) == (16, (0.5, 0.5, 0.5), "squash")
+    pixels = torch.randn(2, 3, 16, 16)
+    found, expected = model.images(pixels), dual.eval().visual(pixels, outputs=frozenset({"features", "pooled", "tokens"}))
+    for name in ("features", "pooled", "tokens"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name).detach())
+    assert model.texts(["a cat", "two"]).shape == (2, 12)
+
+
+def test_a_run_gives_its_newest_valid_checkpoint_and_its_teacher(tmp_path):
+    student, teacher = towers(1), towers(2)
+    for step, dual in ((1, towers(3)), (2, student), (3, towers(4))):
+        tensors = {"model": dual.state_dict(), "teacher": teacher.state_dict()}
+        checkpoint.save(tmp_path / "checkpoints", step, tensors, {}, {"open_clip_config": CONFIG}, keep=9)
+    damaged = tmp_path / "checkpoints" / "step-00000003" / "model.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    find = checkpoint.find_checkpoint
+    assert load_model(str(tmp_path), find_checkpoint=find).fingerprint == TowerModel(student).fingerprint
+    assert load_model(str(tmp_path), which="ema", find_checkpoint=find).fingerprint == TowerModel(teacher).fingerprint
+    with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+        load_model(str(damaged.parent), find_checkpoint=find)
+    with pytest.raises(OptionError, match="give one of its checkpoints"):
+        load_model(str(tmp_path))
+
+
+def test_specs_that_name_nothing(tmp_path):
+    (tmp_path / "empty").mkdir()
+    weights = write(tmp_path / "w.pt", b"")
+    for spec, message in {
+        "nowhere": "no such folder or file",
+        str(tmp_path / "empty"): "expected open_clip_config.json beside",
+        str(weights): "say of which architecture",
+        "hf:nowhere": "no such folder",
+        "ViT-B-33:openai": "ViT-B-32",
+        "timm:resnet5": "did you mean",
+    }.items():
+        with pytest.raises(OptionError, match=message):
+            load_model(spec)
+    with pytest.raises(OptionError, match="kept no EMA teacher"):
+        load_model(str(open_clip_folder(tmp_path / "m", towers())), which="ema")
+
+
+def test_fingerprints_name_the_weights():
+    dual = towers()
+    before = TowerModel(dual).fingerprint
+    assert before == TowerModel(towers()).fingerprint
+    with torch.no_grad():
+        dual.text.token_embedding.weight[5, 0] += 1e-6
+    assert TowerModel(dual).fingerprint != before
+
+
+def test_live_towers_are_left_as_they_were():
+    dual = towers().train()
+    dual.text.eval()
+    model = TowerModel(dual)
+    model.images(torch.randn(1, 3, 16, 16))
+    model.texts(["x"])
+    assert dual.training
+    assert dual.visual.training
+    assert not dual.text.training
+    tower = model.copy()
+    with torch.no_grad():
+        next(tower.parameters()).add_(1)
+    assert not torch.equal(next(tower.parameters()), next(dual.visual.parameters()))
+
+
+def test_random_copies_are_drawn_from_the_callers_seed():
+    model = TowerModel(towers())
+    copies = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        copies.append(model.copy(random=True).state_dict()["conv1.weight"])
+    assert torch.equal(copies[0], copies[1])
+    assert not torch.equal(copies[0], copies[2])
+    assert not torch.equal(copies[0], model.dual.visual.state_dict()["conv1.weight"])
+
+
+def finetune(data, **options):
+    fixed = {"data": str(data), "steps": 10, "train_batch_size": 6, "lr": 5e-3, "threads": 2, "layer_decay": 1.0, "flip": 0.0}
+    return build_evaluator("finetune", fixed | options)(TowerModel(towers()), Accelerator(cpu=True))
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory):
+    root = tmp_path_factory.mktemp("coloured")
+    colour_folder(root / "train", ["red", "green", "blue"], 8)
+    colour_folder(root / "test", ["red", "green", "blue"], 3)
+    return root
+
+
+def test_finetune_learns_twice_the_same_and_beside_random_weights(coloured):
+    first, second = finetune(coloured), finetune(coloured, random=False)
+    assert second.metrics.items() <= first.metrics.items()
+    assert first.tables["loss"] == second.tables["loss"]
+    assert first.metrics["acc1"] == 1.0
+    assert {"random_acc1", "acc5", "mean_per_class_recall", "chance"} <= first.metrics.keys()
+    assert first.tables["loss"][0]["loss"] == pytest.approx(first.tables["random_loss"][0]["loss"])  # the head starts at zero: ln 3
+    assert first.tables["loss"][-1]["loss"] < 0.5 * first.tables["loss"][0]["loss"]
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("head", {"head"}), ("last_n", {"head", "tower.transformer.resblocks.1", "tower.ln_post"})])
+def test_modes_train_what_they_say(mode, expected):
+    from mmpretrain.evaluators.finetune import Classifier
+
+    classifier = Classifier(TowerModel(towers()).copy(), 3)
+    classifier.freeze(mode, 1)
+    trained = {name for name, p in classifier.named_parameters() if p.requires_grad} - {"tower.proj"}
+    assert all(any(name.startswith(part) for part in expected) for name in trained)
+    assert all(any(name.startswith(part) for name in trained) for part in expected)
+
+
+def test_too_many_blocks_are_refused(coloured):
+    with pytest.raises(OptionError, match="this tower has 2 blocks"):
+        finetune(coloured, mode="last_n", n=3)
+
+
+def test_bad_training_images_are_counted(coloured, tmp_path):
+    colour_folder(tmp_path / "train", ["red", "blue"], 4)
+    colour_folder(tmp_path / "test", ["red", "blue"], 1)
+    write(tmp_path / "train" / "red" / "bad.png", picture("red")[:30])
+    with pytest.raises(RuntimeError, match=r"1 of 9 items cannot be used.*red/bad\.png"):
+        finetune(tmp_path, steps=2, random=False)
+    result = finetune(tmp_path, steps=2, random=False, max_bad_fraction=0.5)
+    assert [row["key"] for row in result.tables["skipped"]] == ["train/red/bad.png"]

@@ -1,0 +1,87 @@
+"""What only another process shows: the script's output and exit status, and two processes against one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmpretrain import checkpoint
+from tests.evaluators.fake import COLOURS, colour_folder, picture, write
+from tests.evaluators.two_processes import results
+from tests.tiny import MODEL, towers
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def call(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    """Seven test images, one of them bad, over two processes: unequal parts, none lost, none twice."""
+    colour_folder(tmp_path / "train", list(COLOURS), 2)
+    colour_folder(tmp_path / "test", list(COLOURS), 1)
+    write(tmp_path / "test" / "red" / "9.png", picture("blue"))
+    write(tmp_path / "test" / "red" / "bad.png", b"GIF89a")
+    rows = [f"test/{name}/0.png,the {name}" for name in COLOURS] + ["test/red/0.png,crimson red", "test/blue/0.png,a cyan sky"]
+    table = write(tmp_path / "pairs.csv", "\n".join(["file,caption", *rows]).encode())
+    alone = results(str(tmp_path), str(table))
+    script = str(ROOT / "tests/evaluators/two_processes.py")
+    together = call(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script, str(tmp_path), str(table))
+    assert together.returncode == 0, together.stderr[-2000:]
+    found = json.loads(together.stdout.strip().splitlines()[-1])
+    assert alone["n"] == found["n"] == [7, 6, 7, 7]
+    assert alone["skipped"] == found["skipped"] == ["red/bad.png"]
+    assert found["metrics"] == alone["metrics"]
+    assert alone["metrics"][0]["acc1"] == pytest.approx(6 / 7)
+    assert found["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+
+
+def test_the_script_evaluates_a_run(tmp_path):
+    run, data = tmp_path / "run", colour_folder(tmp_path / "data", ["red", "green"], 2)
+    document = {"model_cfg": MODEL, "preprocess_cfg": {}}
+    tensors = {"model": towers().state_dict() | {"logit_scale": torch.tensor(1.0)}}
+    checkpoint.save(run / "checkpoints", 7, tensors, {}, {"open_clip_config": document}, keep=1)
+    script = str(ROOT / "scripts/evaluate.py")
+    options = ["--seed", "3", "templates=a {c} thing", "batch_size=2"]
+    done = call(sys.executable, script, str(run), "zero_shot", f"data={data}", "--json", *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    line = json.loads(done.stdout)  # nothing but the line
+    assert list(line) == ["step", "evaluator", "name", "dataset", "model", "n", "seed", "metrics"]
+    assert (line["step"], line["evaluator"], line["name"], line["dataset"]) == (None, "zero_shot", "zero_shot", str(data))
+    assert (line["n"], line["seed"], len(line["model"])) == (4, 3, 64)
+    assert 0 <= line["metrics"]["acc1"] <= 1
+    assert [json.loads(text) for text in (run / "results.jsonl").read_text().splitlines()] == [line]
+    wrong = call(sys.executable, script, str(run), "zero_shot", f"data={data}", "batchsize=2")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "did you mean 'batch_size'" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["nowhere", "zero_shot", "data=x"], 2, "no such folder or file"),
+        (["nowhere", "zeroshot", "data=x"], 2, "did you mean 'zero_shot'"),
+        (["nowhere"], 2, "are required"),
+        (["--help"], 0, "templates="),
+    ],
+)
+def test_exit_status_and_messages(arguments, status, message, monkeypatch, capsys):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        import evaluate
+    finally:
+        sys.path.pop(0)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    try:
+        found = evaluate.main()
+    except SystemExit as stop:
+        found = stop.code
+    assert found == status
+    captured = capsys.readouterr()
+    assert message in captured.out + captured.err
