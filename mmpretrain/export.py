@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -59,10 +59,27 @@ def export_open_clip(dual: DualEncoder, leftovers: Mapping[str, Tensor], folder:
     if bias is not None:
         state["logit_bias"] = bias.detach().cpu().float().reshape(()).clone()
     config = open_clip_config(dual, None if bias is None else float(bias))
+    _check(config["model_cfg"], state)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return folder
+
+
+def _check(cfg: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Raise where open_clip would build another model of this config than the one whose weights these are."""
+    cfg = copy.deepcopy(cfg)
+    cfg.pop("custom_text")
+    if "hf_model_name" in cfg["text_cfg"]:
+        cfg["text_cfg"]["hf_model_pretrained"] = False
+    with torch.device("meta"):
+        theirs = CustomTextCLIP(**cfg).state_dict()
+    wrong = [key for key in state.keys() | theirs.keys() if key not in state or key not in theirs or state[key].shape != theirs[key].shape]
+    if wrong:
+        raise ValueError(
+            f"open_clip would build another model of this config: {', '.join(sorted(wrong)[:5])} differ. It builds timm towers at their own "
+            "image size alone: train at that one (leave out image_size) to export"
+        )
 
 
 def load_model(checkpoint: str | Path) -> tuple[DualEncoder, dict[str, Tensor]]:

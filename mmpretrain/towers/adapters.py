@@ -204,8 +204,9 @@ def from_open_clip(part: str, cfg: dict) -> Adapter:
         return TimmTower(module, embed_dim)
     if isinstance(module, ModifiedResNet):
         return ResNetTower(module, given["width"] * 32, embed_dim)
-    tower = OpenClipViT(module, given["width"], embed_dim)
-    tower.patch_size = None if given.get("attentional_pool") else module.patch_size[0]
+    pools = given.get("attentional_pool")  # whose tokens are in the joint space, and no longer patches
+    tower = OpenClipViT(module, embed_dim if pools else given["width"], embed_dim)
+    tower.patch_size = None if pools else module.patch_size[0]
     return tower
 
 

@@ -291,7 +291,7 @@ def test_checkpointing_changes_no_gradient(kind):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("kind", ["vision", "text"])
+@pytest.mark.parametrize("kind", ["vision", pytest.param("text", marks=pytest.mark.slow)])
 def test_trunk_compiles_to_one_graph(kind):
     _, ours, data = pair(kind, {})
     graphs = []
@@ -302,6 +302,7 @@ def test_trunk_compiles_to_one_graph(kind):
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_compiled_tower_uses_its_own_weights():
     ours, data = vit(), images()
     ours.transformer.compile(backend="eager")
