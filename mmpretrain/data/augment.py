@@ -19,6 +19,16 @@ _YIQ = ((0.299, 0.587, 0.114), (0.59590059, -0.27455667, -0.32134392), (0.211536
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """[...,3,3] @ [...,3,n] spelled out: library products round differently with the batch, and rows must not depend on their company."""
+    return a[..., :, 0:1] * b[..., 0:1, :] + a[..., :, 1:2] * b[..., 1:2, :] + a[..., :, 2:3] * b[..., 2:3, :]
+
+
+def _luma(colour: Tensor) -> Tensor:
+    """[..., 3] -> [...]"""
+    return LUMA[0] * colour[..., 0] + LUMA[1] * colour[..., 1] + LUMA[2] * colour[..., 2]
+
+
 def hue_matrix(turns: Tensor) -> Tensor:
     """Turns of the colour circle, [B] -> [B,3,3]: rotation of the chroma plane of YIQ."""
     to_yiq = torch.tensor(_YIQ, dtype=turns.dtype, device=turns.device)
@@ -27,7 +37,7 @@ def hue_matrix(turns: Tensor) -> Tensor:
     rotation[:, 0, 0] = 1
     rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
     rotation[:, 1, 2], rotation[:, 2, 1] = angle.sin(), -angle.sin()
-    return torch.linalg.inv(to_yiq) @ rotation @ to_yiq
+    return _matmul(_matmul(torch.linalg.inv(to_yiq), rotation), to_yiq)
 
 
 def jitter_matrix(mean: Tensor, factors: Tensor, turns: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,10 +58,10 @@ def jitter_matrix(mean: Tensor, factors: Tensor, turns: Tensor, order: Tensor) -
     for position in range(4):
         which = order[:, position]
         step = operations[rows, which]
-        current = (matrix @ mean[:, :, None])[..., 0] + offset  # the mean colour so far
-        towards = (1 - factors[:, 1]) * (current @ luma) * (which == CONTRAST)
-        offset = (step @ offset[:, :, None])[..., 0] + towards[:, None]
-        matrix = step @ matrix
+        current = _matmul(matrix, mean[:, :, None])[..., 0] + offset  # the mean colour so far
+        towards = (1 - factors[:, 1]) * _luma(current) * (which == CONTRAST)
+        offset = _matmul(step, offset[:, :, None])[..., 0] + towards[:, None]
+        matrix = _matmul(step, matrix)
     return matrix, offset
 
 
@@ -117,10 +127,9 @@ def photometric(pixels: Tensor, params: dict[str, Tensor], mean: tuple[float, ..
         else:
             matrix, offset = torch.eye(3, device=device).expand(B, 3, 3), torch.zeros(B, 3, device=device)
         if "grey" in params:
-            luma = torch.tensor(LUMA, device=device)
             grey = params["grey"]
-            offset = torch.where(grey[:, None], (offset @ luma)[:, None], offset)
-            row = torch.einsum("c,bcd->bd", luma, matrix)[:, None].expand(-1, 3, -1)
+            offset = torch.where(grey[:, None], _luma(offset)[:, None], offset)
+            row = _luma(matrix.transpose(1, 2))[:, None].expand(-1, 3, -1)
             matrix = torch.where(grey[:, None, None], row, matrix)
         out = _affine(pixels, matrix / (255 * std_[:, None]), (offset - mean_) / std_)
         low, high = -mean_ / std_, (1 - mean_) / std_

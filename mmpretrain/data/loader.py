@@ -90,6 +90,7 @@ class Loader:
 
         def run() -> None:
             torch.set_num_threads(1)
+            torch.get_num_threads()  # a thread's first look takes torch's noted value: it must see this one
             ready.wait()
             ready.wait()
             while (job := self._queue.get()) is not None:
@@ -153,7 +154,7 @@ class Loader:
         step = self._steps[0]
         if not step.done.wait(self.timeout_s):
             at = "; ".join(sorted({place for source in self.sources.values() for place in list(source.reading.values())})) or "no sample"
-            self.close()
+            self.close(wait_s=0)
             raise RuntimeError(
                 f"the loader's threads made no batch in {self.timeout_s:g} s; they are reading {at}. Is the file system alive?"
             )

@@ -62,7 +62,7 @@ class SourceConfig:
     classes: Any = None  # class names, or a file with one a line: needed where labels are names
     split: SplitConfig | None = None  # hold samples out, by the hash of their keys
     shuffle_window: int = 16  # shards whose samples are mixed
-    max_bad_fraction: float = 0.01  # bad samples among those read before the run stops; ten are always allowed
+    max_bad_fraction: float = 0.01  # bad samples among those read before the run stops; ten more are always allowed
     max_consecutive_bad: int = 100  # bad samples in a row before the run stops
     max_pixels: int = 64_000_000  # larger images are bad samples, judged by their headers
     min_side: int = 8  # pixels; smaller images are bad samples
@@ -182,7 +182,7 @@ class Source:
             lost = sum(damage.lost for _, damage in shards.damage)
             for name, damage in shards.damage:
                 log.warning("%s: %s at byte %d: %s; about %d samples lost", name, damage.reason, damage.offset, damage.detail, damage.lost)
-            if lost > max(10, self.config.max_bad_fraction * order.total):
+            if lost > 10 + self.config.max_bad_fraction * order.total:
                 name, damage = shards.damage[0]
                 raise ShardError(
                     f"{where}: {len(shards.damage)} damaged shards, about {lost} samples lost; the first is {name}, {damage.reason} "
@@ -307,7 +307,7 @@ class Source:
             self._bad[bad.reason] += 1
             self._examples.setdefault(bad.reason, f"{shard_label(name)}/{key}: {bad}")
             total, consecutive = sum(self._bad.values()), self._consecutive
-            if consecutive >= self.config.max_consecutive_bad or total > max(10, self.config.max_bad_fraction * self._read):
+            if consecutive >= self.config.max_consecutive_bad or total > 10 + self.config.max_bad_fraction * self._read:
                 reasons = ", ".join(f"{n} {reason}" for reason, n in self._bad.most_common())
                 limit = (
                     f"{consecutive} in a row (max_consecutive_bad: {self.config.max_consecutive_bad})"

@@ -8,12 +8,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from tests.data.generated import encoded, picture
 from PIL import Image
 
 from mmpretrain.data import decode
 from mmpretrain.data.decode import ImageLimits, decode_image
 from mmpretrain.data.schema import BadSample
+from tests.data.generated import encoded, picture
 
 
 def pixels(image: Image.Image) -> torch.Tensor:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.data.generated import tar_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmpretrain.data import index as shard_index
 from mmpretrain.data.index import ShardIndex, open_index, scan_bytes
 from mmpretrain.data.schema import ShardError, split_name
+from tests.data.generated import tar_bytes
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="\0/.", exclude_categories=["Cs"]), min_size=1, max_size=130)
 extensions = st.sampled_from(["jpg", "txt", "json", "cls", "seg.png"])
