@@ -77,8 +77,8 @@ def _check(cfg: dict[str, Any], state: dict[str, Tensor]) -> None:
     wrong = [key for key in state.keys() | theirs.keys() if key not in state or key not in theirs or state[key].shape != theirs[key].shape]
     if wrong:
         raise ValueError(
-            f"open_clip would build another model of this config: {', '.join(sorted(wrong)[:5])} differ. It builds timm towers at their own "
-            "image size alone: train at that one (leave out image_size) to export"
+            f"open_clip would build another model of this config: {', '.join(sorted(wrong)[:5])} differ. It builds timm towers at "
+            "their own image size alone: train at that one (leave out image_size) to export"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from mmpretrain.checkpoint import MANIFEST, CheckpointError, find_checkpoint
 from mmpretrain.export import CONFIG, export_open_clip, load_model
 
 
@@ -22,13 +23,9 @@ class Format(StrEnum):
 
 
 def newest_checkpoint(path: Path) -> Path:
-    """A checkpoint folder is itself; a run is its newest valid checkpoint."""
-    if (path / CONFIG).is_file():
+    """A run's newest valid checkpoint; a checkpoint of ours once verified; any other folder of open_clip's format as it is."""
+    if (path / CONFIG).is_file() and not (path / MANIFEST).exists():
         return path
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder: give a run, or one of its checkpoints")
-    from mmpretrain.checkpoint import find_checkpoint
-
     return find_checkpoint(path)
 
 
@@ -42,7 +39,7 @@ def main(
         checkpoint = newest_checkpoint(source)
         dual, leftovers = load_model(checkpoint)
         export_open_clip(dual, leftovers, out)
-    except ValueError as error:
+    except (ValueError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     print(f'{checkpoint} -> {out}: open_clip.create_model_and_transforms("local-dir:{out}")')

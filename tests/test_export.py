@@ -11,6 +11,7 @@ import typer
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from mmpretrain.checkpoint import save
 from mmpretrain.export import export_open_clip, load_model
 from mmpretrain.towers.dual import build_towers
 
@@ -102,3 +103,17 @@ def test_what_open_clip_would_build_otherwise_is_refused(tmp_path):
     small = {**CONFIG, "vision_cfg": {**OPTIONS["timm"]["vision_cfg"], "image_size": 32}}
     with pytest.raises(ValueError, match=r"visual\.trunk\.pos_embed differ.*own image size"):
         export_open_clip(build_towers(small), {}, tmp_path / "out")
+
+
+def test_script_takes_a_run_and_refuses_a_folder_without_checkpoints(tmp_path):
+    dual = build_towers(CONFIG)
+    documents = {"open_clip_config": {"model_cfg": dual.model_cfg, "preprocess_cfg": {}}}
+    for step in (1, 2):
+        weights = {**dual.state_dict(), "logit_scale": torch.tensor(float(step))}
+        save(tmp_path / "run" / "checkpoints", step, {"model": weights}, {}, documents, keep=2)
+    done = run(tmp_path / "run", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert_same(tmp_path / "out", dual, 2.0)
+    refused = run(tmp_path / "nothing", "--out", tmp_path / "other")
+    assert refused.exit_code == 1
+    assert "no valid checkpoint" in refused.stderr
