@@ -7,13 +7,17 @@ made it, so what is there already is kept and what another generator made is rep
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
+import pickle
+import queue
 import shutil
+import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -35,21 +39,58 @@ def class_names(split: str) -> tuple[str, ...]:
     return CLASS_NAMES if SPLITS[split].held_out else CLASS_NAMES[:NUM_TRAINED]
 
 
+def _start() -> subprocess.Popen:
+    """A rendering process. It starts from `demo_records` alone: a `multiprocessing` child would first import the whole calling script,
+    torch included, which takes longer than much of the rendering."""
+    paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-m", "data_prep.demo_records"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+
+def _ask(idle: queue.SimpleQueue, job: tuple[int, str, int, int]) -> list[tuple[str, dict[str, bytes]]]:
+    """Have an idle process render one job. Raises RuntimeError where that process has died."""
+    process = idle.get()
+    try:
+        pickle.dump(job, process.stdin)
+        process.stdin.flush()
+        return pickle.load(process.stdout)
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+        raise RuntimeError(
+            f"a rendering process died (exit status {process.wait()}) at scenes {job[2]} to {job[3]} of {job[1]!r}; its error, if any, "
+            "is above. If memory ran out, try one process (--processes 1)."
+        ) from error
+    finally:
+        idle.put(process)
+
+
 def _records(seed: int, split: str, count: int, processes: int) -> Iterator[Record]:
-    """Scenes in order, rendered by `processes` spawned processes with a bounded number of jobs ahead; by this one if 1."""
+    """Scenes in order, rendered by so many processes with a bounded number of jobs ahead; by this one if 1."""
     jobs = [(seed, split, start, min(start + SCENES_PER_JOB, count)) for start in range(0, count, SCENES_PER_JOB)]
     if processes == 1:
         for job in jobs:
             yield from (Record(key, members) for key, members in chunk(job))
         return
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:  # a killed worker is an error, not a hang
-        ahead: deque = deque()
+    idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
+    started = [_start() for _ in range(processes)]
+    for process in started:
+        idle.put(process)
+    pool, ahead = ThreadPoolExecutor(processes), deque()
+    try:
         for job in jobs:
-            ahead.append(pool.submit(chunk, job))
+            ahead.append(pool.submit(_ask, idle, job))
             if len(ahead) > 4 * processes:
                 yield from (Record(key, members) for key, members in ahead.popleft().result())
         while ahead:
             yield from (Record(key, members) for key, members in ahead.popleft().result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for process in started:
+            process.kill()  # it holds nothing but the next job
+            process.wait()
+            process.stdout.close()
+            with suppress(BrokenPipeError):  # a job that it never read
+                process.stdin.close()
 
 
 def _mark(seed: int, split: str, count: int) -> dict[str, object]:
@@ -104,7 +145,7 @@ def ensure_demo(
     """Write the demo splits under `root` unless they are there, of this generator version, seed and size; returns `root`.
 
     splits: names from SPLITS, all by default. counts: scenes per split, where not the benchmark's own number. processes: one per core by
-    default; they are spawned, so the calling script needs its `if __name__ == "__main__"` guard. say: receives progress lines.
+    default. say: receives progress lines.
 
     Raises ValueError for an unknown split or count, FileExistsError where a split's folder was not written by this generator.
     """

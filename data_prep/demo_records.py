@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import random
+import sys
 
 import numpy as np
 from PIL import Image
@@ -113,7 +115,7 @@ def members(scenes: Scenes, i: int, image: np.ndarray, instance: np.ndarray) -> 
 
 
 def chunk(job: tuple[int, str, int, int]) -> list[tuple[str, dict[str, bytes]]]:
-    """(seed, split, start, stop) -> (key, members) of those scenes. Top level, so that a spawned process can call it."""
+    """(seed, split, start, stop) -> (key, members) of those scenes."""
     seed, split, start, stop = job
     made = []
     for low in range(start, stop, 32):
@@ -122,3 +124,18 @@ def chunk(job: tuple[int, str, int, int]) -> list[tuple[str, dict[str, bytes]]]:
         for i, index in enumerate(scenes.index):
             made.append((f"{split}-{int(index):06d}", members(scenes, i, images[i], instances[i])))
     return made
+
+
+def serve() -> None:
+    """Answer the pickled jobs on stdin with pickled chunks on stdout, until stdin closes: the child's side of `demo._Worker`."""
+    while True:
+        try:
+            job = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        pickle.dump(chunk(job), sys.stdout.buffer, protocol=pickle.HIGHEST_PROTOCOL)
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    serve()

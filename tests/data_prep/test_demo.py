@@ -127,6 +127,22 @@ def test_processes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (tmp_path / "1/val/00000.tar").read_bytes() == (tmp_path / "2/val/00000.tar").read_bytes()
 
 
+def test_a_killed_process_is_an_error_and_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(demo, "SCENES_PER_PROCESS", 8)
+    start = demo._start
+
+    def start_and_kill():
+        process = start()
+        process.kill()
+        process.wait()
+        return process
+
+    monkeypatch.setattr(demo, "_start", start_and_kill)
+    with pytest.raises(RuntimeError, match=r"died \(exit status -9\) at scenes 0 to 20 of 'val'"):
+        demo.ensure_demo(tmp_path, splits=["val"], counts={"val": 20}, processes=2, say=lambda line: None)
+    assert not list(tmp_path.iterdir())
+
+
 def test_command_line(tmp_path: Path):
     app = typer.Typer()
     app.command()(demo.demo)
