@@ -53,7 +53,9 @@ def build_model(config: Config) -> tuple[PretrainModel, Teacher | None]:
             if tower is not None:
                 tower.trunk = torch.compile(tower.trunk, dynamic=False)  # type: ignore[method-assign]
     if config.accumulate > 1 and any(t is not None and not t.mergeable for t in (towers.visual, towers.text)):
-        raise OptionError(f"accumulate is {config.accumulate}, but this tower has BatchNorm: its chunks would not equal one batch. Set accumulate=1")
+        raise OptionError(
+            f"accumulate is {config.accumulate}, but this tower has BatchNorm: its chunks would not equal one batch. Set accumulate=1"
+        )
 
     teacher = None
     if config.teacher is not None:

@@ -53,7 +53,9 @@ def problem(folder: Path) -> str | None:
     return None
 
 
-def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], optimizer: dict[str, Any], documents: dict[str, Any], keep: int) -> Path:
+def save(
+    root: Path, step: int, tensors: dict[str, dict[str, Tensor]], optimizer: dict[str, Any], documents: dict[str, Any], keep: int
+) -> Path:
     """Write `root/step-N`. One process writes; a failure leaves the older checkpoints and no partial folder.
 
     Args:

@@ -129,7 +129,9 @@ def assemble(data: Any, place: Callable[[str], str] = lambda path: "") -> Config
             raise OptionError(f"unknown objective {kind!r}{place(path)}{nearest(kind, OBJECTIVES)}")
         objective: ObjectiveConfig = build(OBJECTIVES[kind].Config, options | {"kind": kind}, path, place)
         if objective.source not in config.sources:
-            raise OptionError(f"{path}.source is {objective.source!r}{place(path)}, no source of this recipe{nearest(objective.source, config.sources)}")
+            raise OptionError(
+                f"{path}.source is {objective.source!r}{place(path)}, no source of this recipe{nearest(objective.source, config.sources)}"
+            )
         config.objectives[name] = objective
     for name, options in config.evaluators.items():
         path = f"evaluators.{name}"
@@ -181,7 +183,9 @@ def help_text() -> str:
     out = []
     for title, cls, prefix in sections:
         out.append(f"\n{title}\n" if title else "")
-        out += [f"  {path} = {default}\n      {text}" if default else f"  {path}\n      {text}" for path, default, text in describe(cls, prefix)]
+        out += [
+            f"  {path} = {default}\n      {text}" if default else f"  {path}\n      {text}" for path, default, text in describe(cls, prefix)
+        ]
     return "\n".join(out)
 
 

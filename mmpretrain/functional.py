@@ -66,9 +66,14 @@ class _LogSumExp(torch.autograd.Function):
         return grad_a, grad_b, grad_scale, None, None
 
 
-def _exact(*tensors: Tensor) -> list[Tensor]:
-    """At least fp32: bf16 logits would cost 1e-2 in the gradient."""
-    return [t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors]
+def exact(x: Tensor) -> Tensor:
+    """At least fp32: a loss in bf16 would cost 1e-2 in its gradient."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def unit(x: Tensor) -> Tensor:
+    """[n, d] -> rows of length one, at least in fp32."""
+    return F.normalize(exact(x), dim=1)
 
 
 def info_nce(a: Tensor, b: Tensor, scale: Tensor, symmetric: bool = True) -> Tensor:
@@ -81,7 +86,7 @@ def info_nce(a: Tensor, b: Tensor, scale: Tensor, symmetric: bool = True) -> Ten
         scale: scalar or [1], the inverse temperature.
     """
     with torch.autocast(a.device.type, enabled=False):
-        a, b, scale = _exact(a, b, scale.reshape(()))
+        a, b, scale = exact(a), exact(b), exact(scale.reshape(()))
         n, here = len(a), slice(rank() * len(a), (rank() + 1) * len(a))
         positive = (a * b).sum(1) * scale  # [n]
         row_lse, col_lse = _LogSumExp.apply(a, all_gather_with_grad(b), scale, None, symmetric)  # type: ignore[misc]
@@ -102,7 +107,7 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
         a, b: [n, d] unit vectors, two views of the same n images.
     """
     with torch.autocast(a.device.type, enabled=False):
-        a, b = _exact(a, b)
+        a, b = exact(a), exact(b)
         local = torch.cat([a, b])  # [2n, d]
         everyone = all_gather_with_grad(local)  # rank by rank: [a0 b0 a1 b1 ...]
         scale = local.new_tensor(1 / temperature)
@@ -163,7 +168,7 @@ def sigmoid_loss(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         scale, bias: scalars or [1].
     """
     with torch.autocast(a.device.type, enabled=False):
-        a, b, scale, bias = _exact(a, b, scale.reshape(()), bias.reshape(()))
+        a, b, scale, bias = exact(a), exact(b), exact(scale.reshape(())), exact(bias.reshape(()))
         return _Sigmoid.apply(a, all_gather_with_grad(b), scale, bias, rank() * len(a)) / len(a)  # type: ignore[operator]
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,20 @@ def start(config: Config) -> Accelerator:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # its successor syncs buffers at the start
     # One DDP forward per step and every trainable parameter gets a gradient; running statistics are equal on all ranks already.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no", kwargs_handlers=[ddp])
+    # Without cpu=True, torchrun on a machine without an accelerator would run as many unconnected single processes.
+    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no", cpu=cpu, kwargs_handlers=[ddp])
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise OptionError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {accelerator.num_processes} process(es) are connected; launch with torchrun"
+        )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise OptionError(f"launched as {accelerator.distributed_type.value}: this trainer runs on one device or under DDP; launch without it")
+        raise OptionError(
+            f"launched as {accelerator.distributed_type.value}: this trainer runs on one device or under DDP; launch without it"
+        )
     return accelerator
 
 

@@ -25,7 +25,9 @@ class PretrainModel(nn.Module):
     network and token count go through it together.
     """
 
-    def __init__(self, towers: DualEncoder, objectives: dict[str, Objective], weights: dict[str, float], teacher: DualEncoder | None = None):
+    def __init__(
+        self, towers: DualEncoder, objectives: dict[str, Objective], weights: dict[str, float], teacher: DualEncoder | None = None
+    ):
         super().__init__()
         self.towers = towers
         self.teacher = teacher  # the EMA copy: moved by the trainer, never by a gradient
@@ -132,9 +134,7 @@ class PretrainModel(nn.Module):
 
     @staticmethod
     def arguments(objective: Objective, encoded: dict[Encode, Encoded]) -> dict[str, Any]:
-        return {
-            k: tuple(encoded[bare(e)] for e in v) if isinstance(v, tuple) else encoded[bare(v)] for k, v in objective.needs.items()
-        }
+        return {k: tuple(encoded[bare(e)] for e in v) if isinstance(v, tuple) else encoded[bare(v)] for k, v in objective.needs.items()}
 
     # -- exact large batches ----------------------------------------------------------------------------------------
 
@@ -267,4 +267,3 @@ def freeze_unused(model: PretrainModel, batch: Batch) -> list[str]:
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
     return unused
-

@@ -19,7 +19,7 @@ class OptionError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """", did you mean 'x'?" when something known is close, and what is known."""
+    """ ", did you mean 'x'?" when something known is close, and what is known."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return (f"; did you mean {close[0]!r}?" if close else "") + f" Known: {', '.join(sorted(known))}."

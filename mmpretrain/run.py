@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -34,7 +35,9 @@ def claim(config: Config) -> tuple[Path | None, list[str]]:
     if changed and (found is not None or messages):
         if config.resume != "force":
             raise OptionError(
-                f"{folder} holds a run of a different recipe:\n  " + "\n  ".join(changed) + "\nChoose another run_dir, or resume=force to go on with this one"
+                f"{folder} holds a run of a different recipe:\n  "
+                + "\n  ".join(changed)
+                + "\nChoose another run_dir, or resume=force to go on with this one"
             )
         messages += [f"resume=force: {line}" for line in changed]
     if found is None and messages:
@@ -42,6 +45,25 @@ def claim(config: Config) -> tuple[Path | None, list[str]]:
     if found is not None:
         messages.append(f"resuming from {found} (step {load_json(found, 'state')['step']})")
     return found, messages
+
+
+def lock(config: Config) -> IO[str]:
+    """Hold the run folder while the returned file is open; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        OptionError: another process trains in this folder.
+    """
+    folder = Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise OptionError(f"another process is training in {folder}: wait for it, stop it, or choose another run_dir") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 def write_recipe(config: Config, environment: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ def train(config: Config) -> int:
     sources = build_sources(config, model)
     config.steps, config.epochs = total_steps(config, sources), None
     steps = config.steps
+    locked = run.lock(config) if accelerator.is_main_process else None
     found, messages = run.claim(config)
     state = checkpoint.load_json(found, "state") if found else {"step": 0, "positions": {name: 0 for name in sources}, "skipped_steps": 0}
     step = state["step"]
@@ -126,7 +127,12 @@ def train(config: Config) -> int:
             reason = interrupts.reason if distributed.any_rank(interrupts.reason is not None, device) else None
             stop = distributed.any_rank(reason is not None, device)
             if step % config.checkpoint.every == 0 or step == steps or stop:
-                state = {"step": step, "samples_seen": step * samples_per_step, "positions": loader.position(), "skipped_steps": skipped_steps}
+                state = {
+                    "step": step,
+                    "samples_seen": step * samples_per_step,
+                    "positions": loader.position(),
+                    "skipped_steps": skipped_steps,
+                }
                 save(config, accelerator, model, teacher, optimizer, state)
             if stop:
                 tracker.message(f"stopped by {reason or 'another process'} after step {step}; saved. The same command goes on from there.")
@@ -140,6 +146,8 @@ def train(config: Config) -> int:
         loader.close()
         tracker.close()
         interrupts.close()
+        if locked is not None:
+            locked.close()
 
 
 class Evaluations:
@@ -166,7 +174,8 @@ class Evaluations:
         with torch.random.fork_rng():  # an evaluator that draws does not move this run
             training = towers.training
             towers.eval()
-            model = TowerModel(towers, self.accelerator.device)
+            joint = any("features" in encode.outputs for encode in self.model.plan)
+            model = TowerModel(towers, self.accelerator.device, self.config.precision, joint=joint)
             result = EVALUATORS[evaluation.kind](evaluation.options)(model, self.accelerator)
             towers.train(training)
         line = {
@@ -191,7 +200,12 @@ def refuse(tracker: Tracker, batch: Batch, logs: dict[str, torch.Tensor], step: 
 
 
 def save(
-    config: Config, accelerator: Accelerator, model: PretrainModel, teacher: Teacher | None, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    config: Config,
+    accelerator: Accelerator,
+    model: PretrainModel,
+    teacher: Teacher | None,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
 ) -> None:
     """One checkpoint, independent of the number of processes; the main one writes it."""
     if accelerator.is_main_process:
@@ -241,7 +255,9 @@ def show(tracker: Tracker, model: PretrainModel, accelerator: Accelerator, batch
 
 
 def describe(config: Config, accelerator: Accelerator, model: PretrainModel, sources: dict[str, Any]) -> str:
-    millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in (("towers", model.towers), ("heads", model.objectives))}
+    millions = {
+        name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in (("towers", model.towers), ("heads", model.objectives))
+    }
     lines = [
         f"{config.run_dir}: {config.steps} steps of {', '.join(config.objectives)}; "
         f"towers {millions['towers']:.1f}M, heads {millions['heads']:.1f}M parameters",
@@ -266,6 +282,9 @@ def finish(config: Config, tracker: Tracker, sources: dict[str, Any]) -> None:
     rows = latest_results(read_jsonl(folder / "results.jsonl"))
     if rows:
         tracker.table([{"evaluation": r["name"], "step": r["step"], "n": r["n"], "metrics": r["metrics"]} for r in rows])
-    data = {name: {"shards": num_shards(s), "samples": s.num_samples, "rows_per_step": config.sources[name].batch_size} for name, s in sources.items()}
+    data = {
+        name: {"shards": num_shards(s), "samples": s.num_samples, "rows_per_step": config.sources[name].batch_size}
+        for name, s in sources.items()
+    }
     path = write_report(folder, {"data": data})
     tracker.message(json.dumps({"run": str(folder)}) if not path else f"report: {path}")

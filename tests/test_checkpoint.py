@@ -14,7 +14,9 @@ from mmpretrain.checkpoint import CheckpointError
 
 
 def write(root, step, value=1.0, keep=3):
-    return checkpoint.save(root, step, {"model": {"w": torch.full((3,), value)}}, {"w": {"step": torch.tensor(1.0)}}, {"state": {"step": step}}, keep)
+    return checkpoint.save(
+        root, step, {"model": {"w": torch.full((3,), value)}}, {"w": {"step": torch.tensor(1.0)}}, {"state": {"step": step}}, keep
+    )
 
 
 def test_round_trip_and_pruning(tmp_path):

@@ -28,7 +28,9 @@ class Outer:
 
 
 def test_values_are_converted():
-    got = build(Outer, {"rate": "1e-3", "count": 4, "pair": [1, 2], "inner": {"size": "7"}, "many": {"k": {"preset": "b"}}, "either": ["a"]})
+    got = build(
+        Outer, {"rate": "1e-3", "count": 4, "pair": [1, 2], "inner": {"size": "7"}, "many": {"k": {"preset": "b"}}, "either": ["a"]}
+    )
     assert got == Outer(rate=1e-3, count=4, pair=(1.0, 2.0), inner=Inner(size=7), many={"k": Inner("b")}, either=["a"])
     assert isinstance(got.pair[0], float)
 

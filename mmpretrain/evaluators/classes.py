@@ -55,7 +55,8 @@ def resolve(labels: Sequence[Label], classes: list[str] | dict[str, str] | None,
         return _indices([label if numeric else str(label) for label in labels], index), names
     names = list(classes.values()) if isinstance(classes, dict) else list(classes)
     if numeric:
-        largest, smallest = max(labels, default=0), min(labels, default=0)
+        numbers = [int(label) for label in labels]
+        largest, smallest = max(numbers, default=0), min(numbers, default=0)
         if isinstance(classes, dict) and all(key.lstrip("-").isdigit() for key in classes):
             index = {int(key): i for i, key in enumerate(classes)}
         elif smallest < 0 or largest >= len(names):

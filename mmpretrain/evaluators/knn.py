@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -11,16 +10,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..types import Model, Result
+from .base import OptionError
 from .features import gather_rows, part
-from .metrics import classification_metrics, confusion_tables, predictions
-from .pairs import TrainDataConfig, encode_pair
+from .frozen import EncodedPair, FrozenConfig, evaluate_frozen
 
 
 @dataclass
-class Config(TrainDataConfig):
+class Config(FrozenConfig):
     k: int = 20  # neighbours that vote
     temperature: float = 0.07  # a neighbour of cosine s votes with weight exp(s / temperature)
-    features: Literal["pooled", "features", "both"] = "pooled"  # pooled (before the projection), features (after it), or both
 
 
 class KNN:
@@ -29,34 +27,19 @@ class KNN:
     Config = Config
 
     def __init__(self, config: Config) -> None:
+        if config.k < 1 or config.temperature <= 0:
+            raise OptionError(f"k={config.k}, temperature={config.temperature}: expected at least one neighbour and a positive temperature")
         self.config = config
 
     def __call__(self, model: Model, accelerator: Accelerator) -> Result:
-        config = self.config
-        pair = encode_pair(model, accelerator, config)
-        metrics: dict[str, float] = {}
-        tables: dict[str, list[dict]] = {}
-        for name, prefix, train, test in pair.feature_sets(config.features):
-            mine = test[list(part(len(test)))].to(accelerator.device)
-            votes = knn_votes(
-                mine,
-                train.to(accelerator.device),
-                pair.train_labels.to(accelerator.device),
-                len(pair.classes),
-                config.k,
-                config.temperature,
-            )
-            votes = gather_rows(votes).cpu()
-            found = classification_metrics(votes, pair.test_labels, tie=1e-9)
-            metrics |= {prefix + key: value for key, value in found.items()}
-            predicted = predictions(votes, pair.test_labels, tie=1e-9)
-            tables |= {
-                key if not prefix else f"{name}_{key}": rows
-                for key, rows in confusion_tables(pair.test_labels, predicted, pair.classes).items()
-            }
-        if pair.skipped:
-            tables["skipped"] = pair.skipped
-        return Result(metrics | {"chance": 1 / len(pair.classes)}, len(pair.test_labels), pair.name, tables)
+        config, device = self.config, accelerator.device
+
+        def votes(pair: EncodedPair, name: str, train: Tensor, test: Tensor) -> Tensor:
+            mine, labels = test[list(part(len(test)))].to(device), pair.train_labels.to(device)
+            found = knn_votes(mine, train.to(device), labels, len(pair.classes), config.k, config.temperature)
+            return gather_rows(found).cpu()
+
+        return evaluate_frozen(model, accelerator, config, votes, tie=1e-9)
 
 
 def knn_votes(query: Tensor, train: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float, tile: int = 1024) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -13,16 +13,14 @@ from torch.nn.functional import cross_entropy
 from ..random import combine, permutation
 from ..types import Model, Result
 from .base import OptionError
-from .metrics import classification_metrics, confusion_tables, predictions
-from .pairs import TrainDataConfig, encode_pair
+from .frozen import EncodedPair, FrozenConfig, evaluate_frozen
+from .metrics import TIE
 
 
 @dataclass
-class Config(TrainDataConfig):
+class Config(FrozenConfig):
     features: Literal["pooled", "features", "both"] = "both"  # pooled (before the projection), features (after it), or both
-    c: list[float] = field(
-        default_factory=lambda: [0.01, 0.1, 1.0, 10.0, 100.0]
-    )  # candidates for C, the inverse strength of the L2 penalty (scikit-learn's)
+    c: list[float] = field(default_factory=lambda: [0.01, 0.1, 1.0, 10.0, 100.0])  # candidates for C, the inverse L2 strength
     validation: float = 0.2  # fraction of the training set that C is chosen on; the probe is then fitted on all of it
     max_iter: int = 300  # L-BFGS iterations at most
 
@@ -36,33 +34,26 @@ class LinearProbe:
     Config = Config
 
     def __init__(self, config: Config) -> None:
+        if not config.c or any(c <= 0 for c in config.c):
+            raise OptionError(f"c={config.c}: expected positive numbers")
         self.config = config
 
     def __call__(self, model: Model, accelerator: Accelerator) -> Result:
-        config = self.config
-        if not config.c or any(c <= 0 for c in config.c):
-            raise OptionError(f"c={config.c}: expected positive numbers")
-        pair = encode_pair(model, accelerator, config)
-        device, labels = accelerator.device, pair.train_labels.to(accelerator.device)
-        metrics: dict[str, float] = {}
-        tables: dict[str, list[dict]] = {"c": []}
-        for name, prefix, train, test in pair.feature_sets(config.features):
+        config, device = self.config, accelerator.device
+        tried: list[dict[str, Any]] = []
+
+        def logits(pair: EncodedPair, name: str, train: Tensor, test: Tensor) -> Tensor:
             mean, std = train.mean(0), train.std(0, correction=0).clamp_min(1e-6)
             x, x_test = ((train - mean) / std).to(device), ((test - mean) / std).to(device)
-            best, tried = choose_c(x, labels, len(pair.classes), config)
-            weight, bias = fit(x, labels, len(pair.classes), best, config.max_iter)
-            logits = (x_test @ weight.T + bias).cpu()
-            found = classification_metrics(logits, pair.test_labels)
-            metrics |= {prefix + key: value for key, value in found.items()}
-            tables["c"] += [{"features": name, "c": c, "validation acc1": acc, "chosen": c == best} for c, acc in tried]
-            predicted = predictions(logits, pair.test_labels)
-            tables |= {
-                key if not prefix else f"{name}_{key}": rows
-                for key, rows in confusion_tables(pair.test_labels, predicted, pair.classes).items()
-            }
-        if pair.skipped:
-            tables["skipped"] = pair.skipped
-        return Result(metrics | {"chance": 1 / len(pair.classes)}, len(pair.test_labels), pair.name, tables)
+            labels, num_classes = pair.train_labels.to(device), len(pair.classes)
+            best, scores = choose_c(x, labels, num_classes, config)
+            tried.extend({"features": name, "c": c, "validation acc1": acc, "chosen": c == best} for c, acc in scores)
+            weight, bias = fit(x, labels, num_classes, best, config.max_iter)
+            return (x_test @ weight.T + bias).cpu()
+
+        result = evaluate_frozen(model, accelerator, config, logits, TIE)
+        result.tables["c"] = tried
+        return result
 
 
 def choose_c(x: Tensor, labels: Tensor, num_classes: int, config: Config) -> tuple[float, list[tuple[float, float]]]:

@@ -103,6 +103,28 @@ class TowerModel:
         return tower.requires_grad_(True)
 
 
+class Untrained:
+    """A model's image tower with new weights, behind the same waist: what a probe finds without any pretraining."""
+
+    def __init__(self, model: Model, seed: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.tower = model.copy(random=True).eval()
+        self.preprocess = model.preprocess
+        self.precision = getattr(model, "precision", "fp32")
+        self.fingerprint = f"{model.fingerprint} with random weights of seed {seed}"
+
+    def images(self, pixels: Tensor) -> Encoded:
+        with torch.inference_mode(), autocast(self, pixels.device):
+            return self.tower(pixels, outputs=frozenset({"pooled", "features"}))
+
+    def texts(self, texts: list[str]) -> Tensor | None:
+        return None
+
+    def copy(self, random: bool = False) -> nn.Module:
+        return copy.deepcopy(self.tower).requires_grad_(True)
+
+
 def load_model(
     spec: str,
     device: torch.device | str = "cpu",
@@ -204,6 +226,8 @@ def _new_transformers_tower(folder: str) -> nn.Module:
     from ..towers.adapters import from_transformers
 
     tower = from_transformers(folder, image=True, text=False)[0]
+    if tower is None:
+        raise TypeError(f"hf:{folder} has no image tower to fine-tune")
     fresh = AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
     tower.model.load_state_dict(getattr(fresh, "vision_model", fresh).state_dict())
     if hasattr(fresh, "visual_projection"):

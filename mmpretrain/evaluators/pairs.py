@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
 
-from ..types import Model
 from .base import OptionError
 from .datasets import DataConfig, EvalSet, kind_of, open_dataset
-from .features import encode_images
 
 
 @dataclass
@@ -22,27 +17,6 @@ class TrainDataConfig(DataConfig):
     train: str | None = None  # data to fit on; default: the same data, another split or a held-out part
     train_split: str | None = None  # split to fit on; default: train, where `split` is given or the data has one
     holdout: float = 0.2  # without `train` and splits: the fraction of items, by key hash, that is tested on and not fitted
-
-
-@dataclass
-class EncodedPair:
-    """Features on the CPU, on every process, of both sets."""
-
-    name: str
-    classes: list[str]
-    train: dict[str, Tensor]  # "pooled" [m,D], "features" [m,E]
-    train_labels: Tensor
-    test: dict[str, Tensor]
-    test_labels: Tensor
-    skipped: list[dict[str, str]]
-
-    def feature_sets(self, wanted: str) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-        """(name, metric prefix, train, test) for `pooled`, `features`, or `both` of them where the model gives both."""
-        names = [name for name in ("pooled", "features") if name in self.train] if wanted == "both" else [wanted]
-        if missing := [name for name in names if name not in self.train]:
-            raise OptionError(f"features={missing[0]}: this model gives only {', '.join(self.train)}")
-        for name in names:
-            yield name, "features_" if wanted == "both" and name == "features" else "", self.train[name], self.test[name]
 
 
 def open_pair(config: TrainDataConfig) -> tuple[EvalSet, EvalSet]:
@@ -84,18 +58,3 @@ def _held_out(everything: EvalSet, config: TrainDataConfig) -> tuple[EvalSet, Ev
     if config.limit is not None:
         test = test.subset(torch.arange(min(config.limit, len(test))))
     return train, test
-
-
-def encode_pair(model: Model, accelerator: Accelerator, config: TrainDataConfig) -> EncodedPair:
-    train, test = open_pair(config)
-    fitted = encode_images(model, train, accelerator, config)
-    tested = encode_images(model, test, accelerator, config)
-    return EncodedPair(
-        name=test.name,
-        classes=train.classes,
-        train=fitted.values,
-        train_labels=train.labels[fitted.rows],
-        test=tested.values,
-        test_labels=test.labels[tested.rows],
-        skipped=train.skipped + test.skipped + fitted.skipped + tested.skipped,
-    )

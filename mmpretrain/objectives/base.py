@@ -103,7 +103,7 @@ class Objective(nn.Module):
     def count(self, **encoded: Any) -> Tensor:
         """How many terms a per-row loss averages here: known before encoding, so only rows, views and masks may be read."""
         first = next(iter(encoded.values()))
-        first = first[0] if isinstance(first, tuple) else first
+        first = first if isinstance(first, Encoded) else first[0]
         return torch.tensor(float(len(first.rows.seeds)))
 
     def before_step(self, progress: float) -> None:

@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpretrain.functional import info_nce
+from mmpretrain.functional import info_nce, unit
 from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig
 from mmpretrain.types import Encode, Encoded, MaskSpec
 
@@ -37,7 +36,7 @@ class CLIP(Objective):
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.init_temperature)]))
 
     def forward(self, image: Encoded, text: Encoded) -> dict[str, Tensor]:  # type: ignore[override]
-        a, b = F.normalize(image.features.float(), dim=1), F.normalize(text.features.float(), dim=1)
+        a, b = unit(image.features), unit(text.features)
         scale = self.logit_scale.exp()
         return {"loss": info_nce(a, b, scale), "logit_scale": scale.detach()[0]}
 

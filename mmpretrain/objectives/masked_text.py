@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmpretrain import random
 from mmpretrain.data.text import get_tokenizer
 from mmpretrain.data.views import TextView
+from mmpretrain.functional import exact
 from mmpretrain.objectives.base import Context, Objective, ObjectiveConfig, mask_embedding, require
 from mmpretrain.types import Encode, Encoded, Params, Sample, View
 
@@ -84,7 +85,7 @@ class MaskedText(Objective):
     def forward(self, text: Encoded) -> dict[str, Tensor]:  # type: ignore[override]
         target = text.view.target
         chosen = target != -100
-        logits = self.decoder(text.tokens[chosen]).float()  # [chosen words, V]
+        logits = exact(self.decoder(text.tokens[chosen]))  # [chosen words, V]
         words = target[chosen]
         loss = F.cross_entropy(logits, words, reduction="sum") / max(1, len(words))  # no word to guess: zero, with a gradient
         return {"loss": loss, "accuracy": (logits.argmax(1) == words).float().sum().detach() / max(1, len(words))}

@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpretrain.functional import sigmoid_loss
+from mmpretrain.functional import sigmoid_loss, unit
 from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig
 from mmpretrain.types import Encode, Encoded
 
@@ -35,7 +34,7 @@ class SigLIP(Objective):
         self.logit_bias = nn.Parameter(torch.tensor([config.init_bias]))
 
     def forward(self, image: Encoded, text: Encoded) -> dict[str, Tensor]:  # type: ignore[override]
-        a, b = F.normalize(image.features.float(), dim=1), F.normalize(text.features.float(), dim=1)
+        a, b = unit(image.features), unit(text.features)
         scale = self.logit_scale.exp()
         loss = sigmoid_loss(a, b, scale, self.logit_bias)
         return {"loss": loss, "logit_scale": scale.detach()[0], "logit_bias": self.logit_bias.detach()[0]}

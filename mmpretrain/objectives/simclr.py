@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mmpretrain.functional import info_nce, nt_xent
+from mmpretrain.functional import info_nce, nt_xent, unit
 from mmpretrain.heads import mlp
 from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig, require
 from mmpretrain.types import Encode, Encoded
@@ -41,7 +40,7 @@ class SimCLR(Objective):
     def forward(self, first: Encoded, second: Encoded) -> dict[str, Tensor]:  # type: ignore[override]
         # One pass of the head over both views: its BatchNorm sees all 2N of them.
         z = self.projection_head(torch.cat([first.pooled, second.pooled]))
-        a, b = F.normalize(z.float(), dim=1).chunk(2)
+        a, b = unit(z).chunk(2)
         if self.config.loss == "info_nce":
             loss = info_nce(a, b, a.new_tensor(1 / self.config.temperature), symmetric=False)
         else:

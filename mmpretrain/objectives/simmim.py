@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpretrain.functional import patchify, unpatchify
+from mmpretrain.functional import exact, patchify, unpatchify
 from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig, mask_embedding, require
 from mmpretrain.types import Encode, Encoded, MaskSpec
 
@@ -37,7 +37,7 @@ class SimMIM(Objective):
         self.decoder = nn.Linear(context.image_width, 3 * self.patch**2)
 
     def _target(self, pixels: Tensor) -> Tensor:
-        target = patchify(pixels.float(), self.patch)  # [B, N, 3pp]
+        target = patchify(pixels, self.patch)  # [B, N, 3pp]
         if self.normalise_target:
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
         return target
@@ -45,7 +45,7 @@ class SimMIM(Objective):
     def forward(self, image: Encoded) -> dict[str, Tensor]:  # type: ignore[override]
         target = self._target(image.view.data)
         predicted = self.decoder(image.tokens[image.mask])  # only hidden patches: [B * hidden, 3pp]
-        return {"loss": F.l1_loss(predicted.float(), target[image.mask])}
+        return {"loss": F.l1_loss(exact(predicted), target[image.mask])}
 
     @torch.no_grad()
     def pictures(self, image: Encoded) -> dict[str, list[Tensor]]:  # type: ignore[override]

@@ -16,6 +16,14 @@ from tests.tiny import MODEL, towers
 CONFIG = {"model_cfg": MODEL, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}}
 
 
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory):
+    root = tmp_path_factory.mktemp("coloured")
+    colour_folder(root / "train", ["red", "green", "blue"], 8)
+    colour_folder(root / "test", ["red", "green", "blue"], 3)
+    return root
+
+
 def open_clip_folder(path, dual):
     path.mkdir(parents=True)
     save_file(dual.state_dict() | {"logit_scale": torch.tensor(1.0)}, path / "open_clip_model.safetensors")
@@ -106,17 +114,41 @@ def test_random_copies_are_drawn_from_the_callers_seed():
     assert not torch.equal(copies[0], model.dual.visual.state_dict()["conv1.weight"])
 
 
+def test_weights_alone_with_an_architecture(tmp_path):
+    dual = towers(3)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in dual.state_dict().items()}}, tmp_path / "epoch_1.pt")
+    (tmp_path / "arch.json").write_text(json.dumps(MODEL))
+    model = load_model(str(tmp_path / "epoch_1.pt"), arch=str(tmp_path / "arch.json"))
+    assert model.fingerprint == TowerModel(dual).fingerprint
+
+
+def test_a_transformers_folder(tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 16, "patch_size": 8}
+    reference = ViTModel(ViTConfig(**size)).eval()
+    reference.save_pretrained(tmp_path)
+    model = load_model(f"hf:{tmp_path}")
+    pixels = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model.images(pixels).pooled, reference(pixels).pooler_output.detach(), atol=1e-5, rtol=1e-4)
+    assert model.texts(["x"]) is None
+    kept, fresh = (model.copy(random=random).state_dict() for random in (False, True))
+    name = next(key for key in kept if key.endswith("query.weight") or key.endswith("q_proj.weight"))
+    assert torch.equal(kept[name], model.dual.visual.state_dict()[name])
+    assert not torch.equal(kept[name], fresh[name])
+
+
+def test_a_probe_beside_random_weights(coloured):
+    options = {"data": str(coloured), "k": 3, "random": True, "features": "both", "seed": 4}
+    found = [build_evaluator("knn", options)(TowerModel(towers()), Accelerator(cpu=True)).metrics for _ in range(2)]
+    assert found[0] == found[1]
+    assert {"acc1", "features_acc1", "random_acc1", "random_features_acc1", "chance"} <= found[0].keys()
+    assert found[0]["random_acc1"] == 1.0  # six flat colours need no training
+
+
 def finetune(data, **options):
     fixed = {"data": str(data), "steps": 10, "train_batch_size": 6, "lr": 5e-3, "threads": 2, "layer_decay": 1.0, "flip": 0.0}
     return build_evaluator("finetune", fixed | options)(TowerModel(towers()), Accelerator(cpu=True))
-
-
-@pytest.fixture(scope="module")
-def coloured(tmp_path_factory):
-    root = tmp_path_factory.mktemp("coloured")
-    colour_folder(root / "train", ["red", "green", "blue"], 8)
-    colour_folder(root / "test", ["red", "green", "blue"], 3)
-    return root
 
 
 def test_finetune_learns_twice_the_same_and_beside_random_weights(coloured):

@@ -1,0 +1,66 @@
+"""`index`: shards that others built get an index, and damage is said aloud."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from data_prep.index import index
+from data_prep.writer import Record, write_shards
+from mmpretrain.data.index import index_path, load
+
+app = typer.Typer()
+app.command()(index)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "300"})
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    for s in range(2):
+        with tarfile.open(tmp_path / f"{s}.tar", "w") as tar:
+            for i in range(3):
+                info = tarfile.TarInfo(f"{i}.jpg")
+                info.size = 600
+                tar.addfile(info, io.BytesIO(bytes([s]) * 600))
+    return tmp_path
+
+
+def test_index_and_sizes_are_written(foreign: Path) -> None:
+    result = run(foreign / "{0..1}.tar")
+    assert result.exit_code == 0, result.output
+    assert "3 samples (3 jpg)" in result.output
+    assert json.loads((foreign / "sizes.json").read_text()) == {"0.tar": 3, "1.tar": 3}
+    assert load(index_path(foreign / "1.tar"))[0].sha256 is not None
+    assert run(foreign, "--no-checksums", "--replace").exit_code == 0
+    assert load(index_path(foreign / "1.tar"))[0].sha256 is None
+
+
+def test_damage_makes_the_exit_status_one(foreign: Path) -> None:
+    (foreign / "0.tar").write_bytes((foreign / "0.tar").read_bytes()[:2000])
+    (foreign / "2.tar").write_bytes(b"<html>")
+    result = run(foreign)
+    assert result.exit_code == 1
+    assert "0.tar: cut at byte 1536" in result.output
+    assert "2.tar: a web page rather than a tar" in result.output
+    assert json.loads((foreign / "sizes.json").read_text()) == {"0.tar": 1, "1.tar": 3}
+    assert run(foreign / "nothing" / "*.tar").exit_code == 1
+
+
+def test_a_builders_checksums_are_not_replaced_by_those_of_a_corrupt_shard(tmp_path: Path) -> None:
+    write_shards([Record(f"{i}", {"jpg": b"x" * 600}) for i in range(3)], tmp_path / "s")
+    path = tmp_path / "s" / "00000.tar"
+    assert run(path).exit_code == 0
+    data = bytearray(path.read_bytes())
+    data[512 + 1536 + 7] ^= 1
+    path.write_bytes(data)
+    result = run(path)
+    assert result.exit_code == 1
+    assert "of sample 1, are not those that its index was written for" in result.output
+    assert run(path, "--replace").exit_code == 0

@@ -1,0 +1,95 @@
+"""Run by torchrun: gradients of two ranks, each with half the rows, against one process with all of them."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from mmpretrain import distributed
+from mmpretrain.functional import info_nce, nt_xent, sigmoid_loss, unit
+from mmpretrain.heads import GlobalBatchNorm
+from mmpretrain.model import take
+from tests import tiny
+
+EVERYTHING = {
+    "clip": {"augment": "simclr"}, "siglip": {}, "simclr": {"source": "photos"}, "simmim": {"source": "photos", "augment": "simclr"},
+    "masked_text": {"weight": 0.3, "mask_ratio": 0.4},
+}  # fmt: skip
+
+
+def expected(objectives, double):
+    """One process, all rows: computed before the process group exists, so that nothing is gathered."""
+    model = tiny.model(objectives, double=double)
+    loss, logs = model(tiny.batch(model, double=double))
+    loss.backward()
+    return loss.detach(), {k: v for k, v in logs.items()}, tiny.gradients(model)
+
+
+def compare(got, want, rtol, what):
+    assert set(got) == set(want), what
+    for name, value in want.items():
+        torch.testing.assert_close(
+            got[name], value, rtol=rtol, atol=rtol * float(value.abs().max()) + 1e-15, msg=lambda m, n=name: f"{what} {n}: {m}"
+        )
+
+
+def losses_alone():
+    x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scale, bias = torch.tensor([3.0], dtype=torch.float64), torch.tensor([-2.0], dtype=torch.float64)
+    batch_norm = GlobalBatchNorm(6).double()
+    functions = {
+        "info_nce": lambda v: info_nce(unit(v), unit(v.roll(1, 1)), scale),
+        "one direction": lambda v: info_nce(unit(v), unit(v.roll(1, 1)), scale, symmetric=False),
+        "nt_xent": lambda v: nt_xent(unit(v), unit(v.roll(1, 1)), 0.2),
+        "sigmoid": lambda v: sigmoid_loss(unit(v), unit(v.roll(1, 1)), scale, bias),
+        "batch norm": lambda v: (batch_norm(v).tanh() * torch.arange(6)).sum(1).mean(),
+    }
+    return x, functions
+
+
+def main() -> None:
+    x, functions = losses_alone()
+    alone = {}
+    for name, function in functions.items():
+        leaf = x.clone().requires_grad_()
+        loss = function(leaf)
+        alone[name] = (loss.detach(), torch.autograd.grad(loss, leaf)[0])
+    cases = [(EVERYTHING, True, 1e-9), (EVERYTHING, False, 1e-4)]
+    single = [expected(objectives, double) for objectives, double, _ in cases]
+
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    here = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    for name, function in functions.items():
+        leaf = x[here].clone().requires_grad_()
+        loss = function(leaf)
+        grad = torch.autograd.grad(loss, leaf)[0] / world  # DDP's mean over ranks
+        mean = distributed.average({"loss": loss})["loss"]
+        assert abs(mean - alone[name][0].item()) < 1e-12, (name, mean, alone[name][0])
+        torch.testing.assert_close(grad, alone[name][1][here], rtol=1e-9, atol=1e-14)
+
+    for (objectives, double, rtol), (loss_1, logs_1, grads_1) in zip(cases, single):
+        for chunks in (1, 2):
+            model = tiny.model(objectives, double=double)
+            batch = take(tiny.batch(model, double=double), rank, world)
+            wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+            if chunks == 1:
+                loss, logs = wrapped(batch)
+                loss.backward()
+            else:
+                with wrapped.no_sync():
+                    loss, logs = model.backward_in_chunks(batch, chunks, torch.Tensor.backward)
+                distributed.average_gradients(list(model.parameters()))
+            compare(tiny.gradients(model), grads_1, rtol, f"double={double} chunks={chunks}")
+            means = distributed.average({"loss": loss} | logs)
+            for name, value in {"loss": loss_1, **logs_1}.items():
+                assert abs(means[name] - value.item()) <= max(rtol, 1e-6) * max(1, abs(value.item())), (name, means[name], value)
+    assert distributed.any_rank(rank == 1)
+    assert distributed.gather_lists([rank]) == list(range(world))
+    dist.destroy_process_group()
+    print(f"rank {rank} agrees", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
