@@ -7,7 +7,7 @@ import json
 import struct
 import unicodedata
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -94,7 +94,9 @@ def _fast(data: bytes, kind: str, limits: ImageLimits) -> Tensor | None:
         limits.check(width, height)
         if components not in (1, 3) or bits != 8:
             return None
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        return cast(
+            Tensor, decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True)
+        )
     if len(data) < 33:
         raise BadSample("undecodable_image", f"PNG of {len(data)} bytes")
     width, height, bits, colour = struct.unpack(">IIBB", data[16:26])

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from mmpretrain.data.source import Block, Source, join
+from mmpretrain.data.block import Block, join
+from mmpretrain.data.source import Source
 from mmpretrain.types import Batch
 
 MIN_BLOCK, MAX_BLOCK = 32, 256  # rows

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,98 +14,16 @@ from torch import Tensor
 
 from mmpretrain import random
 from mmpretrain.data import decode
+from mmpretrain.data.block import Block
 from mmpretrain.data.cache import ShardCache
+from mmpretrain.data.options import ImageConfig, SourceConfig, SplitConfig
 from mmpretrain.data.order import Blend, Order
 from mmpretrain.data.schema import BadSample, BadSampleBudgetError, ShardError, image_extension
 from mmpretrain.data.shards import ShardSet, load_classes, shard_label
-from mmpretrain.data.views import NORMALISATION
-from mmpretrain.types import Params, Rows, Sample, View, ViewSpec
+from mmpretrain.types import Sample, ViewSpec
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class ImageConfig:
-    size: int | None = None  # pixels a side of the views; default: the model's
-    mean: Any = None  # openai, imagenet, half, or three numbers; default: the model's
-    std: Any = None  # openai, imagenet, half, or three numbers; default: the model's
-    background: list[int] = field(default_factory=lambda: [255, 255, 255])  # RGB that shows through transparency
-
-    def normalisation(self, mean: Any = "openai", std: Any = "openai") -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """(mean, std) as numbers; the arguments stand for what is not set. Raises ValueError for an unknown name."""
-        found = []
-        for value, which in ((self.mean or mean, 0), (self.std or std, 1)):
-            if isinstance(value, str):
-                if value not in NORMALISATION:
-                    raise ValueError(f"image normalisation {value!r}: expected {', '.join(NORMALISATION)} or three numbers")
-                value = NORMALISATION[value][which]
-            if len(value) != 3:
-                raise ValueError(f"image normalisation {list(value)}: expected three numbers")
-            found.append(tuple(float(v) for v in value))
-        return found[0], found[1]
-
-
-@dataclass
-class SplitConfig:
-    holdout: float = 0.1  # share of the samples held out, by the hash of their keys
-    part: str = "train"  # train or holdout: which part this source reads
-
-
-@dataclass
-class SourceConfig:
-    shards: Any = ""  # glob, brace range, folder, several joined with ::, a list of these, or a list of {path, weight}
-    batch_size: int = 256  # global rows per update
-    image: ImageConfig | None = field(default_factory=ImageConfig)  # how images are made into views
-    caption: str = "txt"  # the member that holds the caption, or json:FIELD (a text or a list of texts)
-    label: str | None = None  # the member that holds the class (cls), or json:FIELD
-    classes: Any = None  # class names, or a file with one a line: needed where labels are names
-    split: SplitConfig | None = None  # hold samples out, by the hash of their keys
-    shuffle_window: int = 16  # shards whose samples are mixed
-    max_bad_fraction: float = 0.01  # bad samples among those read before the run stops; ten more are always allowed
-    max_consecutive_bad: int = 100  # bad samples in a row before the run stops
-    max_pixels: int = 64_000_000  # larger images are bad samples, judged by their headers
-    min_side: int = 8  # pixels; smaller images are bad samples
-    max_aspect: float = 20.0  # longer side over shorter side; more elongated images are bad samples
-    max_member_bytes: int = 64 << 20  # larger members are bad samples; a caption may have 64 KiB
-    verify: bool = True  # compare members with the index's sha256 where it has them
-    cache_dir: str | None = None  # copies of remote shards; default: the user's cache folder
-    cache_bytes: int = 100 << 30  # how much they may take
-
-
-class Block(NamedTuple):
-    """Some rows of a source before rendering."""
-
-    keys: list[str]
-    seeds: Tensor  # int64 [n]
-    labels: dict[str, Tensor]
-    pixels: dict[ViewSpec, Tensor]  # what `geometry` gave, stacked
-    params: dict[ViewSpec, Params]
-    skipped: list[dict[str, Any]]  # {source, shard, key, reason, detail, slot}
-    views: dict[ViewSpec, View]  # those already rendered
-
-    def render(self, modality: str | None = None) -> Block:
-        """Render the views of one modality, or all that are left."""
-        for spec in list(self.pixels):
-            if modality is None or spec.modality == modality:
-                self.views[spec] = spec.render(self.pixels.pop(spec), self.params.pop(spec))
-        return self
-
-    def to_rows(self) -> Rows:
-        """The rendered rows."""
-        self.render()
-        return Rows(self.keys, self.seeds, self.labels, self.views)
-
-    def moved(self, move: Callable[[Tensor], Tensor]) -> Block:
-        """Every tensor passed through `move`: pinned, or sent to a device."""
-        return Block(
-            self.keys,
-            move(self.seeds),
-            {name: move(label) for name, label in self.labels.items()},
-            {spec: move(pixels) for spec, pixels in self.pixels.items()},
-            {spec: {name: move(value) for name, value in drawn.items()} for spec, drawn in self.params.items()},
-            self.skipped,
-            {spec: View(*(None if t is None else move(t) for t in view)) for spec, view in self.views.items()},
-        )
+__all__ = ["ImageConfig", "Source", "SourceConfig", "SplitConfig"]
 
 
 MAX_CAPTION_BYTES = 1 << 16
@@ -319,24 +236,3 @@ class Source:
                     f"For instance {'; '.join(list(self._examples.values())[:3])}. Repair the shards or raise the limit."
                 )
         return {"source": self.name, "shard": shard_label(name), "key": key, "reason": bad.reason, "detail": bad.detail, "slot": slot}
-
-
-def join(blocks: list[Block]) -> Block:
-    """Blocks of consecutive slots -> one; views that are not rendered yet wait for `render` over all rows."""
-    first = blocks[0]
-    if len(blocks) == 1:
-        return first
-    views: dict[ViewSpec, View] = {}
-    for spec in first.views:
-        parts = [b.views[spec] for b in blocks]
-        target = None if parts[0].target is None else torch.cat([p.target for p in parts])
-        views[spec] = View(torch.cat([p.data for p in parts]), target)
-    return Block(
-        keys=[key for b in blocks for key in b.keys],
-        seeds=torch.cat([b.seeds for b in blocks]),
-        labels={name: torch.cat([b.labels[name] for b in blocks]) for name in first.labels},
-        pixels={spec: torch.cat([b.pixels[spec] for b in blocks]) for spec in first.pixels},
-        params={spec: {name: torch.cat([b.params[spec][name] for b in blocks]) for name in drawn} for spec, drawn in first.params.items()},
-        skipped=[record for b in blocks for record in b.skipped],
-        views=views,
-    )

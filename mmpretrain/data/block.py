@@ -1,0 +1,68 @@
+"""Some rows of a source on their way to a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmpretrain.types import Params, Rows, View, ViewSpec
+
+
+class Block(NamedTuple):
+    """Some rows of a source before rendering."""
+
+    keys: list[str]
+    seeds: Tensor  # int64 [n]
+    labels: dict[str, Tensor]
+    pixels: dict[ViewSpec, Tensor]  # what `geometry` gave, stacked
+    params: dict[ViewSpec, Params]
+    skipped: list[dict[str, Any]]  # {source, shard, key, reason, detail, slot}
+    views: dict[ViewSpec, View]  # those already rendered
+
+    def render(self, modality: str | None = None) -> Block:
+        """Render the views of one modality, or all that are left."""
+        for spec in list(self.pixels):
+            if modality is None or spec.modality == modality:
+                self.views[spec] = spec.render(self.pixels.pop(spec), self.params.pop(spec))
+        return self
+
+    def to_rows(self) -> Rows:
+        """The rendered rows."""
+        self.render()
+        return Rows(self.keys, self.seeds, self.labels, self.views)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Block:
+        """Every tensor passed through `move`: pinned, or sent to a device."""
+        return Block(
+            self.keys,
+            move(self.seeds),
+            {name: move(label) for name, label in self.labels.items()},
+            {spec: move(pixels) for spec, pixels in self.pixels.items()},
+            {spec: {name: move(value) for name, value in drawn.items()} for spec, drawn in self.params.items()},
+            self.skipped,
+            {spec: View(*(None if t is None else move(t) for t in view)) for spec, view in self.views.items()},
+        )
+
+
+def join(blocks: list[Block]) -> Block:
+    """Blocks of consecutive slots -> one; views that are not rendered yet wait for `render` over all rows."""
+    first = blocks[0]
+    if len(blocks) == 1:
+        return first
+    views: dict[ViewSpec, View] = {}
+    for spec in first.views:
+        parts = [b.views[spec] for b in blocks]
+        target = None if parts[0].target is None else torch.cat([p.target for p in parts])
+        views[spec] = View(torch.cat([p.data for p in parts]), target)
+    return Block(
+        keys=[key for b in blocks for key in b.keys],
+        seeds=torch.cat([b.seeds for b in blocks]),
+        labels={name: torch.cat([b.labels[name] for b in blocks]) for name in first.labels},
+        pixels={spec: torch.cat([b.pixels[spec] for b in blocks]) for spec in first.pixels},
+        params={spec: {name: torch.cat([b.params[spec][name] for b in blocks]) for name in drawn} for spec, drawn in first.params.items()},
+        skipped=[record for b in blocks for record in b.skipped],
+        views=views,
+    )

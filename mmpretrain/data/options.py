@@ -1,0 +1,56 @@
+"""What a recipe says of a source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmpretrain.data.views import NORMALISATION
+
+
+@dataclass
+class ImageConfig:
+    size: int | None = None  # pixels a side of the views; default: the model's
+    mean: Any = None  # openai, imagenet, half, or three numbers; default: the model's
+    std: Any = None  # openai, imagenet, half, or three numbers; default: the model's
+    background: list[int] = field(default_factory=lambda: [255, 255, 255])  # RGB that shows through transparency
+
+    def normalisation(self, mean: Any = "openai", std: Any = "openai") -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """(mean, std) as numbers; the arguments stand for what is not set. Raises ValueError for an unknown name."""
+        found = []
+        for value, which in ((self.mean or mean, 0), (self.std or std, 1)):
+            if isinstance(value, str):
+                if value not in NORMALISATION:
+                    raise ValueError(f"image normalisation {value!r}: expected {', '.join(NORMALISATION)} or three numbers")
+                value = NORMALISATION[value][which]
+            if len(value) != 3:
+                raise ValueError(f"image normalisation {list(value)}: expected three numbers")
+            found.append(tuple(float(v) for v in value))
+        return found[0], found[1]
+
+
+@dataclass
+class SplitConfig:
+    holdout: float = 0.1  # share of the samples held out, by the hash of their keys
+    part: str = "train"  # train or holdout: which part this source reads
+
+
+@dataclass
+class SourceConfig:
+    shards: Any = ""  # glob, brace range, folder, several joined with ::, a list of these, or a list of {path, weight}
+    batch_size: int = 256  # global rows per update
+    image: ImageConfig | None = field(default_factory=ImageConfig)  # how images are made into views
+    caption: str = "txt"  # the member that holds the caption, or json:FIELD (a text or a list of texts)
+    label: str | None = None  # the member that holds the class (cls), or json:FIELD
+    classes: Any = None  # class names, or a file with one a line: needed where labels are names
+    split: SplitConfig | None = None  # hold samples out, by the hash of their keys
+    shuffle_window: int = 16  # shards whose samples are mixed
+    max_bad_fraction: float = 0.01  # bad samples among those read before the run stops; ten more are always allowed
+    max_consecutive_bad: int = 100  # bad samples in a row before the run stops
+    max_pixels: int = 64_000_000  # larger images are bad samples, judged by their headers
+    min_side: int = 8  # pixels; smaller images are bad samples
+    max_aspect: float = 20.0  # longer side over shorter side; more elongated images are bad samples
+    max_member_bytes: int = 64 << 20  # larger members are bad samples; a caption may have 64 KiB
+    verify: bool = True  # compare members with the index's sha256 where it has them
+    cache_dir: str | None = None  # copies of remote shards; default: the user's cache folder
+    cache_bytes: int = 100 << 30  # how much they may take
