@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 LUMA = (0.299, 0.587, 0.114)
 _YIQ = ((0.299, 0.587, 0.114), (0.59590059, -0.27455667, -0.32134392), (0.21153661, -0.52273617, 0.31119955))
+SIGMA = (0.1, 2.0)  # pixels; what blur draws from (SimCLR, appendix A)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -66,12 +67,12 @@ def jitter_matrix(mean: Tensor, factors: Tensor, turns: Tensor, order: Tensor) -
 
 
 def _affine(pixels: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
-    """uint8 [B,3,H,W] -> float32 [B,3,H,W]: matrix @ colour + offset. Plain arithmetic: a small matrix product would wake MKL's threads."""
-    if pixels.is_cuda:
-        flat = torch.baddbmm(offset[:, :, None], matrix, pixels.flatten(2).float())
-        return flat.view(pixels.shape)
+    """uint8 [B,3,H,W] -> float32 [B,3,H,W]: matrix @ colour + offset.
+
+    Plain arithmetic: a matrix product would wake MKL's threads on CPU, and round to TF32 on a GPU that is told to.
+    """
     red, green, blue = (pixels[:, c].float() for c in range(3))
-    out = torch.empty(pixels.shape, dtype=torch.float32)
+    out = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
     factor = matrix[..., None, None]
     for c in range(3):
         torch.mul(red, factor[:, c, 0], out=out[:, c])
@@ -85,27 +86,33 @@ def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return torch.addcmul(-mean_ / std_, pixels.float(), 1 / (255 * std_))
 
 
-def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of each row [B,3,H,W] by its own `sigma` [B] in pixels; 0 leaves the row alone. In place.
+def _convolve(images: Tensor, sigma: Tensor, reach: int) -> Tensor:
+    """Separable Gaussian of each row, `reach` pixels to either side, weights beyond three sigma zero, edges reflected."""
+    distance = torch.arange(reach + 1, device=sigma.device)
+    taps = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-3)[:, None]) ** 2) * (distance <= (3 * sigma).ceil()[:, None])  # [B, reach+1]
+    taps = (taps / (taps[:, :1] + 2 * taps[:, 1:].sum(1, keepdim=True)))[:, :, None, None, None]
+    for axis, pad in ((-1, (reach, reach, 0, 0)), (-2, (0, 0, reach, reach))):
+        size = images.shape[axis]
+        padded = F.pad(images, pad, mode="reflect")
+        images = padded.narrow(axis, reach, size) * taps[:, 0]
+        for k in range(1, reach + 1):
+            images.addcmul_(padded.narrow(axis, reach - k, size) + padded.narrow(axis, reach + k, size), taps[:, k])
+    return images
 
-    Separable, cut at three sigma, edges reflected; rows with the same reach are done together.
+
+def blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of each row [B,3,H,W] by its own `sigma` [B], up to 2 pixels; 0 leaves the row alone.
+
+    On CPU rows of the same reach are done together, in place. On a device all rows take the widest reach: grouping would wait for it.
     """
     limit = min(images.shape[-2:]) - 1
+    if images.is_cuda:
+        return _convolve(images, sigma, min(math.ceil(3 * SIGMA[1]), limit))
     radius = (3 * sigma).ceil().long().clamp(max=limit)
-    for r in radius.unique().tolist():
-        if r == 0:
-            continue
-        rows = (radius == r).nonzero()[:, 0]
-        taps = torch.exp(-0.5 * (torch.arange(r + 1, device=sigma.device) / sigma[rows, None]) ** 2)  # [b, r+1], one side
-        taps = (taps / (taps[:, :1] + 2 * taps[:, 1:].sum(1, keepdim=True)))[:, :, None, None, None]
-        x = images[rows]
-        for axis in (-1, -2):
-            size = x.shape[axis]
-            padded = F.pad(x, (r, r, 0, 0) if axis == -1 else (0, 0, r, r), mode="reflect")
-            x = padded.narrow(axis, r, size) * taps[:, 0]
-            for k in range(1, r + 1):
-                x.addcmul_(padded.narrow(axis, r - k, size) + padded.narrow(axis, r + k, size), taps[:, k])
-        images[rows] = x
+    for reach in radius.unique().tolist():
+        if reach:
+            rows = (radius == reach).nonzero()[:, 0]
+            images[rows] = _convolve(images[rows], sigma[rows], reach)
     return images
 
 
@@ -136,7 +143,7 @@ def photometric(pixels: Tensor, params: dict[str, Tensor], mean: tuple[float, ..
         out.clamp_(low[:, None, None], high[:, None, None])
     if "sigma" in params:
         out = blur(out, params["sigma"])
-    if "solarize" in params and bool(params["solarize"].any()):
+    if "solarize" in params:
         out = solarize(out, params["solarize"], mean, std)
     return out
 
@@ -144,7 +151,10 @@ def photometric(pixels: Tensor, params: dict[str, Tensor], mean: tuple[float, ..
 def solarize(images: Tensor, rows: Tensor, mean: tuple[float, ...], std: tuple[float, ...], threshold: float = 0.5) -> Tensor:
     """Invert the values from `threshold` on, of normalised images [B,3,H,W] where `rows` (bool [B]) says so. In place."""
     mean_, std_ = (torch.tensor(v, device=images.device, dtype=torch.float32)[:, None, None] for v in (mean, std))
+    if images.is_cuda:  # without waiting for the device to count rows
+        return torch.where(rows[:, None, None, None] & (images >= (threshold - mean_) / std_), (1 - 2 * mean_) / std_ - images, images)
     at = rows.nonzero()[:, 0]
-    x = images[at]
-    images[at] = torch.where(x >= (threshold - mean_) / std_, (1 - 2 * mean_) / std_ - x, x)
+    if len(at):
+        x = images[at]
+        images[at] = torch.where(x >= (threshold - mean_) / std_, (1 - 2 * mean_) / std_ - x, x)
     return images

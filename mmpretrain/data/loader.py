@@ -90,6 +90,8 @@ class Loader:
         ready = threading.Barrier(count + 1)
 
         def run() -> None:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # pinning would open a context on device 0
             torch.set_num_threads(1)
             torch.get_num_threads()  # a thread's first look takes torch's noted value: it must see this one
             ready.wait()

@@ -113,7 +113,8 @@ class ImageView(_Tuples, ViewSpec):
         if self.grayscale:
             params["grey"] = chance[:, 2] < self.grayscale
         if self.blur:
-            sigma = 0.1 + 1.9 * random.uniform(seeds, ("sigma", name))
+            low, high = augment.SIGMA
+            sigma = low + (high - low) * random.uniform(seeds, ("sigma", name))
             params["sigma"] = torch.where(chance[:, 3] < self.blur, sigma, 0.0)
         if self.solarize:
             params["solarize"] = chance[:, 4] < self.solarize
