@@ -121,15 +121,13 @@ def open_dataset(config: DataConfig, task: Literal["classification", "retrieval"
         what = _line(root / "dataset_type.txt") or "classification"
         if what == "multilabel" or (what == "retrieval") != captions:
             raise OptionError(f"{root}: dataset_type.txt says {what}; it does not fit an evaluator for {task}")
-        names, prompts = root / "classnames.txt", root / "zeroshot_classification_templates.txt"
-        given = given if given is not None or not names.is_file() or captions else readers.lines_of(names)
-        templates = readers.lines_of(prompts) if prompts.is_file() else None
+        given, templates = _beside(root, given)
         source = readers.benchmark_items(root, split, config.label, captions, skip)
     else:
         label = {"classification": config.label or "cls", "retrieval": None, "images": None}[task]
-        source = readers.shard_items(
-            readers.shard_paths(config.data, split), label, (config.caption or "txt") if captions else None, False, skip
-        )
+        paths = readers.shard_paths(config.data, split)
+        given, templates = _beside(paths[0].parent, given)
+        source = readers.shard_items(paths, label, (config.caption or "txt") if captions else None, False, skip)
     items = _filtered(list(source), config, captions)
     check_budget(skipped, len(items) + len(skipped), config.max_bad_fraction, config.data)
     if not items:
@@ -176,6 +174,14 @@ def _filtered(items: list[Item], config: DataConfig, captions: bool) -> list[Ite
     if config.exclude is not None:
         items = [item for item in items if not all(re.search(config.exclude, text) for text in texts(item))]
     return items
+
+
+def _beside(folder: Path, given: list[str] | dict[str, str] | None) -> tuple[list[str] | dict[str, str] | None, list[str] | None]:
+    """Class names, unless given, and prompts from the text files that CLIP_benchmark and `data_prep` put beside shards."""
+    names, prompts = folder / "classnames.txt", folder / "zeroshot_classification_templates.txt"
+    if given is None and names.is_file():
+        given = readers.lines_of(names)
+    return given, readers.lines_of(prompts) if prompts.is_file() else None
 
 
 def _line(path: Path) -> str | None:

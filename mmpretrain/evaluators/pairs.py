@@ -30,10 +30,12 @@ def open_pair(config: TrainDataConfig) -> tuple[EvalSet, EvalSet]:
         raise OptionError(f"the same data would be fitted and tested ({config.data}, split {test_split}): give train= or train_split=")
     train = open_dataset(train_config, "classification", split=train_split)
     test = open_dataset(config, "classification", split=test_split)
-    unseen = [name for name in test.classes if name not in train.classes]
+    occurring = {test.classes[label] for label in test.labels.tolist()}
+    unseen = sorted(occurring - set(train.classes))
     if unseen:
         raise OptionError(f"{test.name}: {len(unseen)} classes are not in {train.name}, first {unseen[0]!r}; its first {train.classes[:5]}")
-    table = torch.tensor([train.classes.index(name) for name in test.classes])
+    position = {name: i for i, name in enumerate(train.classes)}
+    table = torch.tensor([position.get(name, -1) for name in test.classes])  # -1: a name that no item has
     test.labels, test.classes = table[test.labels], train.classes
     return train, test
 

@@ -125,6 +125,10 @@ def test_shards_with_labels_in_members_and_json(tmp_path):
     assert pairs(by_class) == pairs(by_name) == [("0.tar/a", "red"), ("1.tar/b", "green")]
     captions = open_dataset(DataConfig(str(tmp_path / "*.tar"), caption="json:captions"), "retrieval")
     assert [item.captions for item in captions.items] == [["r", "rr"], ["g"]]
+    write(tmp_path / "classnames.txt", b"green\nred\n")
+    write(tmp_path / "zeroshot_classification_templates.txt", b"a {c}\n")
+    beside = open_dataset(DataConfig(str(tmp_path)), "classification")
+    assert (pairs(beside), beside.templates) == (pairs(by_name), ["a {c}"])
     assert by_class.items[1].read() == picture("green")
     with pytest.raises(OptionError, match="0 of 2 samples have an image and txt; they have cls, json, png"):
         open_dataset(DataConfig(str(tmp_path)), "retrieval")
@@ -179,6 +183,8 @@ def test_a_pair_of_sets_shares_classes_by_name(tmp_path):
     colour_folder(tmp_path / "b", ["red", "blue"], 1)
     train, test = open_pair(TrainDataConfig(str(tmp_path / "b"), train=str(tmp_path / "a")))
     assert train.classes == test.classes == ["blue", "green", "red"]
+    named = open_pair(TrainDataConfig(str(tmp_path / "b"), train=str(tmp_path / "a"), classes=["red", "green", "blue", "never seen"]))
+    assert pairs(named[1]) == pairs(test)
     assert pairs(test) == [("blue/0.png", "blue"), ("red/0.png", "red")]
     with pytest.raises(OptionError, match=r"1 classes are not in .*first 'green'"):
         open_pair(TrainDataConfig(str(tmp_path / "a"), train=str(tmp_path / "b")))
