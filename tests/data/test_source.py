@@ -131,6 +131,16 @@ def test_a_cut_shard_is_quarantined_from_the_cut_on(shard: Shard) -> None:
         source(path)
 
 
+def test_a_cut_between_image_and_caption_drops_that_sample(shard: Shard) -> None:
+    whole = members(12)
+    path = shard(whole, cut=tar_bytes(whole).rindex(b"00011.txt"))
+    cut = source(path)
+    assert [(r["reason"]) for r in cut.damaged()] == ["cut"]
+    block = cut.rows(range(12))
+    assert [(r["key"], r["reason"]) for r in block.skipped] == [("00011", "missing_field")]
+    assert {f"{i:05d}" for i in range(11)} == set(keys(block))
+
+
 def test_a_shard_lost_after_a_corrupt_header_exceeds_the_budget(tmp_path: Path) -> None:
     data = bytearray(tar_bytes([(f"{i}.jpg", b"x" * 600) for i in range(100)]))
     data[10 * 1536 + 5] ^= 255
