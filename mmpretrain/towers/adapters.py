@@ -115,7 +115,7 @@ class TimmTower(Adapter):
     def layer_ids(self) -> dict[str, int]:
         from timm.models import group_parameters
 
-        depth = group_parameters(self.module.trunk, self.module.trunk.group_matcher(), reverse=True)
+        depth: Any = group_parameters(self.module.trunk, self.module.trunk.group_matcher(), reverse=True)
         last = max(depth.values(), default=0) + 1
         return {name: depth.get(name.removeprefix("module.trunk."), last) for name, _ in self.named_parameters()}
 
@@ -160,7 +160,7 @@ class OpenClipText(Adapter):
         else:
             tokens = m.ln_final(x)
             pooled = text_global_pool(tokens, data, m.pool_type, eos_token_id=m.eos_id)
-        projection = m.text_projection
+        projection: Any = m.text_projection
         if projection is None:
             return tokens, pooled, pooled
         return tokens, pooled, projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection

@@ -17,6 +17,8 @@ from mmpretrain.types import Encoded
 class VisionTransformer(Tower):
     """ViT with a class token (Dosovitskiy 2021), as in CLIP: parameters of open_clip's VisionTransformer."""
 
+    patch_size: int
+
     def __init__(
         self,
         embed_dim: int,
