@@ -11,7 +11,7 @@ from data_prep.index import index
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help="Make and index training shards.")
 app.add_typer(build.app, name="build")
 app.command("index", epilog="python -m data_prep index 'shards/theirs/{00000..00099}.tar'")(index)
-app.command("demo", epilog="python -m data_prep demo --out data/demo")(demo)
+app.command("demo", epilog="python -m data_prep demo data/demo")(demo)
 
 if __name__ == "__main__":
     app(prog_name="python -m data_prep")

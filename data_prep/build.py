@@ -87,10 +87,27 @@ def _need(columns: list[str], wanted: list[str], file: Path, option: str) -> Non
         raise typer.BadParameter(f"{file} has no column {', '.join(map(repr, missing))} ({option}); it has {', '.join(columns)}")
 
 
+def _fields(template: str, columns: list[str]) -> list[str]:
+    """The columns that a caption template names."""
+    fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    if "" in fields or any(not name.isidentifier() and name not in columns for name in fields):
+        raise typer.BadParameter(f"--caption {template!r}: name columns in braces, e.g. '{{name}}: {{keywords}}'")
+    return fields
+
+
+def _fill(template: str, fields: list[str], row: dict[str, str], join: dict[str, str]) -> str:
+    """The template filled from a row; "" where all its columns are empty."""
+    values = {c: re.sub(r"\s+", " ", row[c].replace(join[c], ", ") if c in join else row[c]).strip() for c in fields}
+    text = template.format_map(values).strip()
+    # An empty joined column leaves no dangling "name: ".
+    text = text if all(values.values()) else text.rstrip(":;,-").strip()
+    return text if any(values.values()) or not fields else ""
+
+
 def csv_records(
     file: Path,
     image_column: str,
-    caption: str | None,
+    captions: list[str],
     key_column: str | None,
     label_column: str | None,
     classes: dict[str, int] | None,
@@ -101,13 +118,14 @@ def csv_records(
     separator: str,
     skips: Skips,
 ) -> Iterator[Record]:
-    """One record a row, in the table's order. Keys are row numbers, followed by `key_column` where given."""
+    """One record a row, in the table's order. Keys are row numbers, followed by `key_column` where given.
+
+    Of several caption templates the first makes `txt`, all together `captions` in the json.
+    """
     columns, rows = _read_table(file, separator)
-    fields = [] if caption is None else [name for _, name, _, _ in Formatter().parse(caption) if name is not None]
-    if caption is not None and ("" in fields or any(not name.isidentifier() and name not in columns for name in fields)):
-        raise typer.BadParameter(f"--caption {caption!r}: name columns in braces, e.g. '{{name}}: {{keywords}}'")
+    templates = [(caption, _fields(caption, columns)) for caption in captions]
     _need(columns, [image_column], file, "--image-column")
-    _need(columns, fields, file, "--caption")
+    _need(columns, [field for _, fields in templates for field in fields], file, "--caption")
     _need(columns, [c for c in (key_column, label_column) if c], file, "--key-column, --label-column")
     _need(columns, [*extra, *join, *where, *exclude], file, "--extra, --join, --where, --exclude-regex")
     excluded = {column: re.compile(pattern) for column, pattern in exclude.items()}
@@ -119,23 +137,20 @@ def csv_records(
         if image is None:
             continue
         members = {image[0]: image[1]}
-        if caption is not None:
-            # An empty joined column leaves no dangling "name: ".
-            values = {c: re.sub(r"\s+", " ", row[c].replace(join[c], ", ") if c in join else row[c]).strip() for c in fields}
-            text = (
-                caption.format_map(values).strip().rstrip(":;,-").strip()
-                if not all(values.values())
-                else caption.format_map(values).strip()
-            )
-            if not any(values.values()) or not text:
-                skips.add(at, "empty_caption", f"columns {', '.join(fields)} are empty")
-                continue
-            members["txt"] = text.encode()
+        texts = [text for template, fields in templates if (text := _fill(template, fields, row, join))]
+        if templates and not texts:
+            skips.add(at, "empty_caption", f"columns {', '.join(field for _, fields in templates for field in fields)} are empty")
+            continue
+        if texts:
+            members["txt"] = texts[0].encode()
         if label_column is not None:
             assert classes is not None
             members["cls"] = str(classes[row[label_column]]).encode()
-        if extra:
-            members["json"] = json.dumps({c: row[c] for c in extra}, ensure_ascii=False, sort_keys=True).encode()
+        metadata: dict[str, object] = {c: row[c] for c in extra}
+        if len(templates) > 1:
+            metadata["captions"] = list(dict.fromkeys(texts))
+        if metadata:
+            members["json"] = json.dumps(metadata, ensure_ascii=False, sort_keys=True).encode()
         suffix = f"_{_safe(row[key_column])}" if key_column and _safe(row[key_column]) else ""
         yield Record(f"{number:08d}{suffix}", members)
 
@@ -183,7 +198,10 @@ def build_csv(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="the table; UTF-8, with a header line")],
     out: Annotated[Path, typer.Option(help="the folder to write shards to; new, or holding an unfinished build of the same inputs")],
     image_column: Annotated[str, typer.Option(help="column of image paths, relative to the table")] = "filepath",
-    caption: Annotated[str | None, typer.Option(help="template over columns, e.g. '{name}: {keywords}'; none: no captions")] = None,
+    caption: Annotated[
+        list[str],
+        typer.Option(help="template over columns, e.g. '{name}: {keywords}'; repeated: several captions, all in the json's captions"),
+    ] = [],  # noqa: B006
     key_column: Annotated[str | None, typer.Option(help="column whose text is added to the keys")] = None,
     label_column: Annotated[str | None, typer.Option(help="column of class names, written as indices to cls and to classnames.txt")] = None,
     extra: Annotated[list[str], typer.Option(help="column to keep in the json member; may be repeated")] = [],  # noqa: B006

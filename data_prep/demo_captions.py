@@ -78,7 +78,7 @@ SYNONYMS = {
     "bordered": ("bordered", "framed"),
     "split": ("split", "halved"),
 }
-SAY_SIZE, SAY_COLOUR, SAY_SECOND, SAY_TEXTURE, SAY_SHAPE, SAY_SYNONYM = 0.3, 0.55, 0.25, 0.88, 0.94, 0.2
+SAY_SIZE, SAY_COLOUR, SAY_SECOND, SAY_TEXTURE, SAY_SHAPE, SAY_SYNONYM = 0.15, 0.4, 0.2, 0.92, 0.96, 0.15
 SAY_OTHER_COLOUR, SAY_OTHER_TEXTURE = 0.7, 0.5
 MIN_VISIBLE = 12  # pixels an object must show to be counted, boxed or named
 CAPTIONS = (2, 5)  # how many each sample has
@@ -123,7 +123,7 @@ def size_word(radius: float, main: bool) -> str:
     """Names a radius in pixels; the words of main objects and distractors do not overlap."""
     part = 2 * radius / SIDE
     if main:
-        return "huge" if part > 0.65 else "large" if part > 0.55 else "medium"
+        return "huge" if part > 0.79 else "large" if part > 0.70 else "medium"
     return "small" if part > 0.24 else "tiny"
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-GENERATOR_VERSION = 1  # raised whenever any seed would draw another scene, caption or split
+GENERATOR_VERSION = 2  # raised whenever any seed would draw another scene, caption or split
 
 # -- vocabulary -------------------------------------------------------------------------------------------------------------------
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring", "crescent")
@@ -50,18 +50,21 @@ CLASS_SHAPE = np.array([SHAPES.index(shape) for _, shape in CLASSES])
 # -- difficulty: every knob of the generator ---------------------------------------------------------------------------------------
 SIDE = 64  # pixels
 MAX_OBJECTS = 4
-MAIN_DIAMETER = (0.45, 0.75)  # of the side
+MAIN_DIAMETER = (0.62, 0.88)  # of the side
 DISTRACTOR_DIAMETER = (0.18, 0.30)
 BINDING_DIAMETER = (0.34, 0.42)
-OVERFLOW = 0.08  # part of its diameter by which the main object may leave the image
-MAX_ROTATION = 30.0  # degrees either way
-TEXTURE_PERIOD = (7.5, 10.0)  # pixels between two stripes, dots, or equal checks
+OVERFLOW = 0.04  # part of its diameter by which the main object may leave the image
+SPREAD = 0.75  # of the free way from the middle to the rim, how far the main object may lie
+MAX_ROTATION = 15.0  # degrees either way
+MAX_TEXTURE_ANGLE = 20.0  # degrees either way, beside the object's own rotation
+TEXTURE_PERIOD = (0.20, 0.25)  # between two stripes, dots, or equal checks, of the object's diameter
+MIN_PERIOD = 5.0  # pixels, for small objects
 MAIN_OCCLUDED = 0.15  # how often a distractor lies over the rim of the main object
 OBJECT_OVERLAP = 0.8  # centres lie at least this part of the sum of radii apart, where there is room
 COLOUR_JITTER = 14.0  # per channel, uniform either way
 CONTRAST = 130.0  # least weighted RGB distance between an object's two colours, and between it and the background
 LIGHT = (0.85, 1.1)  # gain on the whole image
-NOISE = (2.0, 10.0)  # standard deviation of the pixel noise, of 255
+NOISE = (1.0, 6.0)  # standard deviation of the pixel noise, of 255
 WRONG_CAPTIONS = 0.05
 
 
@@ -81,8 +84,8 @@ class Split:
 
 
 SPLITS = {
-    "pairs": Split(0, 12_000, wrong_captions=WRONG_CAPTIONS),
-    "photos": Split(1, 24_000, ("cloudy", "bands", "vignette"), (0.35, 0.70), (4.0, 18.0), text=False),
+    "pairs": Split(0, 16_000, wrong_captions=WRONG_CAPTIONS),
+    "photos": Split(1, 32_000, ("cloudy", "bands", "vignette"), (0.50, 0.80), (3.0, 12.0), text=False),
     "val": Split(2, 1_000, templates="val"),
     "test": Split(3, 2_500, templates="test"),
     "heldout": Split(4, 2_000, held_out=True, templates="test"),
@@ -200,7 +203,8 @@ def sample(seed: int, split: str, index: np.ndarray) -> Scenes:
     radius = _between(DISTRACTOR_DIAMETER, o[..., 3]) * SIDE / 2
     radius[:, 0] = _between(kind.main_diameter, o[:, 0, 3]) * SIDE / 2
     inset = radius[:, :1] * (1 - 2 * OVERFLOW)
-    centres = _place(radius, inset + (SIDE - 2 * inset) * o[:, 0, 4:6], tries)
+    free = np.maximum(SIDE - 2 * inset, 0) * SPREAD
+    centres = _place(radius, SIDE / 2 + free * (o[:, 0, 4:6] - 0.5), tries)
     over = s[:, 2] < MAIN_OCCLUDED
     order = np.where(over[:, None], [3, 2, 0, 1], [3, 2, 1, 0])
 
@@ -228,9 +232,9 @@ def sample(seed: int, split: str, index: np.ndarray) -> Scenes:
         x=centres[..., 0],
         y=centres[..., 1],
         angle=np.deg2rad(_between((-MAX_ROTATION, MAX_ROTATION), o[..., 12])),
-        texture_angle=o[..., 13] * 2 * np.pi,
+        texture_angle=np.deg2rad(_between((-MAX_TEXTURE_ANGLE, MAX_TEXTURE_ANGLE), o[..., 13])),
         texture_phase=o[..., 14:16],
-        period=_between(TEXTURE_PERIOD, o[..., 16]),
+        period=np.maximum(_between(TEXTURE_PERIOD, o[..., 16]) * 2 * radius, MIN_PERIOD),
         order=order,
         background=background,
         background_kind=(s[:, 3] * len(kind.backgrounds)).astype(np.int64),

@@ -27,7 +27,7 @@ def build_model(config: Config) -> tuple[PretrainModel, Teacher | None]:
     if pretrained is not None and ((Path(pretrained) / "checkpoints").is_dir() or (Path(pretrained) / MANIFEST).exists()):
         pretrained = str(find_checkpoint(Path(pretrained)))
     towers = build_towers(config.model, image_size=config.image_size)
-    leftovers = load_weights(towers, pretrained) if pretrained else {}
+    leftovers = load_weights(towers, pretrained, absent="keep") if pretrained else {}
 
     objectives: dict[str, Objective] = {}
     for name, options in config.objectives.items():
@@ -51,10 +51,11 @@ def build_model(config: Config) -> tuple[PretrainModel, Teacher | None]:
     if config.compile:
         for tower in (towers.visual, towers.text):
             if tower is not None:
-                tower.trunk = torch.compile(tower.trunk, dynamic=False)  # type: ignore[method-assign]
+                tower.compile_trunk()
     if config.accumulate > 1 and any(t is not None and not t.mergeable for t in (towers.visual, towers.text)):
         raise OptionError(
-            f"accumulate is {config.accumulate}, but this tower has BatchNorm: its chunks would not equal one batch. Set accumulate=1"
+            f"accumulate is {config.accumulate}, but this tower's rows cannot be split (BatchNorm, or a foreign module's dropout): "
+            "chunks would not equal one batch. Set accumulate=1"
         )
 
     teacher = None
@@ -89,7 +90,8 @@ def context(config: Config, source: str, towers: DualEncoder) -> Context:
 def build_sources(config: Config, model: PretrainModel) -> dict[str, Source]:
     """Every source, opened and counted, with the views and labels that its objectives want."""
     views = model.views()
-    return {name: Source(name, options, views[name], seed=config.seed) for name, options in config.sources.items()}
+    labelled = {config.objectives[name].source for name, objective in model.objectives.items() if objective.wants_label}
+    return {name: Source(name, options, views[name], name in labelled, config.seed) for name, options in config.sources.items()}
 
 
 def check_division(config: Config, processes: int) -> None:

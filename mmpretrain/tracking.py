@@ -249,16 +249,23 @@ class Tracker:
         return step == 1 or step == self.total_steps or step % self.log_every == 0
 
     def log(
-        self, step: int, samples_seen: int, scalars: Mapping[str, float | Tensor], data_wait_s: float, step_s: float, lr: float
+        self,
+        step: int,
+        samples_seen: int,
+        scalars: Mapping[str, float | Tensor],
+        data_wait_s: float,
+        step_s: float,
+        lr: float,
+        always: bool = False,
     ) -> None:
-        """Call it every step, or at due steps only. Scalars ("loss", "clip/loss", ...) are read, hence synchronised, when a line is due.
+        """Call it every step. Scalars ("loss", "clip/loss", ...) are read, hence synchronised, when a line is due, or `always`.
 
         data_wait_s, step_s: seconds that this step waited for data, and took altogether; the line has the means since the last line.
         """
         if not self.is_main:
             return
         self._steps, self._wait, self._time = self._steps + 1, self._wait + data_wait_s, self._time + step_s
-        if not self.due(step):
+        if not (always or self.due(step)):
             return
         wait, took = self._wait / self._steps, self._time / self._steps
         steps, samples = step - self._last[0], samples_seen - self._last[1]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -119,9 +119,8 @@ def train(config: Config) -> int:
 
             # Say it, save it, evaluate it.
             tracker.skipped(step, distributed.gather_lists(loader.drain_skipped()))
-            if not bad and tracker.due(step):
-                scalars = distributed.average({"loss": loss, "grad_norm": norm} | logs)
-                tracker.log(step, step * samples_per_step, scalars, waited, time.perf_counter() - started, lr)
+            scalars = distributed.average({"loss": loss, "grad_norm": norm} | logs) if bad or tracker.due(step) else {}
+            tracker.log(step, step * samples_per_step, scalars, waited, time.perf_counter() - started, lr, always=bad)
             if step == 1 or step == steps or (config.images_every and step % config.images_every == 0):
                 show(tracker, model, accelerator, batch, step)
             reason = interrupts.reason if distributed.any_rank(interrupts.reason is not None, device) else None
@@ -274,7 +273,7 @@ def num_shards(source: Source) -> int:
     return sum(len(shards.names) for shards in source.shard_sets)
 
 
-def finish(config: Config, tracker: Tracker, sources: dict[str, Any]) -> None:
+def finish(config: Config, tracker: Tracker, sources: dict[str, Source]) -> None:
     """The results table and the report."""
     if not tracker.is_main:
         return
@@ -282,9 +281,15 @@ def finish(config: Config, tracker: Tracker, sources: dict[str, Any]) -> None:
     rows = latest_results(read_jsonl(folder / "results.jsonl"))
     if rows:
         tracker.table([{"evaluation": r["name"], "step": r["step"], "n": r["n"], "metrics": r["metrics"]} for r in rows])
-    data = {
-        name: {"shards": num_shards(s), "samples": s.num_samples, "rows_per_step": config.sources[name].batch_size}
-        for name, s in sources.items()
-    }
-    path = write_report(folder, {"data": data})
-    tracker.message(json.dumps({"run": str(folder)}) if not path else f"report: {path}")
+    skipped = Counter(record["source"] for record in read_jsonl(folder / "skipped.jsonl"))
+    data = {}
+    for name, source in sources.items():
+        rows_per_step = config.sources[name].batch_size
+        data[name] = {
+            "shards": num_shards(source),
+            "samples": source.num_samples,
+            "rows_per_step": rows_per_step,
+            "epochs_seen": round((config.steps or 0) * rows_per_step / max(1, source.num_samples), 2),
+            "skipped": skipped[name],
+        }
+    tracker.message(f"report: {write_report(folder, {'data': data})}")

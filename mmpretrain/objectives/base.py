@@ -90,6 +90,7 @@ class Objective(nn.Module):
 
     Config: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
     per_row: ClassVar[bool] = False  # the loss is a mean over independent terms: it may run chunk by chunk, weighted by `count`
+    wants_label: ClassVar[bool] = False  # its source must give `rows.labels["label"]`
     needs: dict[str, Encode | tuple[Encode, ...]]
     mask_token: nn.Parameter | None  # put where this objective's encodes hide a token
 
