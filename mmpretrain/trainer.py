@@ -181,6 +181,8 @@ class Evaluations:
             "evaluator": evaluation.kind, "name": name, "dataset": result.dataset, "model": model.fingerprint,
             "n": result.n, "seed": self.config.seed, "metrics": result.metrics,
         }  # fmt: skip
+        if evaluation.baselines:
+            line["baselines"] = evaluation.baselines
         if self.accelerator.is_main_process:
             save_result_extras(Path(self.config.run_dir), name, step, result)
         self.tracker.result(step, line)
@@ -280,7 +282,10 @@ def finish(config: Config, tracker: Tracker, sources: dict[str, Source]) -> None
     folder = Path(config.run_dir)
     rows = latest_results(read_jsonl(folder / "results.jsonl"))
     if rows:
-        tracker.table([{"evaluation": r["name"], "step": r["step"], "n": r["n"], "metrics": r["metrics"]} for r in rows])
+        tracker.table(
+            [{"evaluation": r["name"], "n": r["n"], "metrics": r["metrics"] | r.get("baselines", {})} for r in rows],
+            f"Results after step {config.steps}",
+        )
     skipped = Counter(record["source"] for record in read_jsonl(folder / "skipped.jsonl"))
     data = {}
     for name, source in sources.items():
