@@ -6,13 +6,13 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .base import Evaluator, OptionError, make_config
-from .binding import Binding
-from .finetune import FineTune
-from .knn import KNN
-from .linear_probe import LinearProbe
-from .retrieval import Retrieval
-from .zero_shot import ZeroShot
+from mmpretrain.evaluators.base import Evaluator, OptionError, make_config
+from mmpretrain.evaluators.binding import Binding
+from mmpretrain.evaluators.finetune import FineTune
+from mmpretrain.evaluators.knn import KNN
+from mmpretrain.evaluators.linear_probe import LinearProbe
+from mmpretrain.evaluators.retrieval import Retrieval
+from mmpretrain.evaluators.zero_shot import ZeroShot
 
 EVALUATORS: dict[str, type] = {
     "zero_shot": ZeroShot,

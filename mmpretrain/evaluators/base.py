@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Protocol
 import yaml
 from accelerate import Accelerator
 
-from ..options import OptionError, build
-from ..types import Model, Result
+from mmpretrain.options import OptionError, build
+from mmpretrain.types import Model, Result
 
 
 class Evaluator(Protocol):

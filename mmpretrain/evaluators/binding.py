@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 from torch.nn.functional import normalize
 
-from ..types import Model, Result
-from .base import OptionError
-from .datasets import DataConfig, open_dataset
-from .features import encode_images, encode_texts
+from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.datasets import DataConfig, open_dataset
+from mmpretrain.evaluators.features import encode_images, encode_texts
+from mmpretrain.types import Model, Result
 
 
 @dataclass

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .base import OptionError
+from mmpretrain.evaluators.base import OptionError
 
 Label = str | int
 logger = logging.getLogger(__name__)

@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..data.decode import ImageLimits
-from ..random import combine, permutation
-from . import classes as class_names
-from . import readers
-from .base import OptionError
-from .readers import Item
+from mmpretrain.data.decode import ImageLimits
+from mmpretrain.evaluators import classes as class_names
+from mmpretrain.evaluators import readers
+from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.readers import Item
+from mmpretrain.random import combine, permutation
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torchvision.io import encode_png
 from torchvision.transforms.v2.functional import resize
 
-from ..data.decode import ImageLimits, decode_image
-from .readers import Item
+from mmpretrain.data.decode import ImageLimits, decode_image
+from mmpretrain.evaluators.readers import Item
 
 
 def thumbnail(item: Item, limits: ImageLimits, side: int = 96) -> bytes:

@@ -17,14 +17,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from .. import distributed
-from ..data.decode import ImageLimits, decode_image
-from ..data.schema import BadSample
-from ..data.views import CenterView
-from ..random import combine
-from ..types import Model, Params, Sample, ViewSpec
-from .datasets import DataConfig, EvalSet, check_budget
-from .readers import Item
+from mmpretrain import distributed
+from mmpretrain.data.decode import ImageLimits, decode_image
+from mmpretrain.data.schema import BadSample
+from mmpretrain.data.views import CenterView
+from mmpretrain.evaluators.datasets import DataConfig, EvalSet, check_budget
+from mmpretrain.evaluators.readers import Item
+from mmpretrain.random import combine
+from mmpretrain.types import Model, Params, Sample, ViewSpec
 
 TIMEOUT_S = 300  # a decoder that takes longer hangs
 

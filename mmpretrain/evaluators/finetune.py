@@ -12,17 +12,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .. import distributed
-from ..data.views import ImageView
-from ..optim import OptimConfig, build_optimizer, parameter_groups, set_learning_rate
-from ..random import combine, permutation
-from ..types import Model, Result
-from .base import OptionError
-from .datasets import EvalSet, check_budget
-from .features import center_view, gather_rows, images, part, render
-from .metrics import classification_metrics, confusion_tables, predictions
-from .models import autocast
-from .pairs import TrainDataConfig, open_pair
+from mmpretrain import distributed
+from mmpretrain.data.views import ImageView
+from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.datasets import EvalSet, check_budget
+from mmpretrain.evaluators.features import center_view, gather_rows, images, part, render
+from mmpretrain.evaluators.metrics import classification_metrics, confusion_tables, predictions
+from mmpretrain.evaluators.models import autocast
+from mmpretrain.evaluators.pairs import TrainDataConfig, open_pair
+from mmpretrain.optim import OptimConfig, build_optimizer, parameter_groups, set_learning_rate
+from mmpretrain.random import combine, permutation
+from mmpretrain.types import Model, Result
 
 
 @dataclass

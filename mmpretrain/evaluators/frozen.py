@@ -9,12 +9,12 @@ from typing import Literal
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..types import Model, Result
-from .base import OptionError
-from .features import encode_images
-from .metrics import classification_metrics, confusion_tables, predictions
-from .models import Untrained
-from .pairs import TrainDataConfig, open_pair
+from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.features import encode_images
+from mmpretrain.evaluators.metrics import classification_metrics, confusion_tables, predictions
+from mmpretrain.evaluators.models import Untrained
+from mmpretrain.evaluators.pairs import TrainDataConfig, open_pair
+from mmpretrain.types import Model, Result
 
 
 @dataclass

@@ -9,10 +9,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..types import Model, Result
-from .base import OptionError
-from .features import gather_rows, part
-from .frozen import EncodedPair, FrozenConfig, evaluate_frozen
+from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.features import gather_rows, part
+from mmpretrain.evaluators.frozen import EncodedPair, FrozenConfig, evaluate_frozen
+from mmpretrain.types import Model, Result
 
 
 @dataclass

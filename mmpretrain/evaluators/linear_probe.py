@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..random import combine, permutation
-from ..types import Model, Result
-from .base import OptionError
-from .frozen import EncodedPair, FrozenConfig, evaluate_frozen
-from .metrics import TIE
+from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.frozen import EncodedPair, FrozenConfig, evaluate_frozen
+from mmpretrain.evaluators.metrics import TIE
+from mmpretrain.random import combine, permutation
+from mmpretrain.types import Model, Result
 
 
 @dataclass

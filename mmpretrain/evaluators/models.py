@@ -13,11 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..data.text import get_tokenizer, trim
-from ..towers.dual import DualEncoder, build_towers
-from ..towers.weights import load_weights
-from ..types import Encoded, Model
-from .base import OptionError
+from mmpretrain.data.text import get_tokenizer, trim
+from mmpretrain.evaluators.base import OptionError
+from mmpretrain.towers.dual import DualEncoder, build_towers
+from mmpretrain.towers.weights import load_weights
+from mmpretrain.types import Encoded, Model
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -223,7 +223,7 @@ def _new_transformers_tower(folder: str) -> nn.Module:
     """The folder's image tower with weights as its library draws them."""
     from transformers import AutoConfig, AutoModel
 
-    from ..towers.adapters import from_transformers
+    from mmpretrain.towers.adapters import from_transformers
 
     tower = from_transformers(folder, image=True, text=False)[0]
     if tower is None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from .base import OptionError
-from .datasets import DataConfig, EvalSet, kind_of, open_dataset
+from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.datasets import DataConfig, EvalSet, kind_of, open_dataset
 
 
 @dataclass

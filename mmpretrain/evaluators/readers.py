@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.index import Member, open_index
-from ..data.schema import IMAGE_EXTENSIONS, ShardError, image_extension
-from .base import OptionError
-from .classes import Label
+from mmpretrain.data.index import Member, open_index
+from mmpretrain.data.schema import IMAGE_EXTENSIONS, ShardError, image_extension
+from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.classes import Label
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
 

@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .. import distributed
-from ..types import Model, Result
-from .datasets import DataConfig, open_dataset
-from .features import encode_images, encode_texts, part
-from .metrics import TIE
+from mmpretrain import distributed
+from mmpretrain.evaluators.datasets import DataConfig, open_dataset
+from mmpretrain.evaluators.features import encode_images, encode_texts, part
+from mmpretrain.evaluators.metrics import TIE
+from mmpretrain.types import Model, Result
 
 
 @dataclass

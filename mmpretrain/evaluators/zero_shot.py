@@ -13,12 +13,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..types import Model, Result
-from .base import OptionError
-from .datasets import DataConfig, EvalSet, open_dataset
-from .examples import thumbnail
-from .features import encode_images, encode_texts
-from .metrics import classification_metrics, confusion_tables, predictions
+from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.datasets import DataConfig, EvalSet, open_dataset
+from mmpretrain.evaluators.examples import thumbnail
+from mmpretrain.evaluators.features import encode_images, encode_texts
+from mmpretrain.evaluators.metrics import classification_metrics, confusion_tables, predictions
+from mmpretrain.types import Model, Result
 
 
 @dataclass

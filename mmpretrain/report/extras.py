@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..tracking import file_name, jsonable
-from ..types import Result
+from mmpretrain.tracking import file_name, jsonable
+from mmpretrain.types import Result
 
 
 def save_result_extras(run_dir: str | Path, name: str, step: int | None, result: Result) -> Path | None:

@@ -14,9 +14,9 @@ import jinja2
 import numpy as np
 import yaml
 
-from ..tracking import duration, read_jsonl
-from . import plots, tables
-from .extras import load_extras
+from mmpretrain.report import plots, tables
+from mmpretrain.report.extras import load_extras
+from mmpretrain.tracking import duration, read_jsonl
 
 _NOT_SCALARS = {"step", "samples_seen", "samples_per_s", "data_wait_s", "step_s", "lr"}
 
