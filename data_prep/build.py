@@ -104,6 +104,16 @@ def _fill(template: str, fields: list[str], row: dict[str, str], join: dict[str,
     return text if any(values.values()) or not fields else ""
 
 
+def _chosen(
+    rows: Iterator[tuple[int, dict[str, str]]], where: dict[str, str], exclude: dict[str, str]
+) -> Iterator[tuple[int, int, dict[str, str]]]:
+    """(number in the table, line, row) of the rows that --where and --exclude-regex leave."""
+    excluded = {column: re.compile(pattern) for column, pattern in exclude.items()}
+    for number, (line, row) in enumerate(rows):
+        if all(row[c] == v for c, v in where.items()) and not any(p.search(row[c]) for c, p in excluded.items()):
+            yield number, line, row
+
+
 def csv_records(
     file: Path,
     image_column: str,
@@ -128,11 +138,8 @@ def csv_records(
     _need(columns, [field for _, fields in templates for field in fields], file, "--caption")
     _need(columns, [c for c in (key_column, label_column) if c], file, "--key-column, --label-column")
     _need(columns, [*extra, *join, *where, *exclude], file, "--extra, --join, --where, --exclude-regex")
-    excluded = {column: re.compile(pattern) for column, pattern in exclude.items()}
-    for number, (line, row) in enumerate(rows):
+    for number, line, row in _chosen(rows, where, exclude):
         at = f"{file.name}, line {line}"
-        if any(row[c] != v for c, v in where.items()) or any(p.search(row[c]) for c, p in excluded.items()):
-            continue
         image = _image(file.parent / row[image_column], at, skips)
         if image is None:
             continue
@@ -215,14 +222,15 @@ def build_csv(
 ) -> None:
     """Shards from a table with image paths and captions."""
     skips = Skips(skip_bad)
+    rows_kept = _pairs(where, "--where"), _pairs(exclude_regex, "--exclude-regex")
     names = None
     if label_column is not None:
         columns, rows = _read_table(file, separator)
-        _need(columns, [label_column], file, "--label-column")
-        names = sorted({row[label_column] for _, row in rows})
+        _need(columns, [label_column, *rows_kept[0], *rows_kept[1]], file, "--label-column, --where, --exclude-regex")
+        names = sorted({row[label_column] for _, _, row in _chosen(rows, *rows_kept)})
     classes = None if names is None else {name: i for i, name in enumerate(names)}
-    filters = _pairs(join, "--join"), _pairs(where, "--where"), _pairs(exclude_regex, "--exclude-regex")
-    records = csv_records(file, image_column, caption, key_column, label_column, classes, extra, *filters, separator, skips)
+    filled = _pairs(join, "--join")
+    records = csv_records(file, image_column, caption, key_column, label_column, classes, extra, filled, *rows_kept, separator, skips)
     _finish(records, out, skips, max_count, licence, names)
 
 

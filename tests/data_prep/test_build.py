@@ -80,6 +80,16 @@ def test_csv_labels_and_reading_back(table: Path, tmp_path: Path) -> None:
     assert sorted(block.labels["label"].tolist()) == [0, 0, 1, 1]
 
 
+def test_classes_are_those_of_the_rows_that_are_kept(table: Path, tmp_path: Path) -> None:
+    chosen = ("--exclude-regex", "name=skin tone", "--where", "kind=b")
+    assert run("csv", table, "--out", tmp_path / "s", *ARGS, "--label-column", "name", *chosen).exit_code == 0
+    assert (tmp_path / "s" / "classnames.txt").read_text() == "red, ball\n"
+    assert [members["cls"] for members in samples(tmp_path / "s").values()] == [b"0"]
+    wrong = run("csv", table, "--out", tmp_path / "t", *ARGS, "--label-column", "name", "--where", "sort=b")
+    assert wrong.exit_code == 2
+    assert "has no column 'sort'" in wrong.output
+
+
 def test_csv_is_reproducible_and_refuses_to_overwrite(table: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert run("csv", table, "--out", tmp_path / name, *ARGS).exit_code == 0

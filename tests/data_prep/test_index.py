@@ -64,3 +64,17 @@ def test_a_builders_checksums_are_not_replaced_by_those_of_a_corrupt_shard(tmp_p
     assert result.exit_code == 1
     assert "of sample 1, are not those that its index was written for" in result.output
     assert run(path, "--replace").exit_code == 0
+
+
+def test_known_checksums_outlive_an_index_without_them(tmp_path: Path) -> None:
+    write_shards([Record(f"{i}", {"jpg": b"x" * 600}) for i in range(3)], tmp_path / "s")
+    path = tmp_path / "s" / "00000.tar"
+    known = load(index_path(path))[0].sha256
+    assert run(path, "--no-checksums").exit_code == 0
+    assert (load(index_path(path))[0].sha256 == known).all()
+    write_shards([Record(f"{i}", {"jpg": b"x" * 600}) for i in range(2)], tmp_path / "t")
+    path.write_bytes((tmp_path / "t" / "00000.tar").read_bytes())  # another shard under the same name
+    refused = run(path, "--no-checksums")
+    assert refused.exit_code == 1
+    assert "pass --replace" in refused.output
+    assert (load(index_path(path))[0].sha256 == known).all()
