@@ -2,6 +2,8 @@
 
 RUN_OR_MODEL is a run folder (its newest valid checkpoint), a checkpoint or open_clip folder, a weights file with --arch,
 NAME:PRETRAINED_TAG of open_clip, timm:NAME, or hf:FOLDER. Works under accelerate launch and torchrun with any number of processes.
+A run without a contrastive objective (its checkpoints have no logit_scale) has no trained joint space: zero_shot, retrieval and binding
+refuse it. The `seed` of a result line written here is the evaluator's (in lines that a run writes, the run's).
 Exit status: 0 done, 1 failed, 2 bad arguments.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="print the result line as JSON and nothing else")
     p.add_argument("--out", type=Path, help="append the result line to this file (default: the run's results.jsonl)")
     p.add_argument("--name", help="what the result is called (default: the evaluator's name)")
-    p.add_argument("--seed", type=int, help="the same as seed=N")
-    p.add_argument("--weights", choices=["student", "ema"], default="student", help="of a run: the trained towers, or their EMA teacher")
+    p.add_argument("--seed", type=int, help="the same as seed=N: what the evaluator draws; noted in the result line")
+    p.add_argument("--weights", choices=["student", "teacher"], default="student", help="of a run: the trained towers, or their EMA copy")
     p.add_argument("--arch", help="open_clip model name or JSON file, where RUN_OR_MODEL is a file of weights alone")
     p.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast of the towers")
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
@@ -102,7 +105,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     model = load_model(
         arguments.model,
         accelerator.device,
-        which=arguments.weights,
+        weights=arguments.weights,
         arch=arguments.arch,
         precision=arguments.precision,
         find_checkpoint=find_checkpoint,
@@ -147,6 +150,9 @@ def main() -> int:
     except OptionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except TimeoutError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # an ordinary exit would wait for the thread that hangs
     except (ValueError, RuntimeError, TypeError, OSError) as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
         print(f"error: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.datasets import DataConfig, open_dataset
-from mmpretrain.evaluators.features import encode_images, encode_texts
+from mmpretrain.evaluators.features import NO_FEATURES, encode_images, encode_texts
 from mmpretrain.types import Model, Result
 
 
@@ -34,7 +34,7 @@ class Binding:
             raise OptionError(f"{dataset.name}: {len(lacking)} samples have no `caption` and `swap` in their json, first {lacking[0]}")
         found = encode_images(model, dataset, accelerator, config)
         if "features" not in found.values:
-            raise TypeError("this model gives no joint features: binding needs an image and a text tower")
+            raise TypeError(NO_FEATURES.format("binding"))
         used = [dataset.items[row] for row in found.rows.tolist()]
         texts = [str(item.metadata[name]) for item in used for name in ("caption", "swap")]
         text = encode_texts(model, texts, accelerator, config.batch_size * 4).unflatten(0, (len(used), 2))  # [n,2,E]

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmpretrain.data.shards import load_classes
 from mmpretrain.evaluators.base import OptionError
 
 Label = str | int
@@ -39,7 +40,7 @@ def read_classes(option: str | Sequence[str] | dict | None) -> list[str] | dict[
         raise OptionError(f"classes={option!r}: no such file; give `imagenet`, a .txt (a name a line), a .json, or a list of names")
     if path.suffix == ".json":
         return read_classes(json.loads(path.read_text(encoding="utf-8")))
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return load_classes(option)
 
 
 def resolve(labels: Sequence[Label], classes: list[str] | dict[str, str] | None, where: str) -> tuple[Tensor, list[str]]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from mmpretrain.data.decode import ImageLimits
+from mmpretrain.data.order import in_part
+from mmpretrain.data.shards import load_classes
 from mmpretrain.evaluators import classes as class_names
 from mmpretrain.evaluators import readers
 from mmpretrain.evaluators.base import OptionError
@@ -32,8 +34,10 @@ class DataConfig:
     label: str | None = None  # CSV column with the label; in shards a member (cls) or json:FIELD
     caption: str | None = None  # CSV column or template '{name}: {keywords}'; in shards a member (txt) or json:FIELD (a text or a list)
     classes: str | list[str] | dict[str, str] | None = None  # class names: imagenet, a .txt or .json file, a list, or a mapping label: name
-    exclude: str | None = None  # regular expression: leave out items whose label (or every caption) matches
-    include: str | None = None  # regular expression: keep only items whose label (or a caption) matches
+    exclude: str | None = None  # regular expression: leave out classes whose name matches (retrieval: items all of whose captions do)
+    include: str | None = None  # regular expression: keep only classes whose name matches (retrieval: items with a caption that does)
+    holdout: float | None = None  # share of the items held out by the hash of their keys, as a source's `split`; probes: default 0.2
+    part: Literal["train", "holdout"] = "holdout"  # with `holdout`: which part to evaluate on
     limit: int | None = None  # evaluate on so many items, drawn by `seed`
     background: tuple[int, int, int] = (255, 255, 255)  # colour behind transparent images: red, green, blue, 0..255
     batch_size: int = 64  # images a forward, on each process
@@ -69,6 +73,16 @@ class EvalSet:
         """The same classes, some of the items."""
         picked = [self.items[i] for i in rows.tolist()]
         return replace(self, items=picked, labels=self.labels[rows] if len(self.labels) else self.labels)
+
+    def drawn(self, limit: int | None, seed: int) -> EvalSet:
+        """`limit` of the items, drawn by `seed`; all where there are no more."""
+        if limit is None or limit >= len(self):
+            return self
+        return self.subset(permutation(combine(seed, len(self)), len(self))[:limit].sort().values)
+
+    def in_part(self, holdout: float, part: str) -> Tensor:
+        """bool [n]: which items belong to a part, by the rule that divides a training source (mmpretrain.data.order.in_part)."""
+        return torch.from_numpy(in_part([item.bare_key for item in self.items], holdout, part))
 
 
 def kind_of(data: str) -> Literal["benchmark", "folder", "csv", "shards"]:
@@ -126,12 +140,12 @@ def open_dataset(config: DataConfig, task: Literal["classification", "retrieval"
     else:
         label = {"classification": config.label or "cls", "retrieval": None, "images": None}[task]
         paths = readers.shard_paths(config.data, split)
-        given, templates = _beside(paths[0].parent, given)
-        source = readers.shard_items(paths, label, (config.caption or "txt") if captions else None, False, skip)
-    items = _filtered(list(source), config, captions)
+        given, templates = _beside(Path(paths[0]).parent, given)
+        source = readers.shard_items(paths, label, (config.caption or "txt") if captions else None, skip, metadata=task == "images")
+    items = list(source)
     check_budget(skipped, len(items) + len(skipped), config.max_bad_fraction, config.data)
     if not items:
-        raise OptionError(f"data={config.data!r}: no items to evaluate (split={split}, include={config.include}, exclude={config.exclude})")
+        raise OptionError(f"data={config.data!r}: no items to evaluate (split={split})")
     if not all(0 <= part <= 255 for part in config.background):
         raise OptionError(f"background={list(config.background)}: expected three numbers from 0 to 255, such as [255, 255, 255]")
     limits = ImageLimits(background=config.background)
@@ -139,9 +153,10 @@ def open_dataset(config: DataConfig, task: Literal["classification", "retrieval"
     if task == "classification":
         result.labels, names = class_names.resolve([item.label for item in items], given, config.data)
         result.labels, result.classes = class_names.merge_duplicates(result.labels, names)
-    if config.limit is not None and config.limit < len(items):
-        result = result.subset(permutation(combine(config.seed, len(items)), len(items))[: config.limit].sort().values)
-    return result
+    result = _filtered(result, config, task)
+    if config.holdout is not None:
+        result = _part(result, config.holdout, config.part)
+    return result.drawn(config.limit, config.seed)
 
 
 def check_budget(skipped: list[dict[str, str]], total: int, max_fraction: float, where: str) -> None:
@@ -160,27 +175,62 @@ def check_budget(skipped: list[dict[str, str]], total: int, max_fraction: float,
     logger.warning("%s", message)
 
 
-def _filtered(items: list[Item], config: DataConfig, captions: bool) -> list[Item]:
-    def texts(item: Item) -> list[str]:
-        return item.captions if captions else [str(item.label)]
-
+def _filtered(dataset: EvalSet, config: DataConfig, task: str) -> EvalSet:
+    """What `include` and `exclude` leave: classes by their names, for retrieval items by their captions."""
+    if config.include is None and config.exclude is None:
+        return dataset
+    if task == "images":
+        raise OptionError("include= and exclude= choose by class name or caption, which this evaluator does not read: leave them out")
+    patterns = {}
     for key in ("include", "exclude"):
         try:
-            re.compile(getattr(config, key) or "")
+            patterns[key] = re.compile(getattr(config, key)) if getattr(config, key) is not None else None
         except re.error as error:
             raise OptionError(f"{key}={getattr(config, key)!r} is no regular expression: {error}") from None
-    if config.include is not None:
-        items = [item for item in items if any(re.search(config.include, text) for text in texts(item))]
-    if config.exclude is not None:
-        items = [item for item in items if not all(re.search(config.exclude, text) for text in texts(item))]
-    return items
+    choices = [item.captions for item in dataset.items] if task == "retrieval" else [[name] for name in dataset.classes]
+    what = "captions" if task == "retrieval" else "class names"
+    kept = torch.ones(len(choices), dtype=torch.bool)
+    if patterns["include"] is not None:
+        kept &= torch.tensor([any(map(patterns["include"].search, texts)) for texts in choices])
+        if not kept.any():
+            raise OptionError(f"{dataset.name}: include={config.include!r} matches none of the {what}, such as {_some(choices)}")
+    if patterns["exclude"] is not None:
+        dropped = torch.tensor([all(map(patterns["exclude"].search, texts)) for texts in choices])
+        if not dropped.any():
+            logger.warning("%s: exclude=%r matches none of the %s, such as %s", dataset.name, config.exclude, what, _some(choices))
+        kept &= ~dropped
+    if task == "retrieval":
+        result = dataset.subset(torch.nonzero(kept).flatten())
+    else:
+        position = torch.cumsum(kept, 0) - 1  # of a kept class among the kept
+        result = dataset.subset(torch.nonzero(kept[dataset.labels]).flatten())
+        result.labels = position[result.labels]
+        result.classes = [name for name, keep in zip(dataset.classes, kept.tolist(), strict=True) if keep]
+    if not len(result):
+        raise OptionError(f"{dataset.name}: no items are left by include={config.include!r}, exclude={config.exclude!r}")
+    return result
+
+
+def _some(choices: list[list[str]]) -> str:
+    return ", ".join(repr(texts[0]) for texts in choices[:5])
+
+
+def _part(dataset: EvalSet, holdout: float, part: str) -> EvalSet:
+    if not 0 < holdout < 1:
+        raise OptionError(f"holdout={holdout}: expected a share between 0 and 1")
+    rows = torch.nonzero(dataset.in_part(holdout, part)).flatten()
+    if not len(rows):
+        raise OptionError(f"{dataset.name}: the {part} part of holdout={holdout} holds none of {len(dataset)} items")
+    result = dataset.subset(rows)
+    result.name = f"{dataset.name}:{part}"
+    return result
 
 
 def _beside(folder: Path, given: list[str] | dict[str, str] | None) -> tuple[list[str] | dict[str, str] | None, list[str] | None]:
     """Class names, unless given, and prompts from the text files that CLIP_benchmark and `data_prep` put beside shards."""
     names, prompts = folder / "classnames.txt", folder / "zeroshot_classification_templates.txt"
     if given is None and names.is_file():
-        given = readers.lines_of(names)
+        given = load_classes(str(names))
     return given, readers.lines_of(prompts) if prompts.is_file() else None
 
 

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,11 @@ from mmpretrain.evaluators.readers import Item
 from mmpretrain.random import combine
 from mmpretrain.types import Model, Params, Sample, ViewSpec
 
-TIMEOUT_S = 300  # a decoder that takes longer hangs
+NO_FEATURES = (
+    "this model gives no joint features, and {} needs them: it lacks a tower, or its weights come from a run without a contrastive "
+    "objective (no logit_scale), whose projection was never trained. Use knn, linear_probe or finetune"
+)
+TIMEOUT_S = 300.0  # a batch that takes longer hangs
 
 
 class Images(NamedTuple):
@@ -58,6 +62,7 @@ def images(dataset: EvalSet, plan: Iterable[list[int]], view: ViewSpec, threads:
     """For every batch of rows in `plan`, in order, its images; a few batches are decoded ahead.
 
     A row's random numbers depend on (seed, batch number, row) alone. Items that do not decode are listed in `bad`.
+    Raises TimeoutError naming the items that a hanging read or decoder is at.
     """
 
     def job(number: int, row: int) -> tuple[Tensor, Params] | BadSample:
@@ -66,26 +71,30 @@ def images(dataset: EvalSet, plan: Iterable[list[int]], view: ViewSpec, threads:
         except BadSample as error:
             return error
 
-    with ThreadPoolExecutor(max_workers=max(threads, 1), thread_name_prefix="evaluate") as pool:
-        batches = enumerate(plan)
-        waiting: deque[tuple[list[int], list[Future]]] = deque()
-        try:
-            while True:
-                for number, rows in islice(batches, 3 - len(waiting)):
-                    waiting.append((rows, [pool.submit(job, number, row) for row in rows]))
-                if not waiting:
-                    return
-                rows, futures = waiting.popleft()
-                results = [future.result(timeout=TIMEOUT_S) for future in futures]
-                bad = [(row, str(r)) for row, r in zip(rows, results, strict=True) if isinstance(r, BadSample)]
-                good = [(row, r) for row, r in zip(rows, results, strict=True) if not isinstance(r, BadSample)]
-                pixels = torch.stack([r[0] for _, r in good]) if good else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-                params = {name: torch.cat([r[1][name] for _, r in good]) for name in good[0][1][1]} if good else {}
-                yield Images([row for row, _ in good], pixels, params, bad)
-        finally:
-            for _, futures in waiting:
-                for future in futures:
-                    future.cancel()
+    pool = ThreadPoolExecutor(max_workers=max(threads, 1), thread_name_prefix="evaluate")
+    batches = enumerate(plan)
+    waiting: deque[tuple[list[int], list[Future]]] = deque()
+    try:
+        while True:
+            for number, rows in islice(batches, 3 - len(waiting)):
+                waiting.append((rows, [pool.submit(job, number, row) for row in rows]))
+            if not waiting:
+                return
+            rows, futures = waiting.popleft()
+            if wait(futures, TIMEOUT_S).not_done:
+                hung = [dataset.items[row].key for row, future in zip(rows, futures, strict=True) if future.running()]
+                raise TimeoutError(
+                    f"{dataset.name}: no batch of images in {TIMEOUT_S:g} s; being read or decoded are {', '.join(hung[:8])}. "
+                    "Is the file system alive? Leave these items out otherwise"
+                )
+            results = [future.result() for future in futures]
+            bad = [(row, str(r)) for row, r in zip(rows, results, strict=True) if isinstance(r, BadSample)]
+            good = [(row, r) for row, r in zip(rows, results, strict=True) if not isinstance(r, BadSample)]
+            pixels = torch.stack([r[0] for _, r in good]) if good else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+            params = {name: torch.cat([r[1][name] for _, r in good]) for name in good[0][1][1]} if good else {}
+            yield Images([row for row, _ in good], pixels, params, bad)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a thread that hangs is not waited for
 
 
 def render(view: ViewSpec, batch: Images, device: torch.device) -> Tensor:
@@ -118,7 +127,10 @@ def gather_rows(local: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_images(model: Model, dataset: EvalSet, accelerator: Accelerator, config: DataConfig) -> Features:
-    """Encode every item once. Raises RuntimeError where more than `max_bad_fraction` of the items cannot be used."""
+    """Encode every item once.
+
+    Raises RuntimeError where more than `max_bad_fraction` of the items cannot be used, or where the model gives what is not finite.
+    """
     stored = _cache_file(model, dataset, config.cache)
     found = _load(stored) if stored is not None and distributed.broadcast_object(stored.is_file()) else None
     if found is None:
@@ -129,6 +141,8 @@ def encode_images(model: Model, dataset: EvalSet, accelerator: Accelerator, conf
     check_budget(found.skipped, len(dataset), config.max_bad_fraction, dataset.name)
     if not len(found.rows):
         raise RuntimeError(f"{dataset.name}: none of {len(dataset)} images can be used")
+    for name, value in found.values.items():
+        check_finite(value, lambda row, name=name: f"{name} of {dataset.items[int(found.rows[row])].key}", model)
     return found
 
 
@@ -158,6 +172,16 @@ def _encode(model: Model, dataset: EvalSet, accelerator: Accelerator, config: Da
     return Features(order, values, distributed.gather_lists(skipped))
 
 
+def check_finite(values: Tensor, what: Callable[[int], str], model: Model) -> None:
+    """Raise RuntimeError naming the model and the first row of `values` [n,D] that holds a NaN or an infinity."""
+    wrong = torch.nonzero(~values.isfinite().all(1)).flatten()
+    if len(wrong):
+        raise RuntimeError(
+            f"model {model.fingerprint[:12]} gives values that are not finite for {len(wrong)} of {len(values)} inputs, first the "
+            f"{what(int(wrong[0]))}: its weights are damaged, or overflow in precision {getattr(model, 'precision', 'fp32')}"
+        )
+
+
 def _agreed(widths: dict[str, int]) -> tuple[list[str], list[int]]:
     """Output names and widths, also for a process that had no usable item."""
     merged = dict(sorted(set(distributed.gather_lists(list(widths.items())))))
@@ -166,7 +190,10 @@ def _agreed(widths: dict[str, int]) -> tuple[list[str], list[int]]:
 
 @torch.no_grad()
 def encode_texts(model: Model, texts: list[str], accelerator: Accelerator, batch_size: int) -> Tensor:
-    """[n,E] normalised, float32 on the CPU, on every process. Raises TypeError for a model without a text tower."""
+    """[n,E] normalised, float32 on the CPU, on every process.
+
+    Raises TypeError for a model without a text tower, RuntimeError where it gives what is not finite.
+    """
     mine = part(len(texts))
     parts = []
     for start in range(0, max(len(mine), 1), batch_size):
@@ -175,13 +202,16 @@ def encode_texts(model: Model, texts: list[str], accelerator: Accelerator, batch
         if encoded is None:
             raise TypeError("this model has no text tower: use knn, linear_probe or finetune, or give a model with text")
         parts.append(torch.nn.functional.normalize(encoded.float(), dim=-1))
-    return gather_rows(torch.cat(parts)[: len(mine)].to(accelerator.device)).cpu()
+    found = gather_rows(torch.cat(parts)[: len(mine)].to(accelerator.device)).cpu()
+    check_finite(found, lambda row: f"features of the text {texts[row]!r:.80}", model)
+    return found
 
 
 def _cache_file(model: Model, dataset: EvalSet, folder: str | None) -> Path | None:
     if folder is None:
         return None
-    what = (model.fingerprint, dataset.fingerprint(), repr(model.preprocess), getattr(model, "precision", None))
+    outputs = sorted(getattr(model, "outputs", ()))  # a model without a trained projection gives no features
+    what = (model.fingerprint, dataset.fingerprint(), repr(model.preprocess), getattr(model, "precision", None), outputs)
     return Path(folder) / (hashlib.sha256(repr(what).encode()).hexdigest() + ".safetensors")
 
 

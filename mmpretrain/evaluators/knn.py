@@ -42,17 +42,23 @@ class KNN:
         return evaluate_frozen(model, accelerator, config, votes, tie=1e-9)
 
 
-def knn_votes(query: Tensor, train: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float, tile: int = 1024) -> Tensor:
+def knn_votes(query: Tensor, train: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float, tile: int = 2048) -> Tensor:
     """query [n,D], train [m,D], labels int64 [m] -> float64 [n,C]: the weighted votes of each query's k nearest rows by cosine.
 
     Among equally near rows the earlier ones vote. Weights are taken relative to the nearest, which changes no ranking.
+    Memory grows with tile * (tile + k), not with m.
     """
     train = normalize(train, dim=-1)
     votes = torch.zeros(len(query), num_classes, dtype=torch.float64, device=query.device)
     for start in range(0, len(query), tile):
-        cosine = normalize(query[start : start + tile], dim=-1) @ train.T  # [tile,m]
-        near, index = cosine.sort(dim=1, descending=True, stable=True)
-        near, index = near[:, :k].double(), index[:, :k]
-        weights = ((near - near[:, :1]) / temperature).exp()
-        votes[start : start + tile].scatter_add_(1, labels[index], weights)
+        rows = normalize(query[start : start + tile], dim=-1)
+        near, voters = rows.new_empty(len(rows), 0), labels.new_empty(len(rows), 0)  # the nearest so far, [tile,<=k]
+        for at in range(0, len(train), tile):
+            near = torch.cat([near, rows @ train[at : at + tile].T], 1)
+            voters = torch.cat([voters, labels[at : at + tile].expand(len(rows), -1)], 1)
+            # A stable sort, for top-k leaves open which of equals it takes; the earlier tiles' rows stand first.
+            near, order = near.sort(dim=1, descending=True, stable=True)
+            near, voters = near[:, :k], voters.gather(1, order[:, :k])
+        weights = ((near.double() - near[:, :1].double()) / temperature).exp()
+        votes[start : start + tile].scatter_add_(1, voters, weights)
     return votes

@@ -1,4 +1,4 @@
-"""Ranks and what follows from them. Ties count against the model, within the rounding of float32 dot products."""
+"""Ranks and what follows from them. Ties count against the model, within the rounding of float32 dot products; so does a NaN."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ TIE = 1e-6  # unit vectors' dot products are exact to about 1e-7 in float32: clo
 
 
 def rank_of_label(scores: Tensor, labels: Tensor, tie: float = TIE) -> Tensor:
-    """scores [n,C], labels int64 [n] -> int64 [n]: how many other classes score at least as high (0 = right)."""
+    """scores [n,C], labels int64 [n] -> int64 [n]: how many other classes do not score lower (0 = right)."""
     own = scores.gather(1, labels[:, None])
-    return (scores >= own - tie).sum(1) - 1
+    return (~(scores < own - tie)).sum(1) - 1  # not `>=`, which a NaN never is
 
 
 def predictions(scores: Tensor, labels: Tensor, tie: float = TIE) -> Tensor:

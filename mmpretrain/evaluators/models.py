@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from mmpretrain.data.text import get_tokenizer, trim
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.towers.dual import DualEncoder, build_towers
-from mmpretrain.towers.weights import load_weights
+from mmpretrain.towers.weights import load_weights, read_weights
 from mmpretrain.types import Encoded, Model
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+_CONFIG = "open_clip_config.json"
 
 
 def autocast(model: Model, device: torch.device | str) -> torch.autocast:
@@ -50,7 +50,7 @@ class TowerModel:
         self.dual = dual if device is None else dual.to(device)
         self.precision = precision
         self.preprocess = dual.preprocess
-        self._outputs = frozenset({"pooled", "features"} if joint else {"pooled"})
+        self.outputs = frozenset({"pooled", "features"} if joint else {"pooled"})
         self._new_tower = new_tower or (lambda: build_towers(dual.model_cfg, text=False).visual)
 
     @cached_property
@@ -78,7 +78,7 @@ class TowerModel:
         tower = self.dual.visual
         if tower is None:
             raise TypeError("this model has no image tower")
-        outputs = self._outputs | ({"tokens"} if tower.patch_size is not None else set())
+        outputs = self.outputs | ({"tokens"} if tower.patch_size is not None else set())
         with self._evaluating():
             return tower(pixels, outputs=outputs)
 
@@ -129,7 +129,7 @@ def load_model(
     spec: str,
     device: torch.device | str = "cpu",
     *,
-    which: Literal["student", "ema"] = "student",
+    weights: Literal["student", "teacher"] = "student",
     arch: str | None = None,
     precision: Precision = "fp32",
     find_checkpoint: Callable[[Path], Path] | None = None,
@@ -137,7 +137,8 @@ def load_model(
     """A model from
 
     - a run folder, with `find_checkpoint` (mmpretrain.checkpoint.find_checkpoint: its newest valid one);
-    - a checkpoint or open_clip folder: weights and open_clip_config.json. `which="ema"` takes teacher.safetensors;
+    - a checkpoint or open_clip folder: weights and open_clip_config.json. `weights="teacher"` takes teacher.safetensors. One without a
+      logit_scale comes from a run without a contrastive objective: its projection was never trained, so `features` are not given;
     - a .pt or .safetensors file, with `arch` an open_clip model name or JSON file;
     - `ViT-B-32:laion2b_s34b_b79k`: an open_clip name and pretrained tag, downloaded;
     - `timm:NAME` (pretrained weights, downloaded), or `hf:FOLDER` (a transformers model).
@@ -146,15 +147,16 @@ def load_model(
     """
     path = Path(spec)
     if path.is_dir():
-        if (path / "checkpoints").is_dir() or (not _weights(path) and any(path.glob("step-*"))):
+        if (path / "checkpoints").is_dir() or (not (path / _CONFIG).is_file() and any(path.glob("step-*"))):
             if find_checkpoint is None:
                 raise OptionError(f"{path} is a run; give one of its checkpoints: {path}/checkpoints/step-N")
             path = find_checkpoint(path)
         elif (path / "manifest.json").is_file() and find_checkpoint is not None:
             path = find_checkpoint(path)  # a checkpoint of ours named directly is verified too
-        dual = _from_folder(path, which)
-    elif which == "ema":
-        raise OptionError(f"{spec}: an EMA teacher is kept only in the checkpoints of a run, and this is no folder")
+        dual, joint = _from_folder(path, weights)
+        return TowerModel(dual, device, precision, joint=joint)
+    elif weights == "teacher":
+        raise OptionError(f"{spec}: a teacher is kept only in the checkpoints of a run, and this is no folder")
     elif path.is_file():
         if arch is None:
             raise OptionError(f"{spec} holds weights only: say of which architecture, an open_clip model name such as ViT-B-32")
@@ -189,24 +191,19 @@ def _bad_argument() -> Iterator[None]:
         raise OptionError(str(error)) from error
 
 
-def _weights(folder: Path) -> Path | None:
-    return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
-
-
-def _from_folder(folder: Path, which: str) -> DualEncoder:
-    config, weights = folder / "open_clip_config.json", _weights(folder)
-    if which == "ema":
-        weights = folder / "teacher.safetensors"
-        if not weights.is_file():
-            raise OptionError(f"{folder}: no teacher.safetensors, so this run kept no EMA teacher; leave out which=ema")
-    if not config.is_file() or weights is None:
+def _from_folder(folder: Path, weights: str) -> tuple[DualEncoder, bool]:
+    """The towers that the folder's weights hold, and whether their projections were trained to agree."""
+    teacher = folder / "teacher.safetensors"
+    if weights == "teacher" and not teacher.is_file():
+        raise OptionError(f"{folder}: no teacher.safetensors, so this run kept no teacher; leave out weights=teacher")
+    if not (folder / _CONFIG).is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
-        raise OptionError(
-            f"{folder}: expected open_clip_config.json beside model.safetensors or open_clip_model.safetensors, found {found}"
-        )
-    dual = build_towers(str(folder))
-    load_weights(dual, weights)
-    return dual
+        raise OptionError(f"{folder}: expected {_CONFIG} beside model.safetensors or open_clip_model.safetensors, found {found}")
+    names = read_weights(folder).keys()
+    towers = {name.split(".")[0] for name in names}
+    dual = build_towers(str(folder), image="visual" in towers, text="text" in towers)
+    load_weights(dual, teacher if weights == "teacher" else folder)
+    return dual, "logit_scale" in names
 
 
 def _pretrained_timm(spec: str) -> DualEncoder:

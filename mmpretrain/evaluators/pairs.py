@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,20 +10,21 @@ import torch
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.datasets import DataConfig, EvalSet, kind_of, open_dataset
 
+HOLDOUT = 0.2  # what is tested on and not fitted, without `train`, splits and `holdout`
+
 
 @dataclass
 class TrainDataConfig(DataConfig):
     train: str | None = None  # data to fit on; default: the same data, another split or a held-out part
     train_split: str | None = None  # split to fit on; default: train, where `split` is given or the data has one
-    holdout: float = 0.2  # without `train` and splits: the fraction of items, by key hash, that is tested on and not fitted
 
 
 def open_pair(config: TrainDataConfig) -> tuple[EvalSet, EvalSet]:
     """(train, test) over one list of classes, matched by name. Raises OptionError where the test set has a class never fitted."""
     if config.train is None and config.train_split is None and config.split is None and not _has_split(config):
-        return _held_out(open_dataset(replace(config, limit=None), "classification"), config)
+        return _held_out(open_dataset(replace(config, limit=None, holdout=None), "classification"), config)
     test_split = config.split or (None if config.train is not None else "test")
-    train_config = replace(config, data=config.train or config.data, limit=None)
+    train_config = replace(config, data=config.train or config.data, limit=None, holdout=None)
     train_split = config.train_split or (None if config.train is not None and config.split is None else "train")
     if (train_config.data, train_split) == (config.data, test_split):
         raise OptionError(f"the same data would be fitted and tested ({config.data}, split {test_split}): give train= or train_split=")
@@ -47,16 +47,13 @@ def _has_split(config: TrainDataConfig) -> bool:
 
 def _held_out(everything: EvalSet, config: TrainDataConfig) -> tuple[EvalSet, EvalSet]:
     """Divide by the hash of the key: an item stays on its side when others come or go."""
-    draws = [
-        int.from_bytes(hashlib.blake2b(item.key.encode("utf-8", "surrogateescape"), digest_size=6).digest(), "big")
-        for item in everything.items
-    ]
-    tested = torch.tensor(draws, dtype=torch.float64) / 2**48 < config.holdout
+    holdout = HOLDOUT if config.holdout is None else config.holdout
+    if not 0 < holdout < 1:
+        raise OptionError(f"holdout={holdout}: expected a share between 0 and 1")
+    tested = everything.in_part(holdout, config.part)
     if tested.all() or not tested.any():
-        raise OptionError(f"{everything.name}: holdout={config.holdout} of {len(everything)} items leaves one side empty")
+        raise OptionError(f"{everything.name}: holdout={holdout} of {len(everything)} items leaves one side empty")
     train, test = everything.subset(torch.nonzero(~tested).flatten()), everything.subset(torch.nonzero(tested).flatten())
-    test.name = f"{everything.name}:holdout"
+    test.name = f"{everything.name}:{config.part}"
     test.skipped = []  # counted once, with the training part
-    if config.limit is not None:
-        test = test.subset(torch.arange(min(config.limit, len(test))))
-    return train, test
+    return train, test.drawn(config.limit, config.seed)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
-import glob
-import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmpretrain.data.index import Member, open_index
-from mmpretrain.data.schema import IMAGE_EXTENSIONS, ShardError, image_extension
+from mmpretrain.data import decode
+from mmpretrain.data.cache import ShardCache
+from mmpretrain.data.index import Member
+from mmpretrain.data.schema import IMAGE_EXTENSIONS, BadSample, ShardError, image_extension
+from mmpretrain.data.shards import ShardSet, expand
+from mmpretrain.data.source import MAX_CAPTION_BYTES, SourceConfig
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.classes import Label
 
@@ -30,6 +33,10 @@ class Item:
     metadata: dict[str, Any] = field(default_factory=dict)
     size: int = 0
     stamp: int = 0  # the file's modification time in ns, plus the offset in a shard
+    bare_key: str = ""  # what `holdout` divides by: the key within its shard, or the file
+
+    def __post_init__(self) -> None:
+        self.bare_key = self.bare_key or self.key
 
 
 Skip = Callable[[str, str], None]  # (key, reason): an item that cannot be used
@@ -109,13 +116,13 @@ def csv_items(
                 skip(name, "missing_label")
                 continue
             key = name if name not in grouped else f"{name}#{number + 2}"
-            grouped[key] = _file_item(key, file_path, label=_label(record[label]), metadata=record)
+            grouped[key] = _file_item(key, file_path, label=_label(record[label]), metadata=record, bare_key=name)
             continue
         text = re.sub(r"\{([^{}]+)\}", lambda match, record=record: record[match[1]] or "", template).strip()
         if name not in grouped:
             grouped[name] = _file_item(name, file_path, metadata=record)
         if text:
-            grouped[name].captions.append(text)
+            grouped[name].captions += decode.captions_from(text, template)
     for name, item in grouped.items():
         if captions_wanted and not item.captions:
             skip(name, "missing_caption")
@@ -123,90 +130,95 @@ def csv_items(
             yield item
 
 
-def shard_paths(data: str, split: str | None) -> list[Path]:
-    """`shards/{00000..00003}.tar`, `shards/*.tar`, a::b, or a folder of tars (DIR/split/*.tar where that exists), in a stated order."""
-    from webdataset.shardlists import expand_urls
-
-    paths: list[Path] = []
-    for part in expand_urls(data):
-        root = Path(part)
-        if root.is_dir():
-            inner = root / split if split is not None else root
-            found = sorted(inner.glob("*.tar"), key=_natural)
-            if not found:
-                raise OptionError(f"{inner}: no .tar files there" + (f" (split={split})" if split else ""))
-            paths += found
-        elif split is not None:
-            raise OptionError(f"{data}: split={split!r} needs a folder with {split}/*.tar inside; name that split's shards instead")
-        else:
-            paths += [root] if root.is_file() else sorted(map(Path, glob.glob(part)), key=_natural)
-    if not paths:
-        raise OptionError(f"data={data!r}: no such shards")
-    return paths
+def shard_paths(data: str, split: str | None) -> list[str]:
+    """Shards in order, as a recipe names them (folder, glob, braces, a::b, URL); with `split`, those of the folder DATA/split."""
+    if split is not None and not Path(data).is_dir():
+        raise OptionError(f"{data}: split={split!r} needs a folder with {split}/*.tar inside; name that split's shards instead")
+    try:
+        return expand(data if split is None else str(Path(data) / split))
+    except ShardError as error:
+        raise OptionError(f"data={data!r}: {error}") from error
 
 
-def _natural(path: Path) -> tuple:
-    """0, 1, 2, 10: CLIP_benchmark's shard numbers are not padded."""
-    return tuple(int(t) if t.isdigit() else t for t in re.split(r"(\d+)", path.name))
-
-
-def shard_items(paths: list[Path], label: str | None, caption: str | None, lines: bool, skip: Skip) -> Iterator[Item]:
+def shard_items(
+    paths: list[str], label: str | None, caption: str | None, skip: Skip, *, lines: bool = False, metadata: bool = False
+) -> Iterator[Item]:
     """Samples of shards. `label` and `caption` are a member (`cls`, `txt`) or a field of the JSON member (`json:label`).
 
-    A member text that is an integer is an integer label. `lines`: every line of the caption member is a caption.
-    Raises OptionError where no sample has what was asked for.
+    A member text that is an integer is an integer label. `lines`: every line of the caption member is a caption. `metadata`: the JSON
+    member is wanted for itself. Limits and checks are those of training sources (mmpretrain.data).
+    Raises OptionError where no sample has what was asked for, ShardError for a shard that cannot be read.
     """
-    have: dict[str, int] = {}
-    found = total = 0
-    for path in paths:
-        index = open_index(path)
-        written = path.stat().st_mtime_ns
-        for name, count in index.counts().items():
-            have[name] = have.get(name, 0) + count
-        for damage in index.damage:
-            for _ in range(damage.lost):
-                skip(f"{path}@{damage.offset}", damage.reason)
-        for sample, key in enumerate(index.keys):
-            members = index.members(sample)
-            full = f"{path.name}/{key}"
-            total += 1
-            picture = image_extension(list(members))
-            if picture is None:
-                skip(full, "missing_field: image")
-                continue
-            place = members[picture]
-            item = Item(full, _reader(path, place), size=place.size, stamp=written + place.offset)
+    shards = ShardSet(paths, split=None, window=SourceConfig.shuffle_window, cache=ShardCache(), verify=SourceConfig.verify)
+    for name, damage in shards.damage:
+        for _ in range(damage.lost):
+            skip(f"{name}@{damage.offset}", damage.reason)
+    found = 0
+    for shard, (name, count) in enumerate(shards):
+        written = 0
+        for sample in range(count):
+            key, members, opened = shards.members(shard, sample)
+            if sample == 0:
+                written = os.stat(opened.path).st_mtime_ns
+            full = f"{Path(name).name}/{key}"
             try:
-                if "json" in members:
-                    item.metadata = json.loads(_reader(path, members["json"])())
-                item.label = None if label is None else _label(_value(path, members, item.metadata, label))
-                item.captions = [] if caption is None else _captions(_value(path, members, item.metadata, caption), lines)
-            except (KeyError, ValueError, TypeError) as error:
-                skip(full, f"missing_field: {error}" if isinstance(error, KeyError) else f"bad_field: {error}")
+                place = _member(members, image_extension(members), SourceConfig.max_member_bytes)
+                item = Item(full, _reader(shards, shard, sample), size=place.size, stamp=written + place.offset, bare_key=key)
+                fields = _Fields(members, lambda member, opened=opened: shards.read(opened, member))
+                item.metadata = fields.json("json") if metadata else {}
+                item.label = None if label is None else _label(fields.value(label))
+                item.captions = [] if caption is None else fields.captions(caption, lines)
+            except BadSample as error:
+                skip(full, str(error))
                 continue
             found += 1
             yield item
     if not found:
         wanted = " and ".join(name for name in ("an image", label, caption) if name)
-        raise OptionError(f"{paths[0]}: 0 of {total} samples have {wanted}; they have {', '.join(sorted(have)) or 'nothing'}")
+        have = ", ".join(sorted(shards.found)) or "nothing"
+        raise OptionError(f"{paths[0]}: 0 of {shards.looked_at} samples have {wanted}; they have {have}")
 
 
-def _reader(path: Path, member: Member) -> Callable[[], bytes]:
+def _member(members: dict[str, Member], extension: str | None, limit: int) -> Member:
+    if extension is None or extension not in members:
+        raise BadSample("missing_field", extension or "image")
+    if members[extension].size > limit:
+        raise BadSample("too_many_bytes", f"{extension} has {members[extension].size} bytes, the limit is {limit}")
+    return members[extension]
+
+
+def _reader(shards: ShardSet, shard: int, sample: int) -> Callable[[], bytes]:
+    """Reads the image later; the shard set keeps a bounded number of files open."""
+
     def read() -> bytes:
-        with path.open("rb") as file:
-            file.seek(member.offset)
-            payload = file.read(member.size)
-        if len(payload) != member.size:
-            raise ShardError(f"{path}: {len(payload)} of {member.size} bytes at offset {member.offset}; the shard changed under its index")
-        return payload
+        _, members, opened = shards.members(shard, sample)
+        return shards.read(opened, _member(members, image_extension(members), SourceConfig.max_member_bytes))
 
     return read
 
 
-def _value(path: Path, members: dict[str, Member], metadata: dict[str, Any], name: str) -> Any:
-    if name.startswith("json:"):
-        return metadata[name.removeprefix("json:")]
-    return _reader(path, members[name])().decode("utf-8")
+@dataclass
+class _Fields:
+    """The text members of one sample. Everything raises BadSample."""
+
+    members: dict[str, Member]
+    read: Callable[[Member], bytes]
+
+    def json(self, extension: str) -> dict[str, Any]:
+        return decode.decode_json(self.read(_member(self.members, extension, SourceConfig.max_member_bytes)))
+
+    def value(self, name: str) -> Any:
+        extension, _, wanted = name.partition(":")
+        if not wanted:
+            return decode.decode_text(self.read(_member(self.members, extension, MAX_CAPTION_BYTES)))
+        fields = self.json(extension)
+        if wanted not in fields:
+            raise BadSample("missing_field", name)
+        return fields[wanted]
+
+    def captions(self, name: str, lines: bool) -> list[str]:
+        value = self.value(name)
+        return decode.captions_from(value.split("\n") if lines else value, name)
 
 
 def _label(value: Any) -> Label:
@@ -214,16 +226,8 @@ def _label(value: Any) -> Label:
         value = value.strip()
         return int(value) if re.fullmatch(r"-?\d+", value) else value
     if not isinstance(value, int):
-        raise ValueError(f"a label is an integer or a name, found {value!r:.50}")
+        raise BadSample("bad_label", f"expected an integer or a name, found {value!r:.50}")
     return int(value)
-
-
-def _captions(value: Any, lines: bool) -> list[str]:
-    texts = value if isinstance(value, list) else value.split("\n") if lines else [value]
-    texts = [str(text).strip() for text in texts]
-    if not any(texts):
-        raise ValueError("empty caption")
-    return [text for text in texts if text]
 
 
 def benchmark_items(root: Path, split: str, label: str | None, captions_wanted: bool, skip: Skip) -> Iterator[Item]:
@@ -235,7 +239,8 @@ def benchmark_items(root: Path, split: str, label: str | None, captions_wanted: 
     paths = [root / split / f"{n}.tar" for n in range(int(counted.read_text()))]
     if missing := [path for path in paths if not path.is_file()]:
         raise OptionError(f"{missing[0]}: not found, but {counted} says {len(paths)} shards")
-    return shard_items(paths, None if captions_wanted else label or "cls", "txt" if captions_wanted else None, True, skip)
+    names = [str(path) for path in paths]
+    return shard_items(names, None if captions_wanted else label or "cls", "txt" if captions_wanted else None, skip, lines=True)
 
 
 def lines_of(path: Path) -> list[str]:

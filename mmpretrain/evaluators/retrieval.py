@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from mmpretrain import distributed
 from mmpretrain.evaluators.datasets import DataConfig, open_dataset
-from mmpretrain.evaluators.features import encode_images, encode_texts, part
+from mmpretrain.evaluators.features import NO_FEATURES, encode_images, encode_texts, part
 from mmpretrain.evaluators.metrics import TIE
 from mmpretrain.types import Model, Result
 
@@ -38,7 +38,7 @@ class Retrieval:
         dataset = open_dataset(config, "retrieval")
         found = encode_images(model, dataset, accelerator, config)
         if "features" not in found.values:
-            raise TypeError("this model gives no joint features: retrieval needs an image and a text tower")
+            raise TypeError(NO_FEATURES.format("retrieval"))
         used = [dataset.items[row] for row in found.rows.tolist()]
         texts = [caption for item in used for caption in item.captions]
         owner = torch.tensor([i for i, item in enumerate(used) for _ in item.captions])  # text -> image
@@ -72,7 +72,7 @@ def retrieval_ranks(image: Tensor, text: Tensor, owner: Tensor, tile: int = 4096
 
 
 def _ranks(query: Tensor, query_id: Tensor, key: Tensor, key_id: Tensor, tile: int, tie: float) -> Tensor:
-    """For each query, how many keys of another id score at least as high as the best key of its own id."""
+    """For each query, how many keys of another id do not score lower than the best of its own; all where there is no such score."""
     ranks = torch.zeros(len(query), dtype=torch.int64, device=query.device)
     mine = part(len(query))
     for start in range(mine.start, mine.stop, tile):
@@ -85,6 +85,6 @@ def _ranks(query: Tensor, query_id: Tensor, key: Tensor, key_id: Tensor, tile: i
         for columns in (slice(i, i + tile) for i in range(0, len(key), tile)):
             other = query_id[rows, None] != key_id[None, columns]
             scores = query[rows] @ key[columns].T
-            ranks[rows] += (other & (scores >= best[:, None] - tie)).sum(1)
-        ranks[rows] = torch.where(best.isinf(), len(key), ranks[rows])
+            ranks[rows] += (other & ~(scores < best[:, None] - tie)).sum(1)  # not `>=`, which a NaN never is
+        ranks[rows] = torch.where(best.isfinite(), ranks[rows], len(key))
     return distributed.all_reduce_sum(ranks) if distributed.world_size() > 1 else ranks

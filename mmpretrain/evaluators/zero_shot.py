@@ -16,15 +16,16 @@ from torch.nn.functional import normalize
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.datasets import DataConfig, EvalSet, open_dataset
 from mmpretrain.evaluators.examples import thumbnail
-from mmpretrain.evaluators.features import encode_images, encode_texts
+from mmpretrain.evaluators.features import NO_FEATURES, encode_images, encode_texts
 from mmpretrain.evaluators.metrics import classification_metrics, confusion_tables, predictions
+from mmpretrain.evaluators.readers import lines_of
 from mmpretrain.types import Model, Result
 
 
 @dataclass
 class Config(DataConfig):
     templates: str | list[str] | None = (
-        None  # openai, simple, a file or a list of prompts with {} or {c}; default: the data's own, or openai
+        None  # openai, simple, a file, or a list of prompts with {} or {c}; default: the data's own or simple
     )
     examples: int = 8  # right and wrong predictions to show in the report, of each
 
@@ -45,7 +46,7 @@ class ZeroShot:
         prompts = read_templates(config.templates, dataset.templates)
         found = encode_images(model, dataset, accelerator, config)
         if "features" not in found.values:
-            raise TypeError("this model gives no joint features: zero_shot needs an image and a text tower")
+            raise TypeError(NO_FEATURES.format("zero_shot"))
         weights = class_embeddings(model, dataset.classes, prompts, accelerator, config.batch_size * 4)
         scores = normalize(found.values["features"], dim=-1) @ weights.T  # [m,C]
         labels = dataset.labels[found.rows]
@@ -65,12 +66,12 @@ def read_templates(chosen: str | Sequence[str] | None, own: list[str] | None = N
     elif chosen in (None, "openai", "simple"):
         import open_clip
 
-        functions = open_clip.SIMPLE_IMAGENET_TEMPLATES if chosen == "simple" else open_clip.OPENAI_IMAGENET_TEMPLATES
+        functions = open_clip.OPENAI_IMAGENET_TEMPLATES if chosen == "openai" else open_clip.SIMPLE_IMAGENET_TEMPLATES
         prompts = [function("{c}") for function in functions]
     elif isinstance(chosen, str) and "{" not in chosen:
         if not Path(chosen).is_file():
             raise OptionError(f"templates={chosen!r}: expected openai, simple, a file, or prompts with {{c}}")
-        prompts = [line.strip() for line in Path(chosen).read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = lines_of(Path(chosen))
     else:
         prompts = [chosen] if isinstance(chosen, str) else [str(prompt) for prompt in chosen]
     wrong = [prompt for prompt in prompts if prompt.count("{}") + prompt.count("{c}") != 1]

@@ -55,7 +55,7 @@ def test_a_run_gives_its_newest_valid_checkpoint_and_its_teacher(tmp_path):
     damaged.write_bytes(data)
     find = checkpoint.find_checkpoint
     assert load_model(str(tmp_path), find_checkpoint=find).fingerprint == TowerModel(student).fingerprint
-    assert load_model(str(tmp_path), which="ema", find_checkpoint=find).fingerprint == TowerModel(teacher).fingerprint
+    assert load_model(str(tmp_path), weights="teacher", find_checkpoint=find).fingerprint == TowerModel(teacher).fingerprint
     with pytest.raises(checkpoint.CheckpointError, match="damaged"):
         load_model(str(damaged.parent), find_checkpoint=find)
     with pytest.raises(OptionError, match="give one of its checkpoints"):
@@ -75,8 +75,8 @@ def test_specs_that_name_nothing(tmp_path):
     }.items():
         with pytest.raises(OptionError, match=message):
             load_model(spec)
-    with pytest.raises(OptionError, match="kept no EMA teacher"):
-        load_model(str(open_clip_folder(tmp_path / "m", towers())), which="ema")
+    with pytest.raises(OptionError, match="kept no teacher"):
+        load_model(str(open_clip_folder(tmp_path / "m", towers())), weights="teacher")
 
 
 def test_fingerprints_name_the_weights():
