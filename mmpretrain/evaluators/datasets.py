@@ -116,6 +116,8 @@ def open_dataset(config: DataConfig, task: Literal["classification", "retrieval"
     kind = kind_of(config.data)
     split = split if split is not None else config.split
     captions = task == "retrieval"
+    if task == "images" and (config.include is not None or config.exclude is not None):
+        raise OptionError("include= and exclude= choose by class name or caption, which this evaluator does not read: leave them out")
     skipped: list[dict[str, str]] = []
 
     def skip(key: str, reason: str) -> None:
@@ -179,8 +181,6 @@ def _filtered(dataset: EvalSet, config: DataConfig, task: str) -> EvalSet:
     """What `include` and `exclude` leave: classes by their names, for retrieval items by their captions."""
     if config.include is None and config.exclude is None:
         return dataset
-    if task == "images":
-        raise OptionError("include= and exclude= choose by class name or caption, which this evaluator does not read: leave them out")
     patterns = {}
     for key in ("include", "exclude"):
         try:

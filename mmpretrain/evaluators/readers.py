@@ -174,7 +174,7 @@ def shard_items(
             found += 1
             yield item
     if not found:
-        wanted = " and ".join(name for name in ("an image", label, caption) if name)
+        wanted = " and ".join(name for name in ("an image", label, caption, "json" if metadata else None) if name)
         have = ", ".join(sorted(shards.found)) or "nothing"
         raise OptionError(f"{paths[0]}: 0 of {shards.looked_at} samples have {wanted}; they have {have}")
 

@@ -1,7 +1,11 @@
 import json
+import os
 
 import pytest
 
+from mmpretrain.data.options import SourceConfig, SplitConfig
+from mmpretrain.data.source import Source
+from mmpretrain.data.views import CenterView
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.classes import merge_duplicates, read_classes, resolve
 from mmpretrain.evaluators.datasets import DataConfig, open_dataset
@@ -207,3 +211,90 @@ def test_what_is_nothing_known_is_said(tmp_path):
         open_dataset(DataConfig(str(tmp_path / "nowhere")), "classification")
     with pytest.raises(OptionError, match="neither class folders nor"):
         open_dataset(DataConfig(str(tmp_path)), "classification")
+
+
+def labelled_shards(root, count: int = 1):
+    for n in range(count):
+        samples = [(f"{n}{name}", {"png": picture(name), "cls": str(i).encode()}) for i, name in enumerate(["red", "green", "blue"])]
+        shard(root / f"{n}.tar", samples)
+    write(root / "classnames.txt", b"red apple\ngreen pear\nblue: dark skin tone\n")
+    return root
+
+
+def test_filters_choose_by_class_name_whatever_the_shard_holds(tmp_path, caplog):
+    data = str(labelled_shards(tmp_path))
+    dataset = open_dataset(DataConfig(data, exclude="skin tone"), "classification")
+    assert pairs(dataset) == [("0.tar/0red", "red apple"), ("0.tar/0green", "green pear")]
+    assert dataset.classes == ["red apple", "green pear"]
+    assert pairs(open_dataset(DataConfig(data, include="pear|dark", exclude="dark"), "classification")) == [("0.tar/0green", "green pear")]
+    with pytest.raises(OptionError, match="include='pair' matches none of the class names, such as 'red apple', 'green pear'"):
+        open_dataset(DataConfig(data, include="pair"), "classification")
+    with pytest.raises(OptionError, match=r"no items are left by include=None, exclude='\.'"):
+        open_dataset(DataConfig(data, exclude="."), "classification")
+    with pytest.raises(OptionError, match="this evaluator does not read"):
+        open_dataset(DataConfig(str(tmp_path / "*.tar"), include="x"), "images")
+    assert not caplog.records
+    assert len(open_dataset(DataConfig(data, exclude="^1$"), "classification")) == 3  # an index is no name
+    assert "exclude='^1$' matches none of the class names" in caplog.text
+
+
+def test_a_sources_held_out_part_is_the_evaluators(tmp_path):
+    data = str(labelled_shards(tmp_path, 20))
+    config = SourceConfig(shards=data, split=SplitConfig(holdout=0.3, part="holdout"))
+    source = Source("s", config, [CenterView(size=8)])
+    trained = {key.split("/", 1)[1] for key in source.rows(range(source.num_samples)).keys}
+    parts = [open_dataset(DataConfig(data, holdout=0.3, part=part), "classification") for part in ("holdout", "train")]
+    keys = [{item.key for item in part.items} for part in parts]
+    assert keys[0] == trained
+    assert 5 < len(keys[0]) < 35
+    assert not keys[0] & keys[1]
+    assert len(keys[0] | keys[1]) == 60
+    assert parts[0].name == f"{data}:holdout"
+    fitted, tested = open_pair(TrainDataConfig(data, holdout=0.3))
+    assert [{item.key for item in side.items} for side in (tested, fitted)] == keys
+    with pytest.raises(OptionError, match="share between 0 and 1"):
+        open_dataset(DataConfig(data, holdout=1.5), "classification")
+
+
+def test_limit_of_a_held_out_part_is_drawn_by_seed(tmp_path):
+    colour_folder(tmp_path, ["red", "green"], 40)
+    whole = [item.key for item in open_pair(TrainDataConfig(str(tmp_path), holdout=0.5))[1].items]
+    drawn = [[item.key for item in open_pair(TrainDataConfig(str(tmp_path), holdout=0.5, limit=8, seed=s))[1].items] for s in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert all(set(keys) < set(whole) and len(keys) == 8 for keys in drawn)
+    assert drawn[0] != whole[:8]
+
+
+def test_members_of_shards_have_bounds_and_rules(tmp_path):
+    texts = {"plain": "e\u0301".encode(), "huge": b"x" * 70_000, "latin": b"caf\xe9", "empty": b" \n"}
+    samples = [(key, {"png": picture("red"), "txt": text, "json": b"{"}) for key, text in texts.items()]
+    shard(tmp_path / "0.tar", [*samples, ("bare", {"txt": b"x"})])
+    dataset = open_dataset(DataConfig(str(tmp_path), max_bad_fraction=0.9), "retrieval")  # json that nobody wants may be broken
+    assert [(item.key, item.captions) for item in dataset.items] == [("0.tar/plain", ["\u00e9"])]  # NFC
+    assert {entry["key"]: entry["reason"].split(":")[0] for entry in dataset.skipped} == {
+        "0.tar/huge": "too_many_bytes",
+        "0.tar/latin": "not_utf8",
+        "0.tar/empty": "empty_caption",
+        "0.tar/bare": "missing_field",
+    }
+    with pytest.raises(OptionError, match="0 of 5 samples have an image and json:a"):
+        open_dataset(DataConfig(str(tmp_path), caption="json:a"), "retrieval")
+
+
+def test_an_image_beyond_the_bound_is_left_out_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(SourceConfig, "max_member_bytes", 1000)
+    shard(tmp_path / "0.tar", [("a", {"png": picture("red"), "cls": b"1"}), ("b", {"png": bytes(1001), "cls": b"1"})])
+    dataset = open_dataset(DataConfig(str(tmp_path), max_bad_fraction=0.5), "classification")
+    assert [item.key for item in dataset.items] == ["0.tar/a"]
+    assert "1001 bytes, the limit is 1000" in dataset.skipped[0]["reason"]
+
+
+def test_a_shard_is_opened_once_for_all_its_samples(tmp_path, monkeypatch):
+    samples = [(f"{i}", {"png": picture("red"), "cls": b"0", "json": b'{"label": 0}'}) for i in range(9)]
+    path = shard(tmp_path / "0.tar", samples)
+    open_dataset(DataConfig(str(path), label="json:label"), "classification")  # writes the index
+    real, opened = os.open, []
+    monkeypatch.setattr(os, "open", lambda name, *rest, **named: opened.append(str(name)) or real(name, *rest, **named))
+    dataset = open_dataset(DataConfig(str(path), label="json:label"), "classification")
+    assert [item.read() for item in dataset.items] == [picture("red")] * 9
+    assert opened == [str(path)]

@@ -1,17 +1,21 @@
 import base64
 import json
+import threading
+import time
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from mmpretrain.evaluators import EVALUATORS, build_evaluator
+from mmpretrain.evaluators import EVALUATORS, build_evaluator, features
 from mmpretrain.evaluators.base import OptionError, make_config
 from mmpretrain.evaluators.datasets import DataConfig, open_dataset
 from mmpretrain.evaluators.features import encode_images
+from mmpretrain.evaluators.models import TowerModel
 from mmpretrain.evaluators.zero_shot import class_embeddings, read_templates
-from mmpretrain.types import Model
+from mmpretrain.types import Encoded, Model
 from tests.evaluators.fake import COLOURS, ColourModel, colour_folder, picture, shard, write
+from tests.tiny import towers
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +178,59 @@ def test_options(tmp_path):
         build_evaluator("knn", [])
     with pytest.raises(OptionError, match="did you mean 'zero_shot'"):
         build_evaluator("zeroshot", [])
+
+
+@pytest.mark.parametrize(("spoiled", "message"), [("images", "features of red/0.png"), ("texts", "features of the text 'a red'")])
+def test_values_that_are_not_finite_are_an_error_naming_the_model(tmp_path, accelerator, spoiled, message):
+    class Broken(ColourModel):
+        fingerprint = "0123456789abcdef"
+
+        def images(self, pixels):
+            found = super().images(pixels)
+            red = found.features[:, :1] > 0.9
+            return Encoded(*(x.masked_fill(red & (spoiled == "images"), float("nan")) for x in found[:2]))
+
+        def texts(self, texts):
+            return super().texts(texts) * torch.tensor([[float("inf") if spoiled == "texts" and "red" in t else 1.0] for t in texts])
+
+    colour_folder(tmp_path, ["blue", "red"], 1)
+    with pytest.raises(RuntimeError, match=f"model 0123456789ab gives values that are not finite for 1 of 2 inputs, first the {message}"):
+        run("zero_shot", accelerator, Broken(), data=str(tmp_path), templates=["a {}"])
+
+
+def test_a_decoder_that_hangs_is_an_error_that_names_the_item(tmp_path, monkeypatch):
+    colour_folder(tmp_path, ["red", "blue"], 2)
+    dataset = open_dataset(DataConfig(str(tmp_path)), "classification")
+    over = threading.Event()
+    dataset.items[2].read = lambda: over.wait(60) and b""
+    monkeypatch.setattr(features, "TIMEOUT_S", 0.3)
+    began = time.monotonic()
+    try:
+        with pytest.raises(TimeoutError, match=r"no batch of images in 0.3 s; being read or decoded are red/0\.png"):
+            list(features.images(dataset, [[0, 1], [2, 3]], features.center_view(ColourModel()), threads=2))
+        assert time.monotonic() - began < 20
+    finally:
+        over.set()
+
+
+def test_kept_features_of_another_choice_of_outputs_are_not_taken(tmp_path, accelerator):
+    config = DataConfig(str(colour_folder(tmp_path / "data", ["red"], 2)), cache=str(tmp_path / "cache"))
+    dataset = open_dataset(config, "classification")
+    found = [encode_images(TowerModel(towers(), joint=joint), dataset, accelerator, config).values for joint in (True, False, True)]
+    assert [sorted(values) for values in found] == [["features", "pooled"], ["pooled"], ["features", "pooled"]]
+
+
+def test_templates_inline_and_beside_shards(tmp_path, accelerator):
+    assert make_config(EVALUATORS["zero_shot"].Config, ["data=x", 'templates=["{c}", "a {c}"]']).templates == ["{c}", "a {c}"]
+    shard(tmp_path / "0.tar", [("a", {"png": picture("red"), "cls": b"0"}), ("b", {"png": picture("blue"), "cls": b"1"})])
+    write(tmp_path / "classnames.txt", b"red\nblue\n")
+    write(tmp_path / "zeroshot_classification_templates.txt", b"{c} beside\n")
+    asked = []
+
+    class Listens(ColourModel):
+        def texts(self, texts):
+            asked.extend(texts)
+            return super().texts(texts)
+
+    run("zero_shot", accelerator, Listens(), data=str(tmp_path))
+    assert asked == ["red beside", "blue beside"]

@@ -131,3 +131,22 @@ def test_the_probe_is_scikit_learns_logistic_regression():
     reference = LogisticRegression(C=0.5, max_iter=2000, tol=1e-9).fit(x.numpy(), labels.numpy())
     expected = torch.from_numpy(reference.predict_proba(x.numpy())).float()
     torch.testing.assert_close((x @ weight.T + bias).softmax(1), expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tile", [1, 3, 100])
+def test_of_equally_near_rows_the_earlier_ones_vote(tile):
+    train, labels = torch.ones(10, 3), torch.tensor([3, 1, 1, 0, 0, 0, 2, 2, 2, 2])
+    votes = knn_votes(torch.ones(2, 3), train, labels, 4, k=3, temperature=0.1, tile=tile)
+    torch.testing.assert_close(votes, torch.tensor([[0.0, 2.0, 0.0, 1.0]], dtype=torch.float64).expand(2, 4), atol=1e-5, rtol=0)
+
+
+def test_a_nan_counts_against_the_model():
+    nan = float("nan")
+    scores = torch.tensor([[nan, nan, nan], [nan, 0.1, 0.2], [0.3, nan, 0.1], [0.9, 0.1, 0.1]])
+    assert rank_of_label(scores, torch.tensor([0, 0, 0, 0])).tolist() == [2, 2, 1, 0]
+    metrics = classification_metrics(scores, torch.tensor([0, 0, 0, 0]))
+    assert (metrics["acc1"], metrics["mean_per_class_recall"]) == (0.25, 0.25)
+    image, text = torch.eye(3), torch.eye(3)
+    text[1] = nan
+    assert [rank.tolist() for rank in retrieval_ranks(image, text, torch.arange(3), tile=2)] == [[0, 3, 0], [1, 3, 1]]
+    assert [rank.tolist() for rank in retrieval_ranks(torch.full((3, 3), nan), text, torch.arange(3))] == [[3, 3, 3], [3, 3, 3]]

@@ -185,3 +185,28 @@ def test_bad_training_images_are_counted(coloured, tmp_path):
         finetune(tmp_path, steps=2, random=False)
     result = finetune(tmp_path, steps=2, random=False, max_bad_fraction=0.5)
     assert [row["key"] for row in result.tables["skipped"]] == ["train/red/bad.png"]
+
+
+def test_a_run_without_a_contrastive_objective_gives_no_joint_features(tmp_path, coloured):
+    weights = {name: value for name, value in towers().state_dict().items() if name.startswith("visual.")}
+    documents = {"open_clip_config": CONFIG}
+    checkpoint.save(tmp_path / "a" / "checkpoints", 1, {"model": weights, "teacher": weights}, {}, documents, keep=1)
+    whole = towers().state_dict() | {"logit_scale": torch.tensor(1.0)}
+    checkpoint.save(tmp_path / "b" / "checkpoints", 1, {"model": whole, "teacher": towers().state_dict()}, {}, documents, keep=1)
+    pixels = torch.randn(1, 3, 16, 16)
+    for run, joint in (("a", False), ("b", True)):
+        for chosen in ("student", "teacher"):
+            model = load_model(str(tmp_path / run), weights=chosen, find_checkpoint=checkpoint.find_checkpoint)
+            found = model.images(pixels)
+            assert ((found.features is not None), model.texts(["x"]) is not None) == (joint, joint)
+            assert found.pooled is not None
+    alone = load_model(str(tmp_path / "a"), find_checkpoint=checkpoint.find_checkpoint)
+    for kind in ("zero_shot", "retrieval"):
+        data = (
+            str(coloured / "test")
+            if kind == "zero_shot"
+            else str(write(tmp_path / "t.csv", f"file,caption\n{coloured}/test/red/0.png,x".encode()))
+        )
+        with pytest.raises(TypeError, match=rf"{kind} needs them.*no logit_scale"):
+            build_evaluator(kind, {"data": data})(alone, Accelerator(cpu=True))
+    assert build_evaluator("knn", {"data": str(coloured), "k": 1})(alone, Accelerator(cpu=True)).n == 9

@@ -1,8 +1,10 @@
-"""Run by torchrun: evaluate the colour model, and fine-tune a tiny tower, on however many processes there are."""
+"""Evaluate the colour model, and fine-tune a tiny tower, in two processes: begun once, so that torch is imported once, then forked."""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import sys
 
 from accelerate import Accelerator
@@ -26,11 +28,24 @@ def results(folder: str, table: str) -> dict:
         "n": [shot.n, pairs.n, near.n, tuned.n],
         "skipped": sorted(row["key"] for row in shot.tables["skipped"]),
         "loss": [row["loss"] for row in tuned.tables["loss"]],
+        "processes": accelerator.num_processes,
         "main": accelerator.is_main_process,
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    child = os.fork()  # before torch has started any thread
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = "1" if child == 0 else "0"
     found = results(*sys.argv[1:])
     if found["main"]:
-        print(json.dumps(found))
+        print(json.dumps(found), flush=True)
+    if child:
+        assert os.waitpid(child, 0)[1] == 0
+
+
+if __name__ == "__main__":
+    main()
