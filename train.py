@@ -11,7 +11,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="key=value, dots for nesting")
     parser.add_argument("--print-config", action="store_true", help="show the resolved recipe and stop")
     parser.add_argument("-h", "--help", action="store_true", help="every option with its documentation")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # options may stand anywhere among the overrides
 
     from mmpretrain import config as recipes
 
@@ -29,16 +29,29 @@ def main() -> int:
         if arguments.print_config:
             print(recipes.dump(config))
             return 0
-        if recipe is None:
-            from data_prep.demo import ensure_demo
-
-            ensure_demo("data/demo")
-        from mmpretrain.trainer import train
-
-        return train(config)
+        return run(config, demo=recipe is None)
     except recipes.OptionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def run(config, demo: bool) -> int:
+    """Train. What is known to go wrong is one line, and status 1; anything else keeps its traceback."""
+    from mmpretrain.checkpoint import CheckpointError
+    from mmpretrain.data.schema import BadSampleBudgetError, ShardError
+    from mmpretrain.machine import hold
+    from mmpretrain.trainer import TrainingError, train
+
+    try:
+        if demo:
+            from data_prep.demo import ensure_demo
+
+            with hold("data/.demo.lock"):  # one process writes them; the others of this machine wait, and find them
+                ensure_demo("data/demo")
+        return train(config)
+    except (BadSampleBudgetError, CheckpointError, ShardError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

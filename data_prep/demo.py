@@ -27,6 +27,7 @@ from data_prep.demo_captions import TEMPLATES
 from data_prep.demo_records import chunk
 from data_prep.demo_scenes import CLASS_NAMES, GENERATOR_VERSION, NUM_TRAINED, SPLITS
 from data_prep.writer import Record, write_shards
+from mmpretrain.machine import cores
 
 MARK = "demo.json"
 SCENES_PER_JOB = 250
@@ -166,7 +167,7 @@ def ensure_demo(
         say(f"writing demo shards to {root}: " + ", ".join(f"{name} {total[name]:,}" for name in missing))
     for name in missing:
         start = time.perf_counter()
-        most = max(1, min(processes or len(os.sched_getaffinity(0)), 16, total[name] // SCENES_PER_PROCESS))
+        most = max(1, min(processes or cores(), 16, total[name] // SCENES_PER_PROCESS))
         _write_split(root, seed, name, total[name], most)
         say(f"  {name}: {total[name]:,} scenes in {time.perf_counter() - start:.1f} s")
     return root

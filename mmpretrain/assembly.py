@@ -8,34 +8,43 @@ import torch
 
 from mmpretrain.checkpoint import MANIFEST, find_checkpoint
 from mmpretrain.config import Config
-from mmpretrain.data.source import ImageConfig, Source
+from mmpretrain.data.schema import ShardError
 from mmpretrain.data.shards import load_classes
+from mmpretrain.data.source import ImageConfig, Source
 from mmpretrain.data.text import get_tokenizer
-from mmpretrain.model import PretrainModel
+from mmpretrain.model import PretrainModel, take
 from mmpretrain.objectives import OBJECTIVES, Context, Objective
 from mmpretrain.objectives.base import source_encodes
-from mmpretrain.options import OptionError
+from mmpretrain.optim import align_tops
+from mmpretrain.options import OptionError, blaming
 from mmpretrain.towers.dual import DualEncoder, build_towers, load_weights
 from mmpretrain.towers.teacher import Teacher
 from mmpretrain.types import Batch
 
 
-def build_model(config: Config) -> tuple[PretrainModel, Teacher | None]:
-    """Towers, objectives and teacher, drawn from `config.seed`; towers that nobody encodes with are left out."""
+def build_model(config: Config, resumed: bool = False) -> tuple[PretrainModel, Teacher | None]:
+    """Towers, objectives and teacher, drawn from `config.seed`; towers that nobody encodes with are left out.
+
+    `resumed`: a checkpoint will be put in, so that `init_from` is not read; what it names may be gone.
+
+    Raises:
+        OptionError: a model or objective that cannot be built.
+        CheckpointError: `init_from` is a run without a valid checkpoint.
+    """
     torch.manual_seed(config.seed)
-    pretrained = config.init_from
+    pretrained = None if resumed else config.init_from
     if pretrained is not None and ((Path(pretrained) / "checkpoints").is_dir() or (Path(pretrained) / MANIFEST).exists()):
         pretrained = str(find_checkpoint(Path(pretrained)))
-    towers = build_towers(config.model, image_size=config.image_size)
-    leftovers = load_weights(towers, pretrained, absent="keep") if pretrained else {}
+    with blaming("model"):
+        towers = build_towers(config.model, image_size=config.image_size)
+    with blaming("init_from"):
+        leftovers = load_weights(towers, pretrained, absent="keep") if pretrained else {}
 
     objectives: dict[str, Objective] = {}
     for name, options in config.objectives.items():
         torch.manual_seed(config.seed)  # an objective's first weights do not depend on which others stand beside it
-        try:
+        with blaming(f"objectives.{name}"):
             objectives[name] = OBJECTIVES[options.kind](options, context(config, options.source, towers))
-        except ValueError as error:
-            raise OptionError(f"objectives.{name}: {error}") from error
     for parameter in ("logit_scale", "logit_bias"):
         for objective in objectives.values():
             if parameter in leftovers and isinstance(getattr(objective, parameter, None), torch.nn.Parameter):
@@ -46,12 +55,13 @@ def build_model(config: Config) -> tuple[PretrainModel, Teacher | None]:
         towers.visual = None
     if "text" not in modalities:
         towers.text = None
-    if config.activation_checkpointing:
-        towers.set_grad_checkpointing(True)
-    if config.compile:
-        for tower in (towers.visual, towers.text):
-            if tower is not None:
-                tower.compile_trunk()
+    with blaming("model"):
+        if config.activation_checkpointing:
+            towers.set_grad_checkpointing(True)
+        if config.compile:
+            for tower in (towers.visual, towers.text):
+                if tower is not None:
+                    tower.compile_trunk()
     if config.accumulate > 1 and any(t is not None and not t.mergeable for t in (towers.visual, towers.text)):
         raise OptionError(
             f"accumulate is {config.accumulate}, but this tower's rows cannot be split (BatchNorm, or a foreign module's dropout): "
@@ -61,7 +71,8 @@ def build_model(config: Config) -> tuple[PretrainModel, Teacher | None]:
     teacher = None
     if config.teacher is not None:
         t = config.teacher
-        teacher = Teacher(towers, t.momentum, t.final_momentum, t.schedule)
+        with blaming("teacher"):
+            teacher = Teacher(towers, t.momentum, t.final_momentum, t.schedule)
     weights = {name: options.weight for name, options in config.objectives.items()}
     return PretrainModel(towers, objectives, weights, teacher.module if teacher is not None else None), teacher
 
@@ -88,10 +99,29 @@ def context(config: Config, source: str, towers: DualEncoder) -> Context:
 
 
 def build_sources(config: Config, model: PretrainModel) -> dict[str, Source]:
-    """Every source, opened and counted, with the views and labels that its objectives want."""
+    """Every source, opened and counted, with the views and labels that its objectives want.
+
+    Raises:
+        OptionError: options of a source that do not fit.
+        ShardError: shards that cannot be read.
+    """
     views = model.views()
     labelled = {config.objectives[name].source for name, objective in model.objectives.items() if objective.wants_label}
-    return {name: Source(name, options, views[name], name in labelled, config.seed) for name, options in config.sources.items()}
+    sources = {}
+    for name, options in config.sources.items():
+        try:
+            sources[name] = Source(name, options, views[name], name in labelled, config.seed)
+        except (OptionError, ShardError):
+            raise
+        except ValueError as error:
+            raise OptionError(f"sources.{name}: {error}") from error
+    return sources
+
+
+def layers(towers: DualEncoder) -> dict[str, int]:
+    """Parameter name in the model -> depth, equal for the last layers of both towers."""
+    parts = [(name, tower.layer_ids()) for name, tower in (("visual", towers.visual), ("text", towers.text)) if tower is not None]
+    return align_tops({f"towers.{name}.{key}": depth for key, depth in part.items()} for name, part in parts)
 
 
 def check_division(config: Config, processes: int) -> None:
@@ -118,8 +148,6 @@ def total_steps(config: Config, sources: dict[str, Source]) -> int:
 
 def first_rows(batch: Batch, count: int) -> Batch:
     """The first `count` rows of every source: for pictures and dry runs."""
-    from mmpretrain.model import take
-
     result = {}
     for name, rows in batch.items():
         n = len(rows.keys)

@@ -86,7 +86,7 @@ def save(
             shutil.rmtree(final)
         partial.rename(final)
         _flush(root)
-    except OSError as error:
+    except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError, by who wrote
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"cannot write {final}: {error}. The earlier checkpoints are untouched; free space or mend the disk, and start again to resume."
@@ -149,14 +149,28 @@ def optimizer_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, A
     return {name: dict(optimizer.state[p]) for name, p in _named(optimizer) if p in optimizer.state}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]]) -> None:
-    """Put `optimizer_by_name`'s state back, on each parameter's device."""
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]], strict: bool = True) -> list[str]:
+    """Put `optimizer_by_name`'s state back, on each parameter's device. Without `strict` what does not fit is left out, and named.
+
+    Raises:
+        CheckpointError: state of parameters that are not trained, of another shape, or of another kind of optimizer.
+    """
     names = dict(_named(optimizer))
-    if unknown := sorted(set(state) - set(names)):
+    kinds = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
+
+    def fits(name: str, values: dict[str, Any]) -> bool:
+        shapes = {v.shape for v in values.values() if isinstance(v, Tensor) and v.ndim}
+        return name in names and set(values) <= kinds and all(shape == names[name].shape for shape in shapes)
+
+    unknown = sorted(name for name, values in state.items() if not fits(name, values))
+    if unknown and strict:
         raise CheckpointError(f"the optimizer state names parameters this recipe does not train: {', '.join(unknown[:5])}")
     for name, values in state.items():
+        if name in unknown:
+            continue
         parameter = names[name]
         optimizer.state[parameter] = {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in values.items()}
+    return unknown
 
 
 def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +84,18 @@ FREE = {
     "run_dir", "accumulate", "threads", "loader_threads", "prefetch", "compile", "activation_checkpointing", "deterministic",
     "max_skipped_steps", "log_every", "images_every", "resume", "checkpoint", "evaluators",
 }  # fmt: skip
+FREE_OF_SOURCE = {"max_bad_fraction", "max_consecutive_bad", "cache_dir", "cache_bytes", "verify"}
+
+# Numbers that cannot be meant, refused at the start rather than met in the middle of a run. `*` stands for any name.
+LIMITS: dict[str, tuple[str, float]] = {
+    "steps": (">=", 0), "epochs.count": (">", 0), "accumulate": (">=", 1), "image_size": (">=", 1), "threads": (">=", 1),
+    "loader_threads": (">=", 1), "prefetch": (">=", 1), "max_skipped_steps": (">=", 0), "log_every": (">=", 1), "images_every": (">=", 0),
+    "checkpoint.every": (">=", 1), "checkpoint.keep": (">=", 1), "objectives.*.weight": (">=", 0), "evaluators.*.every": (">=", 0),
+    "optim.lr": (">=", 0), "optim.weight_decay": (">=", 0), "optim.warmup_steps": (">=", 0), "optim.final_lr": (">=", 0),
+    "optim.decay_fraction": (">", 0), "optim.layer_decay": (">", 0), "optim.head_lr": (">=", 0), "optim.clip_grad_norm": (">", 0),
+    "sources.*.batch_size": (">=", 1), "sources.*.shuffle_window": (">=", 1), "sources.*.max_bad_fraction": (">=", 0),
+    "sources.*.max_consecutive_bad": (">=", 1), "sources.*.cache_bytes": (">=", 0), "sources.*.image.size": (">=", 1),
+}  # fmt: skip
 
 
 def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -107,7 +120,11 @@ def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         raise OptionError(f"cannot merge {' '.join(overrides)}: {error}") from error
     _refuse_interpolation(plain, "")
 
+    typed = {override.partition("=")[0] for override in overrides}
+
     def place(path: str) -> str:
+        if path in typed:
+            return ""
         while path and path not in lines:
             path = path.rpartition(".")[0]
         return f" ({recipe}, line {lines[path]})" if path in lines else ""
@@ -145,6 +162,8 @@ def assemble(data: Any, place: Callable[[str], str] = lambda path: "") -> Config
         config.evaluators[name] = build(EvaluationConfig, own, path, place)
         if config.evaluators[name].weights == "teacher" and config.teacher is None:
             raise OptionError(f"{path}.weights is teacher{place(path)}, but the recipe has no teacher: add teacher: {{momentum: 0.996}}")
+    for path, limit in LIMITS.items():
+        _check(config, path.split("."), "", *limit, place)
     used = {objective.source for objective in config.objectives.values()}
     if idle := set(config.sources) - used:
         raise OptionError(f"no objective uses source {', '.join(sorted(idle))}: remove it, or name it in an objective's source")
@@ -170,7 +189,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     def walk(a: Any, b: Any, path: str) -> list[str]:
         if isinstance(a, dict) and isinstance(b, dict):
             return [line for key in sorted({*a, *b}) for line in walk(a.get(key), b.get(key), f"{path}.{key}" if path else key)]
-        return [] if a == b else [f"{path}: {a!r} in the run, {b!r} in the recipe"]
+        free = path.startswith("sources.") and path.rpartition(".")[2] in FREE_OF_SOURCE
+        return [] if a == b or free else [f"{path}: {a!r} in the run, {b!r} in the recipe"]
 
     return [line for key in sorted({*old, *new} - FREE) for line in walk(old.get(key), new.get(key), key)]
 
@@ -188,6 +208,19 @@ def help_text() -> str:
             f"  {path} = {default}\n      {text}" if default else f"  {path}\n      {text}" for path, default, text in describe(cls, prefix)
         ]
     return "\n".join(out)
+
+
+def _check(value: Any, path: list[str], done: str, sign: str, limit: float, place: Callable[[str], str]) -> None:
+    """Hold the number at `path` below `value` against a limit; null passes."""
+    if value is None:
+        return
+    if path:
+        mapping = value if isinstance(value, dict) else vars(value)
+        for name in mapping if path[0] == "*" else path[:1]:
+            _check(mapping[name], path[1:], f"{done}.{name}" if done else name, sign, limit, place)
+    elif not {">=": operator.ge, ">": operator.gt}[sign](value, limit):
+        wanted = f"at least {limit:g}" if sign == ">=" else f"more than {limit:g}"
+        raise OptionError(f"option {done}={value!r}{place(done)}: expected {wanted}")
 
 
 def _mapping(value: Any, path: str, place: Callable[[str], str]) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -76,7 +80,8 @@ def average(values: dict[str, Tensor]) -> dict[str, float]:
     if not values:
         return {}
     names = sorted(values)
-    stacked = torch.stack([values[name].detach().double().reshape(()) for name in names])
+    dtype = torch.float32 if values[names[0]].device.type == "mps" else torch.float64  # MPS has no float64
+    stacked = torch.stack([values[name].detach().to(dtype).reshape(()) for name in names])
     if world_size() > 1:
         dist.all_reduce(stacked)
         stacked /= world_size()
@@ -104,13 +109,13 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
             bucket, size = [], 0
 
 
-def any_rank(flag: bool, device: torch.device | None = None) -> bool:
-    """True on every rank when it is true on one: ranks must agree before they leave a loop."""
+def any_rank(flags: Sequence[bool], device: torch.device | None = None) -> list[bool]:
+    """Each flag, true on every rank when it is true on one: ranks must agree before they leave a loop. One collective."""
     if world_size() == 1:
-        return flag
-    value = torch.tensor(int(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+        return list(flags)
+    values = torch.tensor(list(flags), dtype=torch.int32, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return [bool(value) for value in values.tolist()]
 
 
 def gather_lists(items: list[Any]) -> list[Any]:
@@ -129,3 +134,24 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(action: Callable[[], T]) -> T | None:
+    """Do it on the main rank while the others wait (and get None). What it raises is raised on every rank: none waits for ever."""
+    result, error = None, None
+    if is_main():
+        try:
+            result = action()
+        except Exception as found:
+            error = found
+    failed = broadcast_object(_sendable(error))
+    if failed is not None:
+        raise error or failed
+    return result
+
+
+def _sendable(error: Exception | None) -> Exception | None:
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")

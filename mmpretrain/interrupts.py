@@ -9,11 +9,16 @@ import time
 from types import FrameType
 
 
+def launched() -> bool:
+    """Whether torchrun or `accelerate launch` started this process, rather than a shell."""
+    return "LOCAL_RANK" in os.environ or any(name.startswith("ACCELERATE_") for name in os.environ)
+
+
 class Interrupts:
     """Turns SIGTERM, SIGINT and the launcher's death into `reason`, which the training loop reads after each step.
 
     A second signal leaves at once. A launcher killed outright sends nothing, so its death is watched for: otherwise the worker
-    would train on as an orphan.
+    would train on as an orphan. Without a launcher the parent is a shell, whose end means nothing: `nohup train.py &` goes on.
     """
 
     def __init__(self) -> None:
@@ -21,7 +26,8 @@ class Interrupts:
         self._parent = os.getppid()
         self._previous = {kind: signal.signal(kind, self._handle) for kind in (signal.SIGTERM, signal.SIGINT)}
         self._closed = threading.Event()
-        threading.Thread(target=self._watch, name="launcher-watch", daemon=True).start()
+        if launched():
+            threading.Thread(target=self._watch, name="launcher-watch", daemon=True).start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.reason is not None and time.monotonic() - self._since > 0.5:  # a launcher forwards what the terminal also sent

@@ -18,16 +18,23 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from mmpretrain import __version__
 from mmpretrain.config import Config
+from mmpretrain.machine import cores
 from mmpretrain.options import OptionError
 
 
 def start(config: Config) -> Accelerator:
     """The Accelerator of this process. Settles `config.precision` and `config.threads`, which plain `accelerate launch` leaves slow."""
+    wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted not in ("no", "bf16"):
+        raise OptionError(
+            f"launched with --mixed_precision {wanted}, which this trainer does not compute in (fp16 would need loss scaling): "
+            "launch with bf16 or no, or leave it to precision: auto"
+        )
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if config.threads is None:
         # `accelerate launch` and torchrun set one OpenMP thread; any other number is the user's wish.
         wish = os.environ.get("OMP_NUM_THREADS", "1")
-        config.threads = int(wish) if wish.isdigit() and int(wish) > 1 else max(1, len(os.sched_getaffinity(0)) // local_ranks)
+        config.threads = int(wish) if wish.isdigit() and int(wish) > 1 else max(1, cores() // local_ranks)
     torch.set_num_threads(config.threads)
     keep_freed_memory()
     if config.precision == "auto":

@@ -43,6 +43,12 @@ class PretrainModel(nn.Module):
             wanted.setdefault(encode.source, set()).add(encode.view)
         return wanted
 
+    def train(self, mode: bool = True) -> PretrainModel:
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()  # no dropout, and running statistics, in its targets
+        return self
+
     # -- encoding ---------------------------------------------------------------------------------------------------
 
     def _tower(self, encode: Encode) -> Tower:
@@ -253,13 +259,19 @@ def surrogate(encoded: Encoded, leaf: Encoded, i: int, chunks: int) -> Tensor:
     return total
 
 
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers that a forward pass in training changes: means and variances of every kind of BatchNorm."""
+    names = {"running_mean", "running_var", "num_batches_tracked"}
+    return [buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in names]
+
+
 def freeze_unused(model: PretrainModel, batch: Batch) -> list[str]:
     """Freeze, and name, parameters that no objective sends a gradient to: DDP and weight decay must not see them."""
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     loss, _ = model(batch)
     loss.backward()
     unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.grad is None:
             parameter.requires_grad_(False)
         parameter.grad = None

@@ -47,12 +47,19 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and last not in {"positional_embedding", "class_embedding", "pos_embed", "cls_token", "mask_token"}
 
 
+def align_tops(towers: Iterable[dict[str, int]]) -> dict[str, int]:
+    """name -> depth of each tower, shifted so that the last layers of all towers are equally deep: each is nearest the loss."""
+    parts = [part for part in towers if part]
+    top = max((max(part.values()) for part in parts), default=0)
+    return {name: depth + top - max(part.values()) for part in parts for name, depth in part.items()}
+
+
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, layers: dict[str, int]) -> list[dict]:
     """Groups of equal decay and learning rate.
 
     Args:
         parameters: trainable (name, parameter).
-        layers: name -> depth, 0 for embeddings, the largest for what is nearest the loss; absent names count as nearest.
+        layers: name -> depth, the largest for what is nearest the loss; absent names count as nearest. See `align_tops` for two towers.
     """
     top = max(layers.values(), default=0)
     groups: dict[tuple[float, float], dict] = {}

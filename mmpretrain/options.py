@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -10,7 +11,7 @@ import io
 import tokenize
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -23,6 +24,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return (f"; did you mean {close[0]!r}?" if close else "") + f" Known: {', '.join(sorted(known))}."
+
+
+@contextlib.contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """A ValueError of what a recipe names (a model, an evaluator) is the recipe's fault: it becomes an OptionError that says of what."""
+    try:
+        yield
+    except OptionError:
+        raise
+    except ValueError as error:
+        raise OptionError(f"{what}: {error}") from error
 
 
 def build(cls: type, data: Any, where: str = "", place: typing.Callable[[str], str] = lambda path: "") -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,27 +9,39 @@ import yaml
 
 from mmpretrain.checkpoint import CheckpointError, load_json, newest_valid
 from mmpretrain.config import Config, differences, plain
+from mmpretrain.machine import hold
 from mmpretrain.options import OptionError
 
 RECIPE = "config.yaml"
 
 
-def claim(config: Config) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, or None to start; and lines to say about it.
+def newest(config: Config) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, or None to start; and a line for each newer one that was passed over.
 
     Raises:
-        OptionError: the folder holds a run of another recipe, or (resume=never) any run.
-        CheckpointError: the folder holds checkpoints, none of them valid.
+        OptionError: the folder holds a run, and resume is never.
     """
     folder = Path(config.run_dir)
-    stored = folder / RECIPE
-    if not stored.exists():
+    if not (folder / RECIPE).exists():
         return None, []
     if config.resume == "never":
         raise OptionError(f"{folder} already holds a run and resume is never: choose another run_dir")
+    return newest_valid(folder / "checkpoints")
+
+
+def claim(config: Config, found: Path | None, skipped: list[str]) -> list[str]:
+    """May this recipe go on from what `newest` found? Lines to say about it.
+
+    Raises:
+        OptionError: the folder holds a run of another recipe.
+        CheckpointError: the folder holds checkpoints, none of them valid.
+    """
+    folder, messages = Path(config.run_dir), list(skipped)
+    stored = folder / RECIPE
+    if not stored.exists():
+        return messages
     old = yaml.safe_load(stored.read_text())
     old.pop("environment", None)
-    found, messages = newest_valid(folder / "checkpoints")
     changed = differences(old, plain(config))
     if changed and (found is not None or messages):
         if config.resume != "force":
@@ -44,7 +55,7 @@ def claim(config: Config) -> tuple[Path | None, list[str]]:
         raise CheckpointError("\n".join([*messages, f"{folder} has no valid checkpoint left: remove the folder or choose another run_dir"]))
     if found is not None:
         messages.append(f"resuming from {found} (step {load_json(found, 'state')['step']})")
-    return found, messages
+    return messages
 
 
 def lock(config: Config) -> IO[str]:
@@ -53,17 +64,10 @@ def lock(config: Config) -> IO[str]:
     Raises:
         OptionError: another process trains in this folder.
     """
-    folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return hold(Path(config.run_dir) / ".lock", wait=False)
     except BlockingIOError:
-        file.close()
-        raise OptionError(f"another process is training in {folder}: wait for it, stop it, or choose another run_dir") from None
-    except OSError:  # a file system without locks
-        pass
-    return file
+        raise OptionError(f"another process is training in {config.run_dir}: wait for it, stop it, or choose another run_dir") from None
 
 
 def write_recipe(config: Config, environment: dict[str, Any]) -> None:

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from mmpretrain import checkpoint, distributed, launch, run
-from mmpretrain.assembly import build_model, build_sources, check_division, first_rows, total_steps
-from mmpretrain.config import Config, EvaluationConfig
+from mmpretrain import checkpoint, distributed, launch, random, run, snapshot
+from mmpretrain.assembly import build_model, build_sources, check_division, first_rows, layers, total_steps
+from mmpretrain.config import Config
 from mmpretrain.data.loader import Loader
 from mmpretrain.data.source import Source
-from mmpretrain.evaluators import EVALUATORS
-from mmpretrain.evaluators.models import TowerModel
+from mmpretrain.evaluation import Evaluations, build_evaluators
 from mmpretrain.interrupts import Interrupts
-from mmpretrain.model import PretrainModel, freeze_unused
+from mmpretrain.model import PretrainModel, freeze_unused, running_statistics
+from mmpretrain.objectives.base import source_encodes
 from mmpretrain.optim import build_optimizer, parameter_groups, set_learning_rate
 from mmpretrain.report import write_report
-from mmpretrain.report.extras import save_result_extras
-from mmpretrain.towers.teacher import Teacher
 from mmpretrain.tracking import Tracker, latest_results, read_jsonl, view_grid
 from mmpretrain.types import Batch
 
@@ -34,24 +31,31 @@ class TrainingError(RuntimeError):
 
 def train(config: Config) -> int:
     """Run a recipe to its end, or until interrupted. Returns the exit status."""
+    with ExitStack() as closing:
+        return _train(config, closing)
+
+
+def _train(config: Config, closing: ExitStack) -> int:
     accelerator = launch.start(config)
     device, processes = accelerator.device, accelerator.num_processes
     check_division(config, processes)
+    evaluators = build_evaluators(config)
+    distributed.on_main(lambda: closing.enter_context(run.lock(config)))
+    found, passed_over = distributed.broadcast_object(distributed.on_main(lambda: run.newest(config)))
 
     # What is trained, and on what.
-    model, teacher = build_model(config)
+    model, teacher = build_model(config, resumed=found is not None)
     sources = build_sources(config, model)
     config.steps, config.epochs = total_steps(config, sources), None
     steps = config.steps
-    locked = run.lock(config) if accelerator.is_main_process else None
-    found, messages = run.claim(config)
-    state = checkpoint.load_json(found, "state") if found else {"step": 0, "positions": {name: 0 for name in sources}, "skipped_steps": 0}
-    step = state["step"]
+    messages = distributed.on_main(lambda: run.claim(config, found, passed_over)) or []
+    state = checkpoint.load_json(found, "state") if found else {"step": 0, "positions": dict.fromkeys(sources, 0), "skipped_steps": 0}
+    step, skipped_steps = state["step"], state["skipped_steps"]
     tracker = Tracker(config.run_dir, config.log_every, steps, accelerator.is_main_process, step if found else None)
+    closing.callback(tracker.close)
     for message in messages:
         tracker.message(message)
-    if accelerator.is_main_process:
-        run.write_recipe(config, launch.environment(accelerator, config))
+    distributed.on_main(lambda: run.write_recipe(config, launch.environment(accelerator, config)))
     tracker.message(describe(config, accelerator, model, sources))
 
     model.to(device)
@@ -59,133 +63,98 @@ def train(config: Config) -> int:
         sources, rank=distributed.rank(), world_size=processes, start=state["positions"],
         threads=config.loader_threads, prefetch=config.prefetch, device=device,
     )  # fmt: skip
+    closing.callback(loader.close)
     batches = iter(loader)
     interrupts = Interrupts()
-    evaluations = Evaluations(config, accelerator, model, teacher, tracker)
-    try:
-        # Everything that gets no gradient is frozen before DDP and the optimizer look at it; the first batch is used again below.
-        batch: Batch | None = next(batches) if step < steps else None
-        if batch is not None:
-            with accelerator.autocast():
-                unused = freeze_unused(model, first_rows(batch, 4))
-            if unused:
-                tracker.message(f"no objective trains these, they stay as they are: {', '.join(unused)}")
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        layers = {f"towers.{name}": depth for name, depth in model.towers.layer_ids().items()}
-        optimizer = build_optimizer(parameter_groups(named, config.optim, layers), config.optim)
-        if found:
-            restore(found, model, teacher, optimizer)
-            for name in evaluations.missing(step):
-                evaluations.run(name, step)
-        wrapped = accelerator.prepare_model(model)
-        parameters = [p for _, p in named]
-        samples_per_step = sum(source.batch_size for source in config.sources.values())
-        skipped_steps = state["skipped_steps"]
-        model.train()
+    closing.callback(interrupts.close)
 
-        while step < steps:
-            started = time.perf_counter()
-            batch = batch if batch is not None else next(batches)
-            waited = loader.wait_s
-            progress = step / steps
-            lr = set_learning_rate(optimizer, config.optim, step, steps)
+    # Everything that gets no gradient is frozen before DDP and the optimizer look at it; the first batch is used again below.
+    batch: Batch | None = next(batches) if step < steps else None
+    if batch is not None:
+        with accelerator.autocast():
+            unused = freeze_unused(model, first_rows(batch, 4))
+        if unused:
+            tracker.message(f"no objective trains these, they stay as they are: {', '.join(unused)}")
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = build_optimizer(parameter_groups(named, config.optim, layers(model.towers)), config.optim)
+    evaluations = Evaluations(config, evaluators, accelerator, model, teacher, tracker)
+    stop: str | None = None
+    if found:
+        for line in snapshot.restore(found, model, teacher, optimizer, config.resume == "force"):
+            tracker.message(f"resume=force: {line}")
+        stop = evaluations.run(evaluations.missing(step), step, interrupts)
+    wrapped = accelerator.prepare_model(model)
+    parameters, statistics = [p for _, p in named], running_statistics(model)
+    samples_per_step = sum(source.batch_size for source in config.sources.values())
+    save_due = False
+    model.train()
+
+    while step < steps and not stop:
+        started = time.perf_counter()
+        batch = batch if batch is not None else next(batches)
+        waited = loader.wait_s
+        lr = set_learning_rate(optimizer, config.optim, step, steps)
+        for objective in model.objectives.values():
+            objective.before_step(step / steps)
+        # Dropout in towers of other libraries draws from the global generator: a function of the step, as everything else is.
+        torch.manual_seed(int(random.combine(config.seed, step, distributed.rank())))
+        kept = [buffer.clone() for buffer in statistics]
+
+        # Gradients of the global batch.
+        if config.accumulate == 1:
+            loss, logs = wrapped(batch)
+            accelerator.backward(loss)
+        else:
+            with wrapped.no_sync() if processes > 1 else nullcontext(), accelerator.autocast():
+                loss, logs = model.backward_in_chunks(batch, config.accumulate, accelerator.backward)
+            distributed.average_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_grad_norm or float("inf"))
+        step += 1
+
+        # Update, unless that would spoil the weights.
+        reason = interrupts.reason  # read once: a signal may come at any moment
+        replaced = loader.drain_skipped()
+        spoilt = not bool(torch.isfinite(norm) & torch.isfinite(loss.detach()))
+        bad, stopping, any_replaced = distributed.any_rank([spoilt, reason is not None, bool(replaced)], device)
+        stop = (reason or "another process") if stopping else None
+        if bad:
+            skipped_steps += 1
+            for buffer, before in zip(statistics, kept):
+                buffer.copy_(before)
+            refuse(tracker, batch, logs, step, skipped_steps, config.max_skipped_steps)
+        else:
+            skipped_steps = 0
+            optimizer.step()
             for objective in model.objectives.values():
-                objective.before_step(progress)
+                objective.after_step(step / steps)
+            if teacher is not None:
+                teacher.update(step / steps)
+        optimizer.zero_grad(set_to_none=True)
 
-            # Gradients of the global batch.
-            if config.accumulate == 1:
-                loss, logs = wrapped(batch)
-                accelerator.backward(loss)
-            else:
-                with wrapped.no_sync() if processes > 1 else nullcontext(), accelerator.autocast():
-                    loss, logs = model.backward_in_chunks(batch, config.accumulate, accelerator.backward)
-                distributed.average_gradients(parameters)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_grad_norm or float("inf"))
-
-            # Update, unless that would spoil the weights.
-            bad = distributed.any_rank(not bool(torch.isfinite(norm) & torch.isfinite(loss.detach())), device)
-            if bad:
-                skipped_steps += 1
-                refuse(tracker, batch, logs, step + 1, skipped_steps, config.max_skipped_steps)
-            else:
-                skipped_steps = 0
-                optimizer.step()
-                for objective in model.objectives.values():
-                    objective.after_step((step + 1) / steps)
-                if teacher is not None:
-                    teacher.update((step + 1) / steps)
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-
-            # Say it, save it, evaluate it.
-            tracker.skipped(step, distributed.gather_lists(loader.drain_skipped()))
-            scalars = distributed.average({"loss": loss, "grad_norm": norm} | logs) if bad or tracker.due(step) else {}
-            tracker.log(step, step * samples_per_step, scalars, waited, time.perf_counter() - started, lr, always=bad)
-            if step == 1 or step == steps or (config.images_every and step % config.images_every == 0):
-                show(tracker, model, accelerator, batch, step)
-            reason = interrupts.reason if distributed.any_rank(interrupts.reason is not None, device) else None
-            stop = distributed.any_rank(reason is not None, device)
-            if step % config.checkpoint.every == 0 or step == steps or stop:
-                state = {
-                    "step": step,
-                    "samples_seen": step * samples_per_step,
-                    "positions": loader.position(),
-                    "skipped_steps": skipped_steps,
-                }
-                save(config, accelerator, model, teacher, optimizer, state)
-            if stop:
-                tracker.message(f"stopped by {reason or 'another process'} after step {step}; saved. The same command goes on from there.")
-                return 0
-            for name in evaluations.due(step):
-                evaluations.run(name, step)
-            batch = None
-        finish(config, tracker, sources)
+        # Say it, save it, evaluate it.
+        if any_replaced:
+            tracker.skipped(step, distributed.gather_lists(replaced))
+        scalars = distributed.average({"loss": loss, "grad_norm": norm} | logs) if bad or tracker.due(step) else {}
+        tracker.log(step, step * samples_per_step, scalars, waited, time.perf_counter() - started, lr, always=bad)
+        if step == 1 or step == steps or (config.images_every and step % config.images_every == 0):
+            show(tracker, model, accelerator, batch, step)
+        state = {"step": step, "samples_seen": step * samples_per_step, "positions": loader.position(), "skipped_steps": skipped_steps}
+        # While updates are skipped the weights stand still: the next good ones are saved instead.
+        save_due = save_due or step % config.checkpoint.every == 0
+        saved = (save_due and not skipped_steps) or step == steps or stop is not None
+        if saved:
+            snapshot.save(config, model, teacher, optimizer, state)
+            save_due = False
+        if not stop:
+            stop = evaluations.run(evaluations.due(step), step, interrupts)
+            if stop and not saved:
+                snapshot.save(config, model, teacher, optimizer, state)
+        batch = None
+    if stop:
+        tracker.message(f"stopped by {stop} after step {step}; saved. The same command goes on from there.")
         return 0
-    finally:
-        loader.close()
-        tracker.close()
-        interrupts.close()
-        if locked is not None:
-            locked.close()
-
-
-class Evaluations:
-    """The recipe's evaluators on the live towers."""
-
-    def __init__(self, config: Config, accelerator: Accelerator, model: PretrainModel, teacher: Teacher | None, tracker: Tracker) -> None:
-        self.config, self.accelerator, self.model, self.teacher, self.tracker = config, accelerator, model, teacher, tracker
-
-    def due(self, step: int) -> list[str]:
-        def now(e: EvaluationConfig) -> bool:
-            return step == self.config.steps or (e.every > 0 and step % e.every == 0)
-
-        return [name for name, e in self.config.evaluators.items() if now(e)]
-
-    def missing(self, step: int) -> list[str]:
-        """Due at the checkpoint that was loaded, but not in its results: the run died between saving and evaluating."""
-        lines = read_jsonl(Path(self.config.run_dir) / "results.jsonl")
-        done = distributed.broadcast_object([line["name"] for line in lines if line["step"] == step])
-        return [name for name in self.due(step) if name not in done]
-
-    def run(self, name: str, step: int) -> None:
-        evaluation: EvaluationConfig = self.config.evaluators[name]
-        towers = self.teacher.module if evaluation.weights == "teacher" and self.teacher is not None else self.model.towers
-        with torch.random.fork_rng():  # an evaluator that draws does not move this run
-            training = towers.training
-            towers.eval()
-            joint = any("features" in encode.outputs for encode in self.model.plan)
-            model = TowerModel(towers, self.accelerator.device, self.config.precision, joint=joint)
-            result = EVALUATORS[evaluation.kind](evaluation.options)(model, self.accelerator)
-            towers.train(training)
-        line = {
-            "evaluator": evaluation.kind, "name": name, "dataset": result.dataset, "model": model.fingerprint,
-            "n": result.n, "seed": self.config.seed, "metrics": result.metrics,
-        }  # fmt: skip
-        if evaluation.baselines:
-            line["baselines"] = evaluation.baselines
-        if self.accelerator.is_main_process:
-            save_result_extras(Path(self.config.run_dir), name, step, result)
-        self.tracker.result(step, line)
+    finish(config, tracker, sources)
+    return 0
 
 
 def refuse(tracker: Tracker, batch: Batch, logs: dict[str, torch.Tensor], step: int, count: int, most: int) -> None:
@@ -196,45 +165,9 @@ def refuse(tracker: Tracker, batch: Batch, logs: dict[str, torch.Tensor], step: 
         keys = [key for rows in batch.values() for key in rows.keys]
         raise TrainingError(
             f"{count} updates in a row had a loss or gradient that is not finite ({values}). The last batch began with "
-            f"{', '.join(keys[:8])}. Nothing was saved since; lower optim.lr, lengthen optim.warmup_steps, or look at these samples."
+            f"{', '.join(keys[:8])}. None of these updates was made, so the run's checkpoints hold finite weights. Look at these samples, "
+            "or lower optim.lr or lengthen optim.warmup_steps and go on with resume=force."
         )
-
-
-def save(
-    config: Config,
-    accelerator: Accelerator,
-    model: PretrainModel,
-    teacher: Teacher | None,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-) -> None:
-    """One checkpoint, independent of the number of processes; the main one writes it."""
-    if accelerator.is_main_process:
-        towers = model.towers
-        weights = towers.state_dict()
-        for objective in model.objectives.values():
-            for name in ("logit_scale", "logit_bias"):
-                if isinstance(getattr(objective, name, None), torch.nn.Parameter):
-                    weights.setdefault(name, getattr(objective, name).detach().reshape(()))
-        tensors = {"model": weights, "objectives": model.objectives.state_dict()}
-        if teacher is not None:
-            tensors["teacher"] = teacher.module.state_dict()
-        p = towers.preprocess
-        preprocess = {"mean": p.mean, "std": p.std, "interpolation": p.interpolation, "resize_mode": p.resize_mode}
-        documents = {"state": state, "open_clip_config": {"model_cfg": towers.model_cfg, "preprocess_cfg": preprocess}}
-        root = Path(config.run_dir) / "checkpoints"
-        checkpoint.save(root, state["step"], tensors, checkpoint.optimizer_by_name(optimizer), documents, config.checkpoint.keep)
-    distributed.barrier()
-
-
-def restore(folder: Path, model: PretrainModel, teacher: Teacher | None, optimizer: torch.optim.Optimizer) -> None:
-    """Put a verified checkpoint back."""
-    weights = checkpoint.load_tensors(folder, "model")
-    model.towers.load_state_dict({k: v for k, v in weights.items() if k not in ("logit_scale", "logit_bias")})
-    model.objectives.load_state_dict(checkpoint.load_tensors(folder, "objectives"))
-    if teacher is not None:
-        teacher.module.load_state_dict(checkpoint.load_tensors(folder, "teacher"))
-    checkpoint.restore_optimizer(optimizer, checkpoint.load_optimizer(folder))
 
 
 @torch.no_grad()
@@ -250,12 +183,12 @@ def show(tracker: Tracker, model: PretrainModel, accelerator: Accelerator, batch
         encoded = model.encode(few, model.plan)
         for name, objective in model.objectives.items():
             for title, images in objective.pictures(**model.arguments(objective, encoded)).items():
-                spec = next(e.view for e in objective.needs.values())
+                spec = next(e.view for e in source_encodes(objective.needs))
                 tracker.images(step, f"{title}/{name}", view_grid(images, spec.mean, spec.std))
     model.train()
 
 
-def describe(config: Config, accelerator: Accelerator, model: PretrainModel, sources: dict[str, Any]) -> str:
+def describe(config: Config, accelerator: Accelerator, model: PretrainModel, sources: dict[str, Source]) -> str:
     millions = {
         name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in (("towers", model.towers), ("heads", model.objectives))
     }

@@ -1,6 +1,7 @@
 """Whole runs of a tiny recipe: kills, signals, resumes, processes, and what refuses to start."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -170,7 +171,7 @@ def test_a_worker_whose_launcher_dies_stops_too(data, tmp_path):
     )
     launcher = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess, sys; p = subprocess.Popen([sys.executable, 'train.py', {str(path)!r}]); print(p.pid, flush=True); p.wait()"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {"ACCELERATE_MIXED_PRECISION": "no"},
     )  # fmt: skip
     worker = int(launcher.stdout.readline())
     deadline = time.time() + 90

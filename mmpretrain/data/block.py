@@ -19,7 +19,7 @@ class Block(NamedTuple):
     labels: dict[str, Tensor]
     pixels: dict[ViewSpec, Tensor]  # what `geometry` gave, stacked
     params: dict[ViewSpec, Params]
-    skipped: list[dict[str, Any]]  # {source, shard, key, reason, detail, slot}
+    skipped: list[dict[str, Any]]  # {source, shard, key, reason, detail, slot, replaced_by}
     views: dict[ViewSpec, View]  # those already rendered
 
     def render(self, modality: str | None = None) -> Block:

@@ -18,10 +18,12 @@ from typing import Any, TypeVar
 
 from mmpretrain.data.index import SUFFIX, ShardIndex, load
 from mmpretrain.data.schema import ShardError
+from mmpretrain.machine import hold
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 CHUNK = 1 << 22
+STALE_S = 3600.0  # a temporary file that nobody has written to for so long belongs to a dead process
 
 
 def is_remote(name: str) -> bool:
@@ -58,7 +60,7 @@ def retried(action: Callable[[], T], what: str, attempts: int = 5, first_wait: f
 
 def _read(url: str) -> bytes | None:
     filesystem, path = _filesystem(url)
-    return retried(lambda: filesystem.cat_file(path), url) if filesystem.exists(path) else None
+    return retried(lambda: filesystem.cat_file(path) if filesystem.exists(path) else None, url)
 
 
 def read_sizes(names: list[str]) -> dict[str, int]:
@@ -137,9 +139,11 @@ class ShardCache:
         size = retried(lambda: filesystem.size(path), url, self._attempts, self._first_wait)
         if place.exists() and (size is None or place.stat().st_size == size):
             return str(place)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        self._make_room(size or 0)
-        retried(lambda: self._copy(filesystem, path, size, place), url, self._attempts, self._first_wait)
+        with hold(self.folder / "locks" / place.stem):  # every rank of a machine wants the same shards
+            if not (place.exists() and (size is None or place.stat().st_size == size)):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                self._make_room(size or 0)
+                retried(lambda: self._copy(filesystem, path, size, place), url, self._attempts, self._first_wait)
         return str(place)
 
     @staticmethod
@@ -159,6 +163,10 @@ class ShardCache:
 
     def _make_room(self, needed: int) -> None:
         with self._lock:
+            for file in (self.folder / "shards").glob("*.tmp-*"):  # left by a process that was killed
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - file.stat().st_mtime > STALE_S:
+                        file.unlink()
             entries = []
             for file in (self.folder / "shards").glob("*.tar"):
                 with contextlib.suppress(FileNotFoundError):

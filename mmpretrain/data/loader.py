@@ -7,7 +7,6 @@ into blocks that threads decode, cut and (on CPU) render; the thread that finish
 from __future__ import annotations
 
 import atexit
-import os
 import queue
 import threading
 import time
@@ -20,6 +19,7 @@ import torch
 
 from mmpretrain.data.block import Block, join
 from mmpretrain.data.source import Source
+from mmpretrain.machine import cores
 from mmpretrain.types import Batch
 
 MIN_BLOCK, MAX_BLOCK = 32, 256  # rows
@@ -67,10 +67,10 @@ class Loader:
         self._position = {name: int((start or {}).get(name, 0)) for name in sources}
         self._scheduled = dict(self._position)
         self._skipped: list[dict[str, Any]] = []
-        if not any(self._position.values()):
+        if rank == 0 and not any(self._position.values()):  # every rank finds the same damage
             self._skipped = [record for source in sources.values() for record in source.damaged()]
         self.wait_s = 0.0
-        threads = threads or max(1, min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+        threads = threads or min(16, cores())
         rows = [source.batch_size // world_size for source in sources.values()]
         self._block = min(MAX_BLOCK, max(MIN_BLOCK, -(-max(rows) // threads)))
         blocks = sum(-(-n // self._block) for n in rows)
@@ -194,7 +194,7 @@ class Loader:
         return dict(self._position)
 
     def drain_skipped(self) -> list[dict[str, Any]]:
-        """Samples replaced in the batches handed out since the last call: {source, shard, key, reason, detail, slot}."""
+        """Samples replaced in the batches handed out since the last call: {source, shard, key, reason, detail, slot, replaced_by}."""
         records, self._skipped = self._skipped, []
         return records
 

@@ -36,6 +36,12 @@ class SplitConfig:
 
 
 @dataclass
+class Part:
+    path: str | list[str]  # shards, in any form but this one
+    weight: float = 1.0  # how often these are read, beside the other parts' weights
+
+
+@dataclass
 class SourceConfig:
     shards: Any = ""  # glob, brace range, folder, several joined with ::, a list of these, or a list of {path, weight}
     batch_size: int = 256  # global rows per update
@@ -46,7 +52,7 @@ class SourceConfig:
     split: SplitConfig | None = None  # hold samples out, by the hash of their keys
     shuffle_window: int = 16  # shards whose samples are mixed
     max_bad_fraction: float = 0.01  # bad samples among those read before the run stops; ten more are always allowed
-    max_consecutive_bad: int = 100  # bad samples in a row before the run stops
+    max_consecutive_bad: int = 100  # bad samples in a row, replacements included, before the run stops
     max_pixels: int = 64_000_000  # larger images are bad samples, judged by their headers
     min_side: int = 8  # pixels; smaller images are bad samples
     max_aspect: float = 20.0  # longer side over shorter side; more elongated images are bad samples

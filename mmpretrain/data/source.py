@@ -16,10 +16,11 @@ from mmpretrain import random
 from mmpretrain.data import decode
 from mmpretrain.data.block import Block
 from mmpretrain.data.cache import ShardCache
-from mmpretrain.data.options import ImageConfig, SourceConfig, SplitConfig
+from mmpretrain.data.options import ImageConfig, Part, SourceConfig, SplitConfig
 from mmpretrain.data.order import Blend, Order
 from mmpretrain.data.schema import BadSample, BadSampleBudgetError, ShardError, image_extension
 from mmpretrain.data.shards import ShardSet, load_classes, shard_label
+from mmpretrain.options import build
 from mmpretrain.types import Sample, ViewSpec
 
 log = logging.getLogger(__name__)
@@ -65,16 +66,20 @@ class Source:
         self._blend = Blend([weight for _, weight in parts], self._base)
         self.num_samples = sum(order.total for order in self._orders)
         self._lock = threading.Lock()
-        self._read = self._consecutive = 0
+        self._read = 0
         self._bad: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
         self.reading: dict[int, str] = {}  # thread -> the sample it is at, for errors
         self._preflight()
 
     def _parts(self, shards: Any) -> list[tuple[Any, float]]:
-        if isinstance(shards, (list, tuple)) and shards and not isinstance(shards[0], str):
-            return [(part["path"], float(part.get("weight", 1))) for part in shards]
-        return [(list(shards) if isinstance(shards, (list, tuple)) else shards, 1.0)]
+        if not isinstance(shards, (list, tuple)):
+            return [(shards, 1.0)]
+        if all(isinstance(part, str) for part in shards):
+            return [(list(shards), 1.0)]
+        where = f"sources.{self.name}.shards"
+        parts = [build(Part, {"path": part} if isinstance(part, str) else part, f"{where}.{i}") for i, part in enumerate(shards)]
+        return [(part.path, part.weight) for part in parts]
 
     def _preflight(self) -> None:
         needed = []
@@ -136,19 +141,17 @@ class Source:
             place, at = places[c], next_of[c]
             next_of[c] += 1
             where = (int(place.shard[at]), int(place.sample[at]), int(place.epoch[at]))
-            attempt = 0
+            bad: list[dict[str, Any]] = []  # what this slot went through before a good sample
             while True:
                 try:
                     sample = self._sample(c, where[0], where[1])
-                except BadSample as bad:
-                    skipped.append(self._count_bad(c, where[0], where[1], slot, bad))
-                    attempt += 1
-                    where = self._orders[c].replacement(own_slot, attempt)
-                    continue
-                break
-            self._consecutive = 0
+                    break
+                except BadSample as error:
+                    bad.append(self._count_bad(c, where[0], where[1], slot, len(bad) + 1, error))
+                    where = self._orders[c].replacement(own_slot, len(bad))
+            skipped += [record | {"replaced_by": sample.key} for record in bad]
             samples.append(sample)
-            origin.append((c, where[2], int(self._orders[c].first[where[0]]) + where[1], attempt))
+            origin.append((c, where[2], int(self._orders[c].first[where[0]]) + where[1], len(bad)))
         with self._lock:
             self._read += len(samples)
         return self._cut(samples, random.combine(self._base, *torch.tensor(origin).unbind(1)), skipped)
@@ -215,15 +218,15 @@ class Source:
         labels = {"label": torch.tensor([s.labels["label"] for s in samples])} if self._wants["label"] else {}
         return Block([s.key for s in samples], seeds, labels, pixels, params, skipped, {})
 
-    def _count_bad(self, c: int, shard: int, number: int, slot: int, bad: BadSample) -> dict[str, Any]:
+    def _count_bad(self, c: int, shard: int, number: int, slot: int, consecutive: int, bad: BadSample) -> dict[str, Any]:
+        """A bad sample's record, the `consecutive`-th in a row for its slot. Raises BadSampleBudgetError."""
         name = self.shard_sets[c].names[shard]
         key = self.shard_sets[c].members(shard, number)[0]
         with self._lock:
             self._read += 1
-            self._consecutive += 1
             self._bad[bad.reason] += 1
             self._examples.setdefault(bad.reason, f"{shard_label(name)}/{key}: {bad}")
-            total, consecutive = sum(self._bad.values()), self._consecutive
+            total = sum(self._bad.values())
             if consecutive >= self.config.max_consecutive_bad or total > 10 + self.config.max_bad_fraction * self._read:
                 reasons = ", ".join(f"{n} {reason}" for reason, n in self._bad.most_common())
                 limit = (

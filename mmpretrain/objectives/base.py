@@ -26,7 +26,7 @@ class Augment:
     preset: str = "weak"  # weak: crops of 90-100%; crop: crops of 67-100% and flips (SimMIM); simclr: strong (SimCLR v1)
     scale: tuple[float, float] | None = None  # area of the crop as a fraction of the picture
     flip: float | None = None  # probability of a horizontal flip
-    jitter_prob: float | None = None  # probability of colour jitter
+    jitter_prob: float | None = None  # probability of colour jitter; default: the preset's, or 1 where only strengths are given
     brightness: float | None = None  # largest relative change
     contrast: float | None = None  # largest relative change
     saturation: float | None = None  # largest relative change
@@ -75,7 +75,10 @@ class Context:
         if augment.preset not in PRESETS:
             raise ValueError(f"augment preset {augment.preset!r} is unknown; known: {', '.join(PRESETS)}")
         changes = {k: v for k, v in vars(augment).items() if k != "preset" and v is not None}
-        return ImageView(index=index, size=self.image_size, mean=self.mean, std=self.std, **(PRESETS[augment.preset] | changes))
+        options = PRESETS[augment.preset] | changes
+        if {"brightness", "contrast", "saturation", "hue"} & set(changes):
+            options.setdefault("jitter_prob", 1.0)  # a strength that was asked for takes effect
+        return ImageView(index=index, size=self.image_size, mean=self.mean, std=self.std, **options)
 
     def text_view(self) -> TextView:
         return TextView(tokenizer=self.tokenizer, context_length=self.context_length, trim=self.trim_text)

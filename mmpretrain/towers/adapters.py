@@ -27,6 +27,7 @@ class Adapter(Tower):
     """Another library's module as a Tower. Its state dict has the module's own names, so that checkpoints stay exchangeable."""
 
     words = False  # whether it reads ids rather than pixels
+    module: Any  # another library's, whose attributes no type states
 
     def __init__(self, module: nn.Module, width: int, embed_dim: int):
         super().__init__()

@@ -90,7 +90,7 @@ def test_short_reads_and_resets_are_retried_then_an_error(bucket: str, tmp_path:
     failures[0] = 10**6
     with pytest.raises(ShardError, match=r"00000\.tar: failed 3 times, last with"):
         ShardCache(tmp_path / "other", attempts=3, first_wait=0.01).fetch(url)
-    assert [f for f in (tmp_path / "other").rglob("*") if f.is_file()] == []  # no partial file left
+    assert [f for f in (tmp_path / "other" / "shards").rglob("*") if f.is_file()] == []  # no partial file left
 
 
 class _Short:

@@ -85,7 +85,7 @@ def main() -> None:
             means = distributed.average({"loss": loss} | logs)
             for name, value in {"loss": loss_1, **logs_1}.items():
                 assert abs(means[name] - value.item()) <= max(rtol, 1e-6) * max(1, abs(value.item())), (name, means[name], value)
-    assert distributed.any_rank(rank == 1)
+    assert distributed.any_rank([rank == 1, False, True]) == [True, False, True]
     assert distributed.gather_lists([rank]) == list(range(world))
     dist.destroy_process_group()
     print(f"rank {rank} agrees", flush=True)

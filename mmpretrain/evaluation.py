@@ -1,0 +1,103 @@
+"""The recipe's evaluators on the live towers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from mmpretrain import distributed
+from mmpretrain.config import Config, EvaluationConfig
+from mmpretrain.evaluators import EVALUATORS
+from mmpretrain.evaluators.datasets import kind_of
+from mmpretrain.evaluators.models import TowerModel
+from mmpretrain.evaluators.readers import shard_paths
+from mmpretrain.interrupts import Interrupts
+from mmpretrain.model import PretrainModel
+from mmpretrain.options import OptionError
+from mmpretrain.report.extras import save_result_extras
+from mmpretrain.towers.teacher import Teacher
+from mmpretrain.tracking import Tracker, read_jsonl
+
+
+def build_evaluators(config: Config) -> dict[str, Any]:
+    """Every evaluator, made before the first step: a wrong option or path must not wait for hours to be found.
+
+    Raises:
+        OptionError: naming the evaluator.
+    """
+    evaluators = {}
+    for name, evaluation in config.evaluators.items():
+        try:
+            evaluators[name] = EVALUATORS[evaluation.kind](evaluation.options)
+            for data in (getattr(evaluation.options, "data", None), getattr(evaluation.options, "train", None)):
+                if isinstance(data, str) and kind_of(data) == "shards" and not Path(data).is_dir():
+                    shard_paths(data, None)
+        except ValueError as error:
+            raise OptionError(f"evaluators.{name}: {error}") from error
+    return evaluators
+
+
+class Evaluations:
+    """Which evaluators are due, and their results."""
+
+    def __init__(
+        self,
+        config: Config,
+        evaluators: dict[str, Any],
+        accelerator: Accelerator,
+        model: PretrainModel,
+        teacher: Teacher | None,
+        tracker: Tracker,
+    ) -> None:
+        self.config, self.evaluators, self.accelerator = config, evaluators, accelerator
+        self.model, self.teacher, self.tracker = model, teacher, tracker
+
+    def due(self, step: int) -> list[str]:
+        def now(e: EvaluationConfig) -> bool:
+            return step == self.config.steps or (e.every > 0 and step % e.every == 0)
+
+        return [name for name, e in self.config.evaluators.items() if now(e)]
+
+    def missing(self, step: int) -> list[str]:
+        """Due at the checkpoint that was loaded, but not in its results: the run ended between saving and evaluating."""
+        lines = read_jsonl(Path(self.config.run_dir) / "results.jsonl")
+        done = distributed.broadcast_object([line["name"] for line in lines if line["step"] == step])
+        return [name for name in self.due(step) if name not in done]
+
+    def run(self, names: Iterable[str], step: int, interrupts: Interrupts) -> str | None:
+        """Run them one after another. Why the rest were left out, if the run was interrupted."""
+        for name in names:
+            self._one(name, step)
+            if reason := agreed(interrupts, self.accelerator.device):
+                return reason
+        return None
+
+    def _one(self, name: str, step: int) -> None:
+        evaluation: EvaluationConfig = self.config.evaluators[name]
+        towers = self.teacher.module if evaluation.weights == "teacher" and self.teacher is not None else self.model.towers
+        with torch.random.fork_rng():  # an evaluator that draws does not move this run
+            training = towers.training
+            towers.eval()
+            joint = any("features" in encode.outputs for encode in self.model.plan)
+            model = TowerModel(towers, self.accelerator.device, self.config.precision, joint=joint)
+            result = self.evaluators[name](model, self.accelerator)
+            towers.train(training)
+        line = {
+            "evaluator": evaluation.kind, "name": name, "dataset": result.dataset, "model": model.fingerprint,
+            "n": result.n, "seed": self.config.seed, "metrics": result.metrics,
+        }  # fmt: skip
+        if evaluation.baselines:
+            line["baselines"] = evaluation.baselines
+        if self.accelerator.is_main_process:
+            save_result_extras(Path(self.config.run_dir), name, step, result)
+        self.tracker.result(step, line)
+
+
+def agreed(interrupts: Interrupts, device: torch.device) -> str | None:
+    """Why to stop, on every rank when one was told to."""
+    reason = interrupts.reason  # read once: a signal may come at any moment
+    return (reason or "another process") if distributed.any_rank([reason is not None], device)[0] else None

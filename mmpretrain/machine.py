@@ -1,0 +1,45 @@
+"""What differs between operating systems: the cores that this process may use, and locks on files."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+log = logging.getLogger(__name__)
+
+
+def cores() -> int:
+    """How many cores this process may use: fewer than the machine has, inside a container or under taskset."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS, Windows
+
+
+def hold(path: str | Path, wait: bool = True) -> IO[str]:
+    """Lock the file `path`, made if need be, while what is returned is open; the system lets go when the process ends, however it ends.
+
+    Where there are no file locks (Windows, some network file systems) it holds nothing, and on Windows says so.
+
+    Raises:
+        BlockingIOError: another process holds it and `wait` is false.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    file = Path(path).open("w")  # noqa: SIM115 (the caller closes it)
+    if fcntl is None:
+        log.warning("this system has no file locks: see to it that no other process writes to %s", Path(path).parent)
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        raise
+    except OSError:  # a file system without locks
+        pass
+    return file
