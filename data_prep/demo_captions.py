@@ -64,21 +64,21 @@ TEMPLATES = {  # zero-shot prompts: sentences that no training caption uses
 }
 SYNONYMS = {
     "circle": ("circle", "disc"),
-    "square": ("square", "box"),
+    "hourglass": ("hourglass", "bow"),
     "triangle": ("triangle",),
     "star": ("star",),
     "cross": ("cross", "plus"),
-    "heart": ("heart",),
     "ring": ("ring", "donut"),
-    "crescent": ("crescent", "moon"),
     "solid": ("solid", "plain"),
     "striped": ("striped", "banded"),
+    "barred": ("barred",),
+    "slanted": ("slanted", "diagonal"),
     "dotted": ("dotted", "spotted"),
     "checkered": ("checkered", "checked"),
     "bordered": ("bordered", "framed"),
     "split": ("split", "halved"),
 }
-SAY_SIZE, SAY_COLOUR, SAY_SECOND, SAY_TEXTURE, SAY_SHAPE, SAY_SYNONYM = 0.15, 0.4, 0.2, 0.92, 0.96, 0.15
+SAY_SIZE, SAY_COLOUR, SAY_SECOND, SAY_TEXTURE, SAY_SHAPE, SAY_SYNONYM = 0.15, 0.35, 0.2, 0.95, 0.97, 0.12
 SAY_OTHER_COLOUR, SAY_OTHER_TEXTURE = 0.7, 0.5
 MIN_VISIBLE = 12  # pixels an object must show to be counted, boxed or named
 CAPTIONS = (2, 5)  # how many each sample has
@@ -123,8 +123,8 @@ def size_word(radius: float, main: bool) -> str:
     """Names a radius in pixels; the words of main objects and distractors do not overlap."""
     part = 2 * radius / SIDE
     if main:
-        return "huge" if part > 0.79 else "large" if part > 0.70 else "medium"
-    return "small" if part > 0.24 else "tiny"
+        return "huge" if part > 0.83 else "large" if part > 0.77 else "medium"
+    return "small" if part > 0.2 else "tiny"
 
 
 def place_word(x: float, y: float) -> str:

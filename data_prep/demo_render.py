@@ -13,7 +13,7 @@ from data_prep.demo_scenes import CLASS_SHAPE, CLASS_TEXTURE, SHAPES, SIDE, SPLI
 
 _EXTENT, _CELLS = 1.7, 340  # a table covers [-1.7, 1.7] radii in cells of 0.01 radius
 _BORDER = np.array(
-    [{"ring": 0.14, "crescent": 0.18, "cross": 0.19, "star": 0.22}.get(shape, 0.27) for shape in SHAPES]
+    [{"ring": 0.14, "cross": 0.19, "star": 0.22}.get(shape, 0.27) for shape in SHAPES]
 )  # width, of the radius
 _DOT = 0.33  # radius of a dot, of the period
 Floats = np.ndarray
@@ -33,8 +33,9 @@ def _polygon(points: Floats, x: Floats, y: Floats) -> Floats:
 
 
 def _points(shape: str) -> Floats:
-    if shape == "square":
-        return np.array([[-0.8, -0.8], [0.8, -0.8], [0.8, 0.8], [-0.8, 0.8]])
+    if shape == "hourglass":
+        w, e = 0.16, 0.92
+        return np.array([[-e, -e], [e, -e], [w, 0], [e, e], [-e, e], [-w, 0]])
     if shape == "triangle":
         a = np.deg2rad([-90, 30, 150])
         return np.stack([1.1 * np.cos(a), 1.1 * np.sin(a) + 0.2], -1)
@@ -45,8 +46,7 @@ def _points(shape: str) -> Floats:
     if shape == "cross":
         w, e = 0.34, 0.98
         return np.array([[-w, -e], [w, -e], [w, -w], [e, -w], [e, w], [w, w], [w, e], [-w, e], [-w, w], [-e, w], [-e, -w], [-w, -w]])
-    t = np.linspace(0, 2 * np.pi, 48, endpoint=False)  # heart
-    return np.stack([16 * np.sin(t) ** 3, -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) - 2], -1) / 16
+    raise ValueError(f"{shape} is no polygon")
 
 
 @functools.lru_cache(maxsize=1)
@@ -58,7 +58,6 @@ def _tables() -> Floats:
     made = {
         "circle": round_ - 0.92,
         "ring": np.abs(round_ - 0.72) - 0.29,
-        "crescent": np.maximum(np.hypot(x, y) - 1.0, 0.72 - np.hypot(x - 0.62, y)),
     }
     return np.stack([made[s] if s in made else _polygon(_points(s), x, y) for s in SHAPES]).astype(np.float32)
 
@@ -71,8 +70,12 @@ def _wave(p: Floats, period: Floats) -> Floats:
 
 def _texture(name: str, p: Floats, q: Floats, distance: Floats, period: Floats, border: Floats) -> Floats | None:
     """Signed distance to the part in the first colour, negative inside it; None: all of it. Arrays [b, W, W] or [b, 1, 1]."""
-    if name == "striped":
+    if name == "striped":  # across
+        return _wave(q, period)
+    if name == "barred":  # down
         return _wave(p, period)
+    if name == "slanted":
+        return _wave((p + q) * np.float32(0.70710678), period)
     if name == "dotted":
         fp, fq = p / period, q / period
         return _DOT * period - period * np.hypot(fp - np.floor(fp) - 0.5, fq - np.floor(fq) - 0.5)

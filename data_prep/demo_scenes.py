@@ -14,16 +14,16 @@ import numpy as np
 GENERATOR_VERSION = 2  # raised whenever any seed would draw another scene, caption or split
 
 # -- vocabulary -------------------------------------------------------------------------------------------------------------------
-SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring", "crescent")
-TEXTURES = ("solid", "striped", "dotted", "checkered", "bordered", "split")
+SHAPES = ("circle", "hourglass", "triangle", "star", "cross", "ring")
+TEXTURES = ("solid", "striped", "barred", "dotted", "checkered", "slanted", "bordered", "split")
 # Never drawn nor named in any training split, though every shape and every texture is seen in other company.
 HELD_OUT = (
     ("striped", "circle"),
     ("dotted", "triangle"),
     ("solid", "star"),
     ("split", "cross"),
-    ("checkered", "heart"),
-    ("bordered", "square"),
+    ("checkered", "ring"),
+    ("bordered", "hourglass"),
 )
 COLOURS = {
     "red": (214, 40, 40),
@@ -50,21 +50,21 @@ CLASS_SHAPE = np.array([SHAPES.index(shape) for _, shape in CLASSES])
 # -- difficulty: every knob of the generator ---------------------------------------------------------------------------------------
 SIDE = 64  # pixels
 MAX_OBJECTS = 4
-MAIN_DIAMETER = (0.62, 0.88)  # of the side
-DISTRACTOR_DIAMETER = (0.18, 0.30)
+MAIN_DIAMETER = (0.72, 0.88)  # of the side
+DISTRACTOR_DIAMETER = (0.15, 0.26)
 BINDING_DIAMETER = (0.34, 0.42)
 OVERFLOW = 0.04  # part of its diameter by which the main object may leave the image
-SPREAD = 0.75  # of the free way from the middle to the rim, how far the main object may lie
-MAX_ROTATION = 15.0  # degrees either way
-MAX_TEXTURE_ANGLE = 20.0  # degrees either way, beside the object's own rotation
-TEXTURE_PERIOD = (0.20, 0.25)  # between two stripes, dots, or equal checks, of the object's diameter
+SPREAD = 0.85  # of the free way from the middle to the rim, how far the main object may lie
+MAX_ROTATION = 12.0  # degrees either way
+MAX_TEXTURE_ANGLE = 10.0  # degrees either way, beside the object's own rotation
+TEXTURE_PERIOD = (0.23, 0.28)  # between two stripes, dots, or equal checks, of the object's diameter
 MIN_PERIOD = 5.0  # pixels, for small objects
-MAIN_OCCLUDED = 0.15  # how often a distractor lies over the rim of the main object
+MAIN_OCCLUDED = 0.1  # how often a distractor lies over the rim of the main object
 OBJECT_OVERLAP = 0.8  # centres lie at least this part of the sum of radii apart, where there is room
-COLOUR_JITTER = 14.0  # per channel, uniform either way
+COLOUR_JITTER = 34.0  # per channel, uniform either way
 CONTRAST = 130.0  # least weighted RGB distance between an object's two colours, and between it and the background
 LIGHT = (0.85, 1.1)  # gain on the whole image
-NOISE = (1.0, 6.0)  # standard deviation of the pixel noise, of 255
+NOISE = (1.0, 5.0)  # standard deviation of the pixel noise, of 255
 WRONG_CAPTIONS = 0.05
 
 
@@ -85,7 +85,7 @@ class Split:
 
 SPLITS = {
     "pairs": Split(0, 16_000, wrong_captions=WRONG_CAPTIONS),
-    "photos": Split(1, 32_000, ("cloudy", "bands", "vignette"), (0.50, 0.80), (3.0, 12.0), text=False),
+    "photos": Split(1, 32_000, ("cloudy", "bands", "vignette"), (0.60, 0.84), (2.0, 10.0), text=False),
     "val": Split(2, 1_000, templates="val"),
     "test": Split(3, 2_500, templates="test"),
     "heldout": Split(4, 2_000, held_out=True, templates="test"),
