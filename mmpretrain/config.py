@@ -262,7 +262,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
                 visit(value, name)
 
     visit(node, "")
-    return data, lines
+    return {str(key): value for key, value in data.items()}, lines
 
 
 def _refuse_interpolation(value: Any, path: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -153,3 +154,40 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
     with pytest.raises(Exception, match=r"[Ww]eights.?only|Unsupported"):
         checkpoint.load_optimizer(folder)
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("large", ["model", "optimizer", "both"])
+def test_a_disk_that_fills_up_leaves_the_old_checkpoint(tmp_path, large):
+    """For real: the kernel refuses to let a child's files grow, and safetensors and torch each raise errors of their own."""
+    write(tmp_path, 1)
+    big = torch.zeros(300_000)
+    model = {"w": big if large != "optimizer" else big[:3].clone()}
+    optimizer = {"w": {"exp_avg": big if large != "model" else big[:3].clone()}}
+    read, wrote = os.pipe()
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        try:
+            checkpoint.save(tmp_path, 2, {"model": model}, optimizer, {"state": {"step": 2}}, 3)
+            os.write(wrote, b"saved")
+        except BaseException as error:
+            os.write(wrote, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    said = os.read(read, 5000).decode()
+    assert said.startswith("CheckpointError: cannot write")
+    assert "earlier checkpoints are untouched" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert checkpoint.newest_valid(tmp_path)[0] == tmp_path / "step-00000001"
+
+
+def test_optimizer_state_that_does_not_fit_is_left_out_where_that_is_wanted():
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([{"params": [w], "names": ["w"]}])
+    fits = {"step": torch.tensor(1.0), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}
+    assert checkpoint.restore_optimizer(optimizer, {"w": fits, "gone": fits}, strict=False) == ["gone"]
+    assert optimizer.state[w]["exp_avg"].tolist() == [1, 1]
+    for wrong in (fits | {"exp_avg": torch.ones(3)}, {"momentum_buffer": torch.ones(2)}):
+        with pytest.raises(CheckpointError, match="does not train: w"):
+            checkpoint.restore_optimizer(optimizer, {"w": wrong})

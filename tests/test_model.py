@@ -1,9 +1,12 @@
 """The step's machinery: one forward per distinct encode, merged passes equal to separate ones, chunks equal to one batch."""
 
+import copy
+
 import pytest
 import torch
 
-from mmpretrain.model import freeze_unused, make_plan, take
+from mmpretrain.heads import GlobalBatchNorm
+from mmpretrain.model import PretrainModel, freeze_unused, make_plan, running_statistics, take
 from tests import tiny
 
 SHARED = {"clip": {"augment": "simclr"}, "simclr": {}, "simmim": {"augment": "simclr"}, "masked_text": {}}
@@ -127,3 +130,20 @@ def test_bf16_is_near_fp32():
         rough, _ = model(batch)
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, rtol=0.02, atol=0)
+
+
+def test_the_teacher_stays_in_evaluation_mode():
+    student = tiny.model({"clip": {}})
+    model = PretrainModel(student.towers, dict(student.objectives.items()), {"clip": 1.0}, copy.deepcopy(student.towers))
+    for mode in (True, False, True):
+        model.train(mode)
+        assert all(module.training is mode for module in model.towers.modules())
+        assert not any(module.training for module in model.teacher.modules())
+
+
+def test_running_statistics_are_those_that_a_forward_pass_changes():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 4), GlobalBatchNorm(4))
+    before = [buffer.clone() for buffer in running_statistics(module)]
+    module(torch.randn(5, 3))
+    assert len(before) == 5
+    assert not any(torch.equal(a, b) for a, b in zip(before, running_statistics(module)))

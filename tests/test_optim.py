@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from mmpretrain.optim import OptimConfig, build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from mmpretrain import assembly
+from mmpretrain.optim import OptimConfig, align_tops, build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from mmpretrain.towers.dual import build_towers
+from tests import tiny
 
 
 def test_cosine_with_warmup():
@@ -59,3 +62,18 @@ def test_every_optimizer_descends(name):
         w.square().sum().backward()
         optimizer.step()
     assert w.square().sum() < 5
+
+
+def test_the_last_layer_of_every_tower_gets_the_full_rate():
+    layers = align_tops([{"deep.0": 0, "deep.11": 11, "deep.head": 12}, {"flat.0": 0, "flat.3": 3}, {}])
+    named = [(name, nn.Parameter(torch.zeros(2, 2))) for name in layers]
+    groups = parameter_groups(named, OptimConfig(lr=1.0, layer_decay=0.5), layers)
+    scale = {name: group["lr_scale"] for group in groups for name in group["names"]}
+    assert scale == pytest.approx({"deep.0": 0.5**12, "deep.11": 0.5, "deep.head": 1.0, "flat.0": 0.5**3, "flat.3": 1.0})
+
+
+def test_layers_names_the_parameters_of_both_towers():
+    towers = build_towers(tiny.MODEL | {"text_cfg": tiny.MODEL["text_cfg"] | {"layers": 1}})
+    found = assembly.layers(towers)
+    assert found["towers.visual.proj"] == found["towers.text.text_projection"] == max(found.values())
+    assert set(found) == {f"towers.{name}" for name, _ in towers.named_parameters()}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_prep.writer import Record, write_shards
 from mmpretrain import config as recipes
-from mmpretrain.checkpoint import CheckpointError, checkpoints, find_checkpoint, load_json
+from mmpretrain.checkpoint import CheckpointError, checkpoints, find_checkpoint, load_json, load_tensors
 from mmpretrain.options import OptionError
 from mmpretrain.tracking import read_jsonl
 from mmpretrain.trainer import TrainingError, train
@@ -169,10 +171,16 @@ def test_a_worker_whose_launcher_dies_stops_too(data, tmp_path):
     path = runs.write_recipe(
         tmp_path / "recipe.yaml", runs.recipe(data, tmp_path / "run", steps=100000, checkpoint={"every": 100000, "keep": 2})
     )
+    code = f"""
+import subprocess, sys
+worker = subprocess.Popen([sys.executable, 'train.py', {str(path)!r}])
+print(worker.pid, flush=True)
+worker.wait()
+"""
+    environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "no"}  # as `accelerate launch` sets it
     launcher = subprocess.Popen(
-        [sys.executable, "-c", f"import subprocess, sys; p = subprocess.Popen([sys.executable, 'train.py', {str(path)!r}]); print(p.pid, flush=True); p.wait()"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {"ACCELERATE_MIXED_PRECISION": "no"},
-    )  # fmt: skip
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    )
     worker = int(launcher.stdout.readline())
     deadline = time.time() + 90
     while len(read_jsonl(tmp_path / "run" / "metrics.jsonl", strict=False)) < 2 and time.time() < deadline:
@@ -328,3 +336,199 @@ def test_command_line(data, tmp_path):
     assert shown.returncode == 0
     assert "lr: 0.0005" in shown.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_step_leaves_batchnorm_and_the_checkpoints_alone(data, tmp_path, monkeypatch):
+    """A NaN that passes through a BatchNorm at step 3, where a checkpoint is due: statistics stay finite, step 4 is saved instead."""
+    from mmpretrain import trainer
+    from mmpretrain.heads import GlobalBatchNorm
+
+    forward, set_rate = GlobalBatchNorm.forward, trainer.set_learning_rate
+    now = []
+
+    def notes(optimizer, config, step, steps):
+        now.append(step)
+        return set_rate(optimizer, config, step, steps)
+
+    monkeypatch.setattr(trainer, "set_learning_rate", notes)
+    monkeypatch.setattr(GlobalBatchNorm, "forward", lambda self, x: forward(self, x * float("nan") if now[-1:] == [2] else x))
+    recipe = runs.recipe(data, tmp_path / "run", steps=5, objectives={"simclr": {"source": "photos", "norm": "batch"}}, teacher=None)
+    del recipe["sources"]["pairs"]
+    assert train(recipes.assemble(recipe | {"checkpoint": {"every": 3, "keep": 9}})) == 0
+    assert [p.name[-2:] for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["05", "04"]
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["loss"] is None] == [3]
+    stored = load_tensors(find_checkpoint(tmp_path / "run"), "objectives")
+    assert any("running_mean" in name for name in stored)
+    assert all(value.isfinite().all() for value in stored.values())
+
+
+def break_at(monkeypatch, stop, action):
+    """Do it with an exception in the step after `stop`."""
+    from mmpretrain import trainer
+
+    real = trainer.set_learning_rate
+
+    def breaks(optimizer, config, step, steps):
+        if step == stop:
+            raise KeyboardInterrupt
+        return real(optimizer, config, step, steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "set_learning_rate", breaks)
+        return action()
+
+
+def test_towers_with_dropout_resume_bit_identical(data, tmp_path, monkeypatch):
+    """Another library's module draws from torch's global generator."""
+    tower = {"timm_model_name": "test_resnet", "image_size": 32, "timm_pool": "avg", "timm_proj": "linear", "timm_drop": 0.5}
+    changes = {"model": {**runs.MODEL, "vision_cfg": tower}, "objectives": {"clip": {"source": "pairs"}}, "steps": 5}
+    recipe = runs.recipe(data, tmp_path / "a", **changes, checkpoint={"every": 3, "keep": 2})
+    del recipe["sources"]["photos"]
+    assert train(recipes.assemble(recipe)) == 0
+    again = recipe | {"run_dir": str(tmp_path / "b")}
+    with pytest.raises(KeyboardInterrupt):
+        break_at(monkeypatch, 3, lambda: train(recipes.assemble(again)))
+    torch.manual_seed(99)
+    torch.rand(7)
+    assert train(recipes.assemble(again)) == 0
+    runs.assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_wrong_evaluation_data_is_said_before_the_first_step(data, tmp_path):
+    for wrong, message in ((str(tmp_path / "nothing"), "no such folder"), (str(tmp_path / "*.tar"), "no such shard")):
+        with pytest.raises(OptionError, match=rf"evaluators\.end: .*{message}"):
+            start(data, tmp_path / "run", evaluators={"end": {"kind": "zero_shot", "data": wrong}})
+    with pytest.raises(OptionError, match=r"evaluators\.near: k=0"):
+        start(data, tmp_path / "run", evaluators={"near": {"kind": "knn", "data": str(data / "pairs"), "k": 0}})
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_evaluation_is_saved_and_made_up_for(data, tmp_path, monkeypatch):
+    """SIGTERM while the first of two evaluators runs at a step without a checkpoint: save, leave; the second runs on resuming."""
+    from mmpretrain.evaluators import ZeroShot
+
+    real, calls = ZeroShot.__call__, []
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(ZeroShot, "__call__", interrupted)
+    evaluators = {name: {"kind": "zero_shot", "data": str(data / "pairs"), "every": 4} for name in ("first", "second")}
+    changes = {"evaluators": evaluators, "checkpoint": {"every": 100, "keep": 2}, "steps": 8}
+    done = []
+    for _ in range(2):
+        assert start(data, tmp_path / "run", **changes) == 0
+        done.append([(line["name"], line["step"]) for line in read_jsonl(tmp_path / "run" / "results.jsonl")])
+    assert done[0] == [("first", 4)]
+    assert done[1] == [(name, step) for step in (4, 8) for name in ("first", "second")]
+    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000008", "step-00000004"]
+
+
+def test_force_goes_on_with_another_recipe_and_says_what_is_fresh(data, undisturbed, tmp_path, capfd):
+    start_from = shutil.copytree(undisturbed, tmp_path / "init")
+    recipe = runs.recipe(data, tmp_path / "run", steps=3, init_from=str(start_from), teacher=None, objectives={"clip": {"source": "pairs"}})
+    del recipe["sources"]["photos"]
+    assert train(recipes.assemble(recipe)) == 0
+    before = load_tensors(find_checkpoint(tmp_path / "run"), "model")
+    shutil.rmtree(start_from)  # what a run began from need not outlive its beginning
+    more = runs.recipe(data, tmp_path / "run", steps=4, init_from=str(start_from), optim={"lr": 0.0})
+    with pytest.raises(OptionError, match="resume=force"):
+        train(recipes.assemble(dict(more)))
+    capfd.readouterr()
+    assert train(recipes.assemble(more | {"resume": "force"})) == 0
+    said = capfd.readouterr().out
+    assert "the checkpoint lacks simclr." in said
+    assert "no teacher: it starts as a copy of the towers" in said
+    after = load_tensors(find_checkpoint(tmp_path / "run"), "model")
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name != "logit_scale")
+    teacher = load_tensors(find_checkpoint(tmp_path / "run"), "teacher")
+    assert torch.equal(teacher["visual.proj"], before["visual.proj"])
+
+
+def test_skipped_samples_are_logged_once_with_their_step(data, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    shutil.rmtree(folder / "pairs")
+    records = [Record(f"p{i:04d}", {"png": runs.picture(i), "txt": b"one"}) for i in range(39)]
+    write_shards([*records, Record("bad", {"png": b"no picture", "txt": b"one"})], folder / "pairs")
+    assert start(folder, tmp_path / "run", steps=10, log_every=50) == 0
+    lines = read_jsonl(tmp_path / "run" / "skipped.jsonl")
+    assert {(line["key"], line["reason"]) for line in lines} == {("bad", "unknown_format")}
+    first = lines[0]
+    assert 1 <= first["step"] <= 5
+    assert first["slot"] // 8 == first["step"] - 1
+    assert "/p" in first["replaced_by"]
+
+
+def test_pictures_of_an_objective_that_takes_several_views(monkeypatch):
+    from accelerate import Accelerator
+
+    from mmpretrain import trainer
+    from tests import tiny
+
+    class Shown(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+            (first, second) = inner.needs.values()
+            self.needs, self.mask_token = {"crops": (first, second)}, None
+
+        def pictures(self, crops):
+            return {"crops": [crop.view.data for crop in crops]}
+
+    class Stub:
+        def __init__(self):
+            self.names = []
+
+        def images(self, step, name, grid):
+            self.names.append(name)
+
+    model = tiny.model({"simclr": {}}, double=False)
+    model.objectives["simclr"] = Shown(model.objectives["simclr"])
+    tracker = Stub()
+    trainer.show(tracker, model, Accelerator(cpu=True), tiny.batch(model, double=False), 1)
+    assert tracker.names == ["views/pairs", "crops/simclr"]
+
+
+def test_fp16_is_refused_with_what_to_do(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(OptionError, match=r"--mixed_precision fp16.*launch with bf16 or no"):
+        start(data, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_every_rank_refuses_what_the_main_one_refuses(data, undisturbed, tmp_path):
+    path = runs.write_recipe(tmp_path / "recipe.yaml", runs.recipe(data, undisturbed, seed=4))
+    out = torchrun("train.py", str(path))
+    assert out.returncode != 0
+    assert out.stderr.count("holds a run of a different recipe") == 2, out.stderr[-3000:]
+
+
+def test_exit_status_says_whose_fault_it_is(data, tmp_path, monkeypatch, capsys):
+    import train as entry
+
+    recipe = runs.recipe(data, tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+
+    def cli(*arguments, **changes):
+        path = runs.write_recipe(tmp_path / "recipe.yaml", recipe | changes)
+        monkeypatch.setattr(sys, "argv", ["train.py", str(path), *arguments])
+        return entry.main(), *capsys.readouterr()
+
+    for wrong in ({"model": "ViT-Q-99"}, {"teacher": {"momentum": 3.0}}, {"evaluators": {"e": {"kind": "knn", "data": "x", "k": 0}}}):
+        status, _, said = cli(**wrong)
+        assert status == 2, said
+        (line,) = said.splitlines()
+        assert line.startswith(("error: model: ", "error: teacher: ", "error: evaluators.e: "))
+    status, _, said = cli("sources.pairs.shards=" + str(tmp_path / "empty"))
+    assert status == 1
+    assert "a folder without *.tar" in said
+    status, shown, _ = cli("--print-config", "steps=3")
+    assert status == 0
+    assert "steps: 3" in shown
+    monkeypatch.setattr("mmpretrain.trainer.train", lambda config: {}["unexpected"])
+    with pytest.raises(KeyError):  # with its traceback
+        cli()

@@ -197,7 +197,7 @@ def from_open_clip(part: str, cfg: dict) -> Adapter:
             tower = OpenClipText(module, module.width, embed_dim)
         tower.context_length = module.context_length
         return tower
-    module = _build_vision_tower(embed_dim, given, quick_gelu)
+    module: Any = _build_vision_tower(embed_dim, given, quick_gelu)
     if isinstance(module, TimmModel):
         native = module.trunk.default_cfg.get("input_size", (3, 224, 224))[1:]
         if tuple(native) != tuple(module.image_size):

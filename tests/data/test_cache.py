@@ -2,8 +2,10 @@
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -131,3 +133,45 @@ def test_missing_and_unknown_remote_places(tmp_path: Path) -> None:
         cache_module.retried(lambda: ShardCache(tmp_path).fetch("memory://nowhere/0.tar"), "x", attempts=1)
     with pytest.raises(ShardError, match="nosuch"):
         ShardCache(tmp_path).fetch("nosuch://x/0.tar")
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(bucket: str, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    old, young = folder / "a.tar.tmp-1", folder / "b.tar.tmp-2"
+    for file in (old, young):
+        file.write_bytes(b"part")
+    os.utime(old, (1, 1))
+    ShardCache(tmp_path).fetch(bucket + "/00000.tar")
+    assert not old.exists()
+    assert young.exists()
+
+
+def test_two_processes_fetch_a_shard_once(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies, real = [], ShardCache._copy
+
+    def slow(*arguments: object) -> None:
+        copies.append(arguments)
+        time.sleep(0.3)
+        real(*arguments)
+
+    monkeypatch.setattr(ShardCache, "_copy", staticmethod(slow))
+    with ThreadPoolExecutor(2) as pool:  # a lock on a file holds between two openings of it, whoever made them
+        paths = list(pool.map(lambda _: ShardCache(tmp_path).fetch(bucket + "/00000.tar"), range(2)))
+    assert paths[0] == paths[1]
+    assert len(copies) == 1
+
+
+def test_a_hiccup_while_looking_for_an_index_is_retried(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures, real = [1], MemoryFileSystem.exists
+
+    def flaky(self: MemoryFileSystem, path: str, **options: object) -> bool:
+        if failures[0]:
+            failures[0] -= 1
+            raise ConnectionResetError("reset by peer")
+        return real(self, path, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "exists", flaky)
+    monkeypatch.setattr(cache_module.time, "sleep", lambda _: None)
+    assert len(cache_module.read_sizes([bucket + "/00000.tar"])) == 1
+    assert failures == [0]

@@ -150,3 +150,19 @@ def test_captions_of_a_batch_are_cut_to_its_longest(loaders) -> None:
     loader = loaders()
     lengths = {next(loader)["pairs"].views[TEXT].data.shape[1] for _ in range(3)}
     assert lengths <= {8, 16}
+
+
+def test_one_rank_reports_damaged_shards(tmp_path: Path) -> None:
+    write_shards([Record(f"{i:03d}", {"jpg": encoded(picture(i)), "txt": b"a"}) for i in range(20)], tmp_path / "s")
+    (file,) = (tmp_path / "s").glob("*.tar")
+    for index in [*(tmp_path / "s").glob("*.npz"), tmp_path / "s" / "sizes.json"]:
+        index.unlink()
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2 + 100])
+    reported = []
+    for rank in range(2):
+        config = SourceConfig(shards=str(file), batch_size=4, max_bad_fraction=1.0)
+        loader = Loader({"s": Source("s", config, [TEXT])}, rank=rank, world_size=2, threads=1)
+        reported.append([record["reason"] for record in loader.drain_skipped()])
+        loader.close()
+    assert len(reported[0]) == 1
+    assert reported[1] == []

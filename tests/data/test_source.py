@@ -18,6 +18,7 @@ from mmpretrain.data.schema import BadSampleBudgetError, ShardError
 from mmpretrain.data.shards import expand, expand_braces
 from mmpretrain.data.source import ImageConfig, Source, SourceConfig, SplitConfig
 from mmpretrain.data.views import CenterView, ImageView, TextView
+from mmpretrain.options import OptionError
 from tests.data.generated import encoded, pair, picture, tar_bytes
 
 IMAGE = CenterView(size=16)
@@ -291,3 +292,33 @@ def test_background_and_normalisation_of_the_config(shard: Shard) -> None:
     assert ImageConfig(mean="half", std=[1, 2, 3]).normalisation() == ((0.5, 0.5, 0.5), (1.0, 2.0, 3.0))
     with pytest.raises(ValueError, match="openai, imagenet, half"):
         ImageConfig(mean="clip").normalisation()
+
+
+def test_parts_are_checked_like_any_option(shard: Shard) -> None:
+    path = str(shard(members(4)))
+    mixed = source([path, {"path": path, "weight": 3}])
+    assert [order.total for order in mixed._orders] == [4, 4]
+    with pytest.raises(OptionError, match=r"unknown option 'sources\.pairs\.shards\.0\.wieght'; did you mean 'weight'"):
+        source([{"path": path, "wieght": 3}])
+    with pytest.raises(OptionError, match=r"'sources\.pairs\.shards\.0\.path' is required"):
+        source([{"weight": 3}])
+
+
+def test_the_limit_in_a_row_does_not_depend_on_other_threads(shard: Shard) -> None:
+    """Three of four are bad: a slot may need many attempts, and good samples of other slots do not start the count again."""
+    bad = [(f"b{i}.jpg", b"%!PS-Adobe") for i in range(3)]
+    path = shard(members(1) + [m for name, data in bad for m in ((name, data), (name[:2] + ".txt", b"bad"))])
+    generous = source(path, max_bad_fraction=1e9).rows(range(16))
+    longest = max(Counter(r["slot"] for r in generous.skipped).values())
+    assert longest > 1
+    halves = source(path, max_bad_fraction=1e9, max_consecutive_bad=longest + 1)
+    assert halves.rows(range(8)).keys + halves.rows(range(8, 16)).keys == generous.keys
+    with pytest.raises(BadSampleBudgetError, match=f"{longest} in a row"):
+        source(path, max_bad_fraction=1e9, max_consecutive_bad=longest).rows(range(16))
+
+
+def test_a_record_names_what_came_instead(shard: Shard) -> None:
+    path = shard([*members(3), ("bad.jpg", b"%!PS-Adobe"), ("bad.txt", b"a program")])
+    block = source(path).rows(range(4))
+    (record,) = {r["slot"]: r for r in block.skipped}.values()
+    assert record["replaced_by"] == block.keys[record["slot"]]

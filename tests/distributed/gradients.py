@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -48,6 +49,18 @@ def losses_alone():
     return x, functions
 
 
+class UnsendableError(ValueError):
+    """Takes two arguments, so that it cannot be unpickled."""
+
+    def __init__(self, message: str, other: object = None) -> None:
+        super().__init__(message)
+        self.other = other or (lambda: None)
+
+
+def raises(error: Exception) -> None:
+    raise error
+
+
 def main() -> None:
     x, functions = losses_alone()
     alone = {}
@@ -87,6 +100,10 @@ def main() -> None:
                 assert abs(means[name] - value.item()) <= max(rtol, 1e-6) * max(1, abs(value.item())), (name, means[name], value)
     assert distributed.any_rank([rank == 1, False, True]) == [True, False, True]
     assert distributed.gather_lists([rank]) == list(range(world))
+    assert distributed.on_main(lambda: "done") == ("done" if rank == 0 else None)
+    for error in (ValueError("no"), UnsendableError("no")):
+        with pytest.raises((ValueError, RuntimeError), match="no"):
+            distributed.on_main(lambda error=error: raises(error))
     dist.destroy_process_group()
     print(f"rank {rank} agrees", flush=True)
 

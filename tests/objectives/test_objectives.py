@@ -181,3 +181,11 @@ def test_presets_name_real_options():
 def test_unknown_preset_is_refused():
     with pytest.raises(ValueError, match="augment preset 'strong' is unknown; known: weak"):
         objective("clip", augment="strong")
+
+
+def test_a_strength_that_is_asked_for_takes_effect():
+    context = tiny.context(tiny.towers())
+    assert context.image_view(Augment(preset="weak", brightness=0.4)).jitter_prob == 1.0
+    assert context.image_view(Augment(preset="weak", brightness=0.4, jitter_prob=0.3)).jitter_prob == 0.3
+    assert context.image_view(Augment(preset="simclr", hue=0.2)).jitter_prob == 0.8
+    assert context.image_view(Augment(preset="weak")).jitter_prob == 0.0

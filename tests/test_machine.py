@@ -1,0 +1,38 @@
+"""Cores and locks, where the system has the calls for them and where it has not."""
+
+import os
+import threading
+
+import pytest
+
+from mmpretrain import machine
+
+
+def test_cores_without_affinity(monkeypatch):
+    assert machine.cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert machine.cores() == os.cpu_count()
+
+
+def test_a_lock_is_refused_or_waited_for(tmp_path):
+    order = []
+
+    def second():
+        with machine.hold(tmp_path / "lock"):
+            order.append("second")
+
+    with machine.hold(tmp_path / "lock"):
+        with pytest.raises(BlockingIOError):
+            machine.hold(tmp_path / "lock", wait=False)
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+
+
+def test_a_system_without_locks_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(machine, "fcntl", None)
+    with machine.hold(tmp_path / "lock"), machine.hold(tmp_path / "lock", wait=False):
+        assert "no file locks" in caplog.text
