@@ -64,7 +64,7 @@ def test_full_disk_leaves_the_old_checkpoint_and_nothing_partial(tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
-    with pytest.raises(CheckpointError, match="No space left on device.*earlier checkpoints are untouched"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*earlier checkpoints are untouched"):
         write(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     assert checkpoint.newest_valid(tmp_path)[0] == tmp_path / "step-00000001"
