@@ -29,7 +29,7 @@ def main() -> int:
         if arguments.print_config:
             print(recipes.dump(config))
             return 0
-        return run(config, demo=recipe is None)
+        return run(config, demo=recipe is None or Path(recipe).resolve() == demo.resolve())
     except recipes.OptionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -45,9 +45,12 @@ def run(config, demo: bool) -> int:
     try:
         if demo:
             from data_prep.demo import ensure_demo
+            from data_prep.demo_baselines import nearest_neighbour_baselines
 
             with hold("data/.demo.lock"):  # one process writes them; the others of this machine wait, and find them
-                ensure_demo("data/demo")
+                found = nearest_neighbour_baselines(ensure_demo("data/demo"))
+            if "test" in config.evaluators:
+                config.evaluators["test"].baselines |= {k: found[k] for k in ("colour_histogram_knn", "raw_pixel_knn")}
         return train(config)
     except (BadSampleBudgetError, CheckpointError, ShardError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)

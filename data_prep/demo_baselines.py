@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
+
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from PIL import Image
 
 from data_prep.demo_scenes import GENERATOR_VERSION, SIDE
 from mmpretrain.data import index as shard_index
+from mmpretrain.machine import cores
 
 LIMIT = 0.25
 NEIGHBOURS = (1, 5, 20, 50)  # the best of these is reported: a baseline should be as strong as it can be
@@ -32,7 +33,7 @@ def read_split(folder: Path | str) -> tuple[np.ndarray, np.ndarray]:
     def decode(data: bytes) -> np.ndarray:
         return np.asarray(Image.open(io.BytesIO(data), formats=["JPEG"]))
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for path in paths:
             index = shard_index.open_index(path)
             data = path.read_bytes()

@@ -12,9 +12,7 @@ import numpy as np
 from data_prep.demo_scenes import CLASS_SHAPE, CLASS_TEXTURE, SHAPES, SIDE, SPLITS, TEXTURES, Scenes, generator
 
 _EXTENT, _CELLS = 1.7, 340  # a table covers [-1.7, 1.7] radii in cells of 0.01 radius
-_BORDER = np.array(
-    [{"ring": 0.14, "cross": 0.19, "star": 0.22}.get(shape, 0.27) for shape in SHAPES]
-)  # width, of the radius
+_BORDER = np.array([{"ring": 0.14, "cross": 0.19, "star": 0.22}.get(shape, 0.27) for shape in SHAPES])  # width, of the radius
 _DOT = 0.33  # radius of a dot, of the period
 Floats = np.ndarray
 
