@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
