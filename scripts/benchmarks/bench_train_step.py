@@ -2,8 +2,8 @@
 
     python scripts/benchmarks/bench_train_step.py [--model ViT-S-32-alt] [--batch 64] [--rounds 5]
 
-Both start from the same weights and must agree on the loss before anything is timed. The captions are cut to the longest of the batch in ours,
-and padded to the context length in open_clip's, as each library's trainer does. Prints samples/s of both and their ratio, median and range.
+Both start from the same weights and must agree on the loss before anything is timed. The captions are cut to the longest of the batch
+in ours, and padded to the context length in open_clip's, as each library's trainer does. Prints samples/s of both, and their ratio.
 """
 
 from __future__ import annotations
@@ -82,9 +82,8 @@ def main() -> None:
     ratios = [a / b for a, b in zip(speeds["ours"], speeds["open_clip"])]
     for name, values in speeds.items():
         print(f"{name:>10}: {statistics.median(values):8.1f} samples/s (first loss {first[name]:.4f})")
-    print(
-        f"     ratio: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), {device}, {trimmed.shape[1]} of {padded.shape[1]} tokens"
-    )
+    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    print(f"     ratio: {spread}, {device}, {trimmed.shape[1]} of {padded.shape[1]} tokens")
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def text_view(**options):
 
 def test_masked_text_corrupts_words_and_remembers_them():
     tokenizer = get_tokenizer("clip")
-    spec, view = text_view(mask_ratio=0.3)
+    _, view = text_view(mask_ratio=0.3)
     plain = torch.where(view.target != -100, view.target, view.data)
     words = (plain != tokenizer.sot) & (plain != tokenizer.eot) & (plain != 0)
     chosen = view.target != -100
@@ -147,7 +147,7 @@ def test_masked_text_without_a_chosen_word_is_zero_with_a_gradient():
     assert masked.decoder.weight.grad.abs().sum() == 0
 
 
-@pytest.mark.parametrize("kind", [k for k in OBJECTIVES])
+@pytest.mark.parametrize("kind", list(OBJECTIVES))
 def test_every_objective_alone_trains_all_its_parameters(kind):
     model = tiny.model({kind: {}}, double=False)
     loss, _ = model(tiny.batch(model, double=False))
