@@ -63,6 +63,15 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     assert stored["precision"] == "fp32"
 
 
+def test_losses_are_those_of_the_golden_file(undisturbed):
+    """A refactor must not move a loss: 12 steps of all objectives, in fp32, to what differs between machines."""
+    golden = read_jsonl(Path(__file__).parent / "golden" / "tiny.jsonl")
+    lines = read_jsonl(undisturbed / "metrics.jsonl")
+    assert len(golden) == len(lines) == 12
+    for expected, found in zip(golden, lines):
+        assert {k: found[k] for k in expected} == pytest.approx(expected, rel=2e-3)
+
+
 def test_a_finished_run_is_left_alone(undisturbed, data, capfd):
     before = runs.weights(undisturbed)
     assert start(data, undisturbed) == 0
