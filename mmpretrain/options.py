@@ -92,6 +92,8 @@ def convert(value: Any, hint: Any, path: str, place: typing.Callable[[str], str]
             return value
         raise OptionError(f"option {path}={value!r}{place(path)}{nearest(str(value), map(str, arguments))}")
     if origin is dict:
+        if value is None:  # `evaluators=null` on the command line: none of them
+            return {}
         if not isinstance(value, Mapping):
             raise wrong
         return {str(k): convert(v, arguments[1], f"{path}.{k}", place) for k, v in value.items()}
