@@ -44,6 +44,8 @@ def main() -> None:
     theirs = open_clip.model.CustomTextCLIP(**config).to(device)
     ours = build_towers(config).to(device)
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("logit")})
+    image_tower, text_tower = ours.visual, ours.text
+    assert image_tower is not None and text_tower is not None, "this benchmark needs both towers"
     size = ours.preprocess.size
     images = torch.randn(arguments.batch, 3, size, size, device=device)
     captions = [f"a picture of {i} blue {SHAPES[i % 6]}s left of a large red {SHAPES[i % 5]} on grass" for i in range(arguments.batch)]
@@ -55,7 +57,7 @@ def main() -> None:
 
     def our_step() -> torch.Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=computes_bf16()):
-            a, b = ours.visual(images).features, ours.text(trimmed).features
+            a, b = image_tower(images).features, text_tower(trimmed).features
             loss = info_nce(unit(a), unit(b), scale)
         loss.backward()
         return loss.detach()
