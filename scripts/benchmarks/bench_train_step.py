@@ -45,7 +45,8 @@ def main() -> None:
     ours = build_towers(config).to(device)
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("logit")})
     image_tower, text_tower = ours.visual, ours.text
-    assert image_tower is not None and text_tower is not None, "this benchmark needs both towers"
+    if image_tower is None or text_tower is None:
+        parser.error(f"{arguments.model} has no image tower or no text tower: this benchmark needs both")
     size = ours.preprocess.size
     images = torch.randn(arguments.batch, 3, size, size, device=device)
     captions = [f"a picture of {i} blue {SHAPES[i % 6]}s left of a large red {SHAPES[i % 5]} on grass" for i in range(arguments.batch)]
