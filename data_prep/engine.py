@@ -1,0 +1,292 @@
+"""Run a pure function over tasks: on this machine's cores, or on a Ray cluster. Results come in the order of the tasks.
+
+Local workers are fresh processes that import only what the function needs (a `multiprocessing` child would import the calling script
+first, torch included). A worker that is killed costs its task, which another repeats.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import itertools
+import os
+import pickle
+import queue
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from mmpretrain.machine import cores
+
+Task = TypeVar("Task")
+R = TypeVar("R")
+ENGINES = ("local", "ray")
+REPEATS = 3  # times that a task is given out again after its worker died
+_LENGTH = struct.Struct("<Q")
+
+
+class WorkerLostError(RuntimeError):
+    """The process that worked on a task died, and so did those that tried it again."""
+
+
+def _lost(task: object, how: str) -> WorkerLostError:
+    text = repr(task)
+    text = text if len(text) <= 300 else text[:300] + " ..."
+    return WorkerLostError(
+        f"task {text}: its worker process died {REPEATS + 1} times ({how}). Its own words, if any, are above. "
+        "If memory ran out, take fewer --processes or a smaller --max-count."
+    )
+
+
+def run(
+    function: Callable[[Task], R],
+    tasks: Iterable[Task],
+    *,
+    engine: str = "local",
+    processes: int | None = None,
+    title: str = "",
+) -> Iterator[R]:
+    """`function(task)` for every task, in the order of the tasks.
+
+    Args:
+        function: pure and picklable: of a module (not of `__main__`), a `functools.partial` of one, or a dataclass with `__call__`.
+        tasks: pulled as workers become free, at most 2 x processes ahead of what the caller has taken.
+        engine: "local", or "ray" (the cluster at RAY_ADDRESS, else one started on this machine).
+        processes: how many at once; by default one per core, on Ray what the cluster has. 1 with "local" runs in this process.
+        title: shown with a progress bar where standard error is a terminal.
+
+    Raises WorkerLostError, whatever `function` raises, ValueError for an unknown engine.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"--engine {engine!r}: expected {' or '.join(ENGINES)}")
+    if processes is not None and processes < 1:
+        raise ValueError(f"--processes {processes}: expected at least 1")
+    total = len(tasks) if isinstance(tasks, Sized) else None
+    source = iter(tasks)
+    if engine == "ray":
+        results = _ray(function, source, processes)
+    else:
+        most = processes or cores()
+        first = list(itertools.islice(source, min(most, 2)))  # a process is not worth starting for a single task
+        source = itertools.chain(first, source)
+        results = map(function, source) if len(first) < 2 else _local(function, source, most)
+    return _shown(results, title, total) if title and sys.stderr.isatty() else iter(results)
+
+
+def _shown(results: Iterable[R], title: str, total: int | None) -> Iterator[R]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task(title, total=total)
+        for result in results:
+            yield result
+            progress.advance(bar)
+
+
+def _ahead(give: Callable[[Any], Any], take: Callable[[Any], Any], tasks: Iterator[Any], most: int) -> Iterator[Any]:
+    """Give tasks out, `most` ahead of what is taken, and take the results in order."""
+    given: deque[Any] = deque()
+    for task in tasks:
+        given.append(give(task))
+        if len(given) >= most:
+            yield take(given.popleft())
+    while given:
+        yield take(given.popleft())
+
+
+# ---- processes of this machine
+
+
+def _send(pipe: IO[bytes], value: object) -> None:
+    data = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+    pipe.write(_LENGTH.pack(len(data)) + data)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes]) -> bytes:
+    """One message. Raises EOFError where the other side has gone."""
+    head = pipe.read(_LENGTH.size)
+    data = pipe.read(_LENGTH.unpack(head)[0]) if len(head) == _LENGTH.size else b""
+    if len(head) < _LENGTH.size or len(data) < _LENGTH.unpack(head)[0]:
+        raise EOFError
+    return data
+
+
+class _Worker:
+    """A process that applies `function` to the tasks it is sent. It ends itself when this process goes."""
+
+    def __init__(self, function: bytes, stopped: threading.Event) -> None:
+        self._function, self._stopped = function, stopped
+        self._start()
+
+    def _start(self) -> None:
+        root = str(Path(__file__).resolve().parent.parent)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
+        command = [sys.executable, "-c", "from data_prep.engine import _work; _work()"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        with suppress(BrokenPipeError):
+            _send(self.process.stdin, (sys.path, self._function))
+
+    def __call__(self, task: Any) -> Any:
+        for attempt in range(REPEATS + 1):
+            try:
+                _send(self.process.stdin, task)
+                good, value = pickle.loads(_receive(self.process.stdout))
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                status = self.process.wait()
+                self.stop()
+                if self._stopped.is_set():  # nobody waits for the result
+                    raise
+                how = f"exit status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
+                if attempt == REPEATS:
+                    raise _lost(task, how) from None
+                self._start()
+                continue
+            if good:
+                return value
+            raise value
+        raise AssertionError("unreachable")
+
+    def stop(self) -> None:
+        self.process.kill()  # it holds nothing but a task, which leaves no trace until it is done
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with suppress(BrokenPipeError, ValueError):  # a task that it never read
+                pipe.close()
+
+
+def _local(function: Callable[[Any], Any], tasks: Iterator[Any], processes: int) -> Iterator[Any]:
+    packed = pickle.dumps(function)
+    idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
+    started: list[_Worker] = []
+    lock, stopped = threading.Lock(), threading.Event()
+
+    def ask(task: Any) -> Any:
+        worker = idle.get()
+        try:
+            if worker is None:  # started only when there is work for it
+                worker = _Worker(packed, stopped)
+                with lock:
+                    started.append(worker)
+            if stopped.is_set():
+                raise RuntimeError("stopped")
+            return worker(task)
+        finally:
+            idle.put(worker)
+
+    for _ in range(processes):
+        idle.put(None)
+    pool = ThreadPoolExecutor(processes, thread_name_prefix="worker")
+    try:
+        with closing(_ahead(lambda task: pool.submit(ask, task), Future.result, tasks, 2 * processes)) as results:
+            yield from results
+    finally:
+        stopped.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        with lock:
+            for worker in started:
+                worker.process.kill()
+        pool.shutdown(wait=True)
+        for worker in started:
+            worker.stop()
+
+
+def _failure(error: BaseException) -> BaseException:
+    """The error as it can be sent, with the worker's traceback noted."""
+    error.add_note("in a worker process:\n" + "".join(traceback.format_exception(error)))
+    try:
+        if type(pickle.loads(pickle.dumps(error))) is type(error):
+            return error
+    except Exception:
+        pass
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _listen(pipe: IO[bytes], messages: queue.SimpleQueue[bytes]) -> None:
+    while True:
+        try:
+            messages.put(_receive(pipe))
+        except EOFError:  # the process that wants the results is gone
+            os._exit(1)
+
+
+def _work() -> None:
+    """The life of a worker: messages from standard input, results to what was standard output."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the starting process stops its workers
+    results = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what the function prints must not get among the results
+    messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(os.fdopen(os.dup(0), "rb"), messages), daemon=True).start()
+    sys.stdin = io.StringIO()
+    paths, packed = pickle.loads(messages.get())
+    sys.path[:] = paths
+    importlib.invalidate_caches()
+    try:
+        function = pickle.loads(packed)
+    except (AttributeError, ImportError) as error:
+        missing = RuntimeError(f"a worker process cannot import the function ({error}). Put it into a module, or pass --processes 1.")
+        function = _Raises(missing)
+    while True:
+        task = pickle.loads(messages.get())
+        try:
+            answer = (True, function(task))
+        except BaseException as error:
+            answer = (False, _failure(error))
+        _send(results, answer)
+
+
+class _Raises:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __call__(self, task: object) -> None:
+        raise self.error
+
+
+# ---- a Ray cluster
+
+
+def _ray(function: Callable[[Any], Any], tasks: Iterator[Any], processes: int | None) -> Iterator[Any]:
+    try:
+        import ray
+        from ray.exceptions import RayTaskError, WorkerCrashedError
+    except ImportError as error:
+        raise ValueError("--engine ray needs Ray: pip install 'mmpretrain-clip[ray]'; or take --engine local") from error
+    ours = not ray.is_initialized()
+    if ours:
+        address = os.environ.get("RAY_ADDRESS")
+        local = {} if address else {"num_cpus": processes or cores(), "include_dashboard": False}
+        ray.init(address=address, log_to_driver=False, logging_level="error", **local)
+    try:
+        most = processes or int(ray.cluster_resources().get("CPU", 1))
+        remote = ray.remote(max_retries=REPEATS, retry_exceptions=False, num_cpus=1)(_apply)
+        shared = ray.put(function)
+
+        def take(given: tuple[Any, Any]) -> Any:
+            task, reference = given
+            try:
+                return ray.get(reference)
+            except WorkerCrashedError as error:
+                raise _lost(task, str(error).splitlines()[0]) from None
+            except RayTaskError as error:
+                raise error.cause from None
+
+        yield from _ahead(lambda task: (task, remote.remote(shared, task)), take, tasks, 2 * most)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _apply(function: Callable[[Any], Any], task: Any) -> Any:
+    return function(task)

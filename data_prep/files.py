@@ -1,0 +1,152 @@
+"""Files under local paths and fsspec URLs alike. A remote file is read and written whole, with retries."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmpretrain.data.cache import is_remote, retried
+from mmpretrain.data.schema import ShardError
+
+
+def place(name: str | Path) -> str | Path:
+    """A local Path, also of a file:// URL; else the URL."""
+    text = str(name)
+    return text.rstrip("/") if is_remote(text) else Path(text.removeprefix("file://"))
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """(fsspec file system, path in it). Raises ShardError where the URL's kind is unknown or its package is missing."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ShardError(f"{url}: {error}") from error
+
+
+def join(base: str | Path, name: str) -> str:
+    return f"{str(base).rstrip('/')}/{name}" if is_remote(str(base)) else str(Path(place(base)) / name)
+
+
+def read_bytes(url: str | Path) -> bytes:
+    """Raises FileNotFoundError, or ShardError where a remote one stays out of reach."""
+    where = place(url)
+    if isinstance(where, Path):
+        return where.read_bytes()
+    system, path = filesystem(where)
+    if not retried(lambda: system.exists(path), where):
+        raise FileNotFoundError(2, "no such file", where)
+    return retried(lambda: system.cat_file(path), where)
+
+
+def exists(url: str | Path) -> bool:
+    where = place(url)
+    if isinstance(where, Path):
+        return where.exists()
+    system, path = filesystem(where)
+    return retried(lambda: system.exists(path), where)
+
+
+def listing(url: str | Path) -> list[str]:
+    """The full names of what lies in a folder, files and folders, sorted; [] where there is no such folder."""
+    where = place(url)
+    if isinstance(where, Path):
+        return sorted(str(path) for path in where.iterdir()) if where.is_dir() else []
+    system, path = filesystem(where)
+
+    def names() -> list[str]:
+        system.invalidate_cache()
+        return system.ls(path, detail=False) if system.exists(path) and system.isdir(path) else []
+
+    return sorted(join(where, name.rstrip("/").rpartition("/")[2]) for name in retried(names, where))
+
+
+def walk(url: str | Path) -> list[str]:
+    """The names of all files below a folder, relative to it with /, sorted; those with a part that begins with a dot are left out.
+
+    Only names are held, for a folder of any size, so that their order does not depend on the file system.
+    """
+    where = place(url)
+    if isinstance(where, Path):
+        found = []
+        for folder, folders, files in os.walk(where):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            before = os.path.relpath(folder, where).replace(os.sep, "/")
+            found += [name if before == "." else f"{before}/{name}" for name in files if not name.startswith(".")]
+    else:
+        system, path = filesystem(where)
+        below = path.strip("/") + "/"
+        found = [name.lstrip("/").removeprefix(below) for name in retried(lambda: system.find(path), where)]
+        found = [name for name in found if not any(part.startswith(".") for part in name.split("/"))]
+    return sorted(found, key=lambda name: name.split("/"))
+
+
+@contextmanager
+def local(url: str | Path) -> Iterator[Path]:
+    """A local file with the content: the file itself, or a copy of a remote one that is deleted afterwards."""
+    where = place(url)
+    if isinstance(where, Path):
+        yield where
+        return
+    system, path = filesystem(where)
+    with tempfile.TemporaryDirectory(prefix="data_prep-") as folder:
+        copy = Path(folder) / (where.rpartition("/")[2] or "file")
+        size = retried(lambda: system.size(path), where)
+
+        def fetch() -> None:
+            system.get_file(path, str(copy))
+            if size is not None and copy.stat().st_size != size:
+                raise OSError(f"{copy.stat().st_size} bytes came, expected {size}")
+
+        retried(fetch, where)
+        yield copy
+
+
+def put(path: Path, url: str | Path) -> None:
+    """Move a finished local file to its name: renamed where both are local and of one file system, else copied, and never half there."""
+    where = place(url)
+    if isinstance(where, Path):
+        try:
+            os.replace(path, where)
+        except OSError:  # another file system
+            temporary = where.with_name(f"{where.name}.tmp-{os.getpid()}")
+            shutil.copyfile(path, temporary)
+            os.replace(temporary, where)
+            path.unlink()
+        return
+    system, target = filesystem(where)
+    retried(lambda: system.put_file(str(path), target), where)
+    path.unlink()
+
+
+def remove(url: str | Path) -> None:
+    """Delete a file; one that is not there is fine."""
+    where = place(url)
+    if isinstance(where, Path):
+        where.unlink(missing_ok=True)
+        return
+    system, path = filesystem(where)
+    retried(lambda: system.rm_file(path) if system.exists(path) else None, where)
+
+
+def write_text(url: str | Path, text: str) -> None:
+    """Write atomically, as UTF-8."""
+    where = place(url)
+    if isinstance(where, Path):
+        temporary = where.with_name(f"{where.name}.tmp-{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, where)
+        return
+    system, path = filesystem(where)
+    retried(lambda: system.pipe_file(path, text.encode()), where)
+
+
+def write_json(url: str | Path, value: Any) -> None:
+    write_text(url, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

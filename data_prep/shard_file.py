@@ -1,0 +1,138 @@
+"""One shard as it is written: the tar's bytes, its index and every sha256 in a single pass.
+
+The bytes are those of `tarfile` in its pax format with mtime, uid and gid 0, so they depend on the content alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mmpretrain.data import index as shard_index
+from mmpretrain.data.schema import SAFE_KEY
+
+BLOCK, RECORD = 512, 10_240  # a tar ends with two zero blocks and fills its last record
+BATCH_BYTES = 1 << 20  # written at once
+USTAR_BYTES = 8**11  # a larger member needs a pax header
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample: a key without dots, and its members' bytes by extension ("jpg", "txt", "cls", "json")."""
+
+    key: str
+    members: dict[str, bytes]
+
+    def check(self) -> None:
+        """Raises ValueError for an unsafe or dotted key, no members, or odd extensions."""
+        if len(self.key) > 200 or not SAFE_KEY.fullmatch(self.key):
+            raise ValueError(
+                f"key {self.key!r}: expected at most 200 letters, digits, _ and -, with / between folders. "
+                "A dot would begin the extension; other characters are unsafe in paths."
+            )
+        if not self.members:
+            raise ValueError(f"key {self.key!r} has no members")
+        for extension in self.members:
+            if not extension or extension != extension.lower() or "/" in extension or "\0" in extension:
+                raise ValueError(f"key {self.key!r}: {extension!r} is not an extension (lower case, no slash)")
+
+    def tar_bytes(self) -> int:
+        """At most what it takes in a shard, for members whose names need no pax header."""
+        return sum(2 * BLOCK + len(data) for data in self.members.values())
+
+
+# name 100 | mode 8, uid 8, gid 8, size 12, mtime 12, checksum 8, type 1, link name 100, magic 8, user 32, group 32, device 16, prefix 155, 12
+_OWNER = b"0000644\0" + 2 * b"0000000\0"
+_REST = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + 2 * b"0000000\0" + bytes(167)
+_MTIME = b"00000000000\0"
+_FIXED_SUM = sum(_OWNER) + sum(_REST) + sum(_MTIME) + 8 * ord(" ")  # the checksum counts its own field as spaces
+
+
+def header(name: str, size: int) -> bytes:
+    """The header block of a member; pax blocks come first where the name is not ASCII or too long."""
+    raw = name.encode("utf-8", "surrogateescape")
+    if len(raw) > 100 or not name.isascii() or size >= USTAR_BYTES:
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = size, 0o644
+        return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+    length = b"%011o\0" % size
+    total = _FIXED_SUM + sum(raw) + sum(length)
+    return b"".join((raw.ljust(100, b"\0"), _OWNER, length, _MTIME, b"%06o\0 " % total, _REST))
+
+
+class ShardFile:
+    """A shard being written to `path`, a local file. `add` records, then `close`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = 0
+        self.bytes = 0
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (close closes it)
+        self._hash = hashlib.sha256()
+        self._batch: list[bytes] = []
+        self._batched = 0
+        self._keys: list[str] = []
+        self._starts = [0]
+        self._extensions: list[str] = []
+        self._offsets: list[int] = []
+        self._sizes: list[int] = []
+        self._digests: list[bytes] = []
+
+    def add(self, record: Record) -> None:
+        """Members go in the order of their extensions, whatever order they came in."""
+        for extension in sorted(record.members):
+            data = record.members[extension]
+            size = len(data)
+            head = header(f"{record.key}.{extension}", size)
+            pad = -size % BLOCK
+            self._extensions.append(extension)
+            self._offsets.append(self.bytes + len(head))
+            self._sizes.append(size)
+            self._digests.append(hashlib.sha256(data).digest())
+            self._batch += (head, data, bytes(pad))
+            self.bytes += len(head) + size + pad
+            self._batched += len(head) + size + pad
+        self._keys.append(record.key)
+        self._starts.append(len(self._sizes))
+        self.count += 1
+        if self._batched >= BATCH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        data = b"".join(self._batch)
+        self._batch, self._batched = [], 0
+        self._hash.update(data)
+        view = memoryview(data)
+        while len(view):
+            view = view[self._file.write(view) :]
+
+    def close(self) -> tuple[shard_index.ShardIndex, str]:
+        """End the tar and bring it to the disk; gives (index, sha256 of the file)."""
+        tail = 2 * BLOCK + -(self.bytes + 2 * BLOCK) % RECORD
+        self._batch.append(bytes(tail))
+        self.bytes += tail
+        self._flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        extensions = sorted(set(self._extensions))
+        number = {extension: i for i, extension in enumerate(extensions)}
+        index = shard_index.ShardIndex(
+            keys=self._keys,
+            extensions=extensions,
+            starts=np.array(self._starts, np.int64),
+            extension=np.array([number[extension] for extension in self._extensions], np.uint16),
+            offset=np.array(self._offsets, np.int64),
+            size=np.array(self._sizes, np.int64),
+            tar_bytes=self.bytes,
+            sha256=np.frombuffer(b"".join(self._digests), np.uint8).reshape(-1, 32),
+        )
+        return index, self._hash.hexdigest()
+
+    def abandon(self) -> None:
+        self._file.close()
+        self.path.unlink(missing_ok=True)
