@@ -77,6 +77,17 @@ def expand(spec: str | list[str]) -> list[str]:
     return names
 
 
+def read_at(file: int, offset: int, size: int) -> bytes:
+    """`size` bytes of an open file. pread rather than mmap: a file cut while it is read gives a short read, not a bus error."""
+    parts, at, left = [], offset, size
+    while left and (part := os.pread(file, left, at)):
+        parts.append(part)
+        at, left = at + len(part), left - len(part)
+    if left:
+        raise BadSample("cut", f"{left} of {size} bytes missing at byte {at}")
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 class _Open:
     """An open shard: its index and a file to read from by position, which threads may share."""
 
@@ -89,14 +100,7 @@ class _Open:
             os.close(self._file)
 
     def read(self, member: Member, verify: bool) -> bytes:
-        """pread rather than mmap: a file cut while it is read gives a short read, not a bus error."""
-        parts, at, left = [], member.offset, member.size
-        while left and (part := os.pread(self._file, left, at)):
-            parts.append(part)
-            at, left = at + len(part), left - len(part)
-        if left:
-            raise BadSample("cut", f"{left} of {member.size} bytes missing at byte {at}")
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        data = read_at(self._file, member.offset, member.size)
         if verify and member.sha256 is not None and hashlib.sha256(data).digest() != member.sha256:
             raise BadSample("checksum", f"the {member.size} bytes at {member.offset} are not those that the index was written for")
         return data
