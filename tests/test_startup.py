@@ -35,7 +35,8 @@ said = io.StringIO()
 with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
     sys.argv = sys.argv[1:]
     exec(sys.argv[0]) if sys.argv[0].startswith("import") else runpy.run_path(sys.argv[0], run_name="__main__")
-loaded = {n.partition(".")[0] for n, m in sys.modules.items() if n not in before and "site-packages" in (getattr(m, "__file__", None) or "")}
+new = set(sys.modules) - before
+loaded = {n.partition(".")[0] for n in new if "site-packages" in (getattr(sys.modules[n], "__file__", None) or "")}
 print(json.dumps({"loaded": sorted(loaded), "said": said.getvalue()}))
 """
 
