@@ -58,6 +58,7 @@ class Config:
     deterministic: bool = False  # on CUDA: bit-identical results, at some cost in speed
     max_skipped_steps: int = 5  # consecutive updates that may be skipped for a loss or gradient that is not finite
     log_every: int = 10  # steps between lines of metrics.jsonl
+    cost_every: int = 200  # steps between measurements of what one objective costs, each about two passes; 0: never
     images_every: int = 0  # steps between pictures of views and reconstructions; 0: at the start and the end
     resume: Literal["auto", "force", "never"] = "auto"  # force: also from a run whose recipe differs; never: refuse a used run_dir
     sources: dict[str, SourceConfig] = field(default_factory=dict)  # named shards read one way
@@ -82,14 +83,14 @@ class EvaluationConfig:
 # What may differ between a run and its continuation: it changes how fast the result comes, not the result's meaning.
 FREE = {
     "run_dir", "accumulate", "threads", "loader_threads", "prefetch", "compile", "activation_checkpointing", "deterministic",
-    "max_skipped_steps", "log_every", "images_every", "resume", "checkpoint", "evaluators",
+    "max_skipped_steps", "log_every", "cost_every", "images_every", "resume", "checkpoint", "evaluators",
 }  # fmt: skip
 FREE_OF_SOURCE = {"max_bad_fraction", "max_consecutive_bad", "cache_dir", "cache_bytes", "verify"}
 
 # Numbers that cannot be meant, refused at the start rather than met in the middle of a run. `*` stands for any name.
 LIMITS: dict[str, tuple[str, float]] = {
     "steps": (">=", 0), "epochs.count": (">", 0), "accumulate": (">=", 1), "image_size": (">=", 1), "threads": (">=", 1),
-    "loader_threads": (">=", 1), "prefetch": (">=", 1), "max_skipped_steps": (">=", 0), "log_every": (">=", 1), "images_every": (">=", 0),
+    "loader_threads": (">=", 1), "prefetch": (">=", 1), "max_skipped_steps": (">=", 0), "log_every": (">=", 1), "cost_every": (">=", 0), "images_every": (">=", 0),
     "checkpoint.every": (">=", 1), "checkpoint.keep": (">=", 1), "objectives.*.weight": (">=", 0), "evaluators.*.every": (">=", 0),
     "optim.lr": (">=", 0), "optim.weight_decay": (">=", 0), "optim.warmup_steps": (">=", 0), "optim.final_lr": (">=", 0),
     "optim.decay_fraction": (">", 0), "optim.layer_decay": (">", 0), "optim.head_lr": (">=", 0), "optim.clip_grad_norm": (">", 0),

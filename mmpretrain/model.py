@@ -33,8 +33,12 @@ class PretrainModel(nn.Module):
         self.teacher = teacher  # the EMA copy: moved by the trainer, never by a gradient
         self.objectives = nn.ModuleDict(objectives)
         self.weights = weights
-        self.plan = make_plan(objectives.values())
         self.mask_owner = mask_owners(objectives)
+
+    @property
+    def plan(self) -> list[Encode]:
+        """This step's encodes: an objective may change what it needs as training goes on."""
+        return make_plan(self.objectives.values())
 
     def views(self) -> dict[str, set[ViewSpec]]:
         """Source -> the views its rows must carry."""
@@ -112,9 +116,11 @@ class PretrainModel(nn.Module):
 
     # -- objectives -------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        encoded = self.encode(batch, self.plan)
-        losses, logs = self.losses(encoded, self.objectives)
+    def forward(self, batch: Batch, names: Iterable[str] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of the losses of all objectives, or of those named, and what to log."""
+        names = list(self.objectives if names is None else names)
+        encoded = self.encode(batch, make_plan(self.objectives[name] for name in names))
+        losses, logs = self.losses(encoded, names)
         return sum_losses(losses, self.weights), logs
 
     def losses(

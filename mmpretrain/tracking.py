@@ -281,6 +281,13 @@ class Tracker:
         losses = {k.removesuffix("/loss"): v for k, v in values.items() if k == "loss" or k.endswith("/loss")}
         self._progress.update(step, losses, rate, wait / took if took > 0 else 0.0, took)
 
+    def extra(self, step: int, samples_seen: int, scalars: Mapping[str, float]) -> None:
+        """A line of scalars that are not measured at every logged step."""
+        if self.is_main:
+            self._files["metrics"].append({"step": step, "samples_seen": samples_seen, **scalars})
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+
     def result(self, step: int | None, line: Mapping[str, Any]) -> None:
         """One evaluator's line: {"evaluator", "name", "dataset", "model", "n", "seed", "metrics": {...}}."""
         if not self.is_main:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from mmpretrain import checkpoint, distributed, launch, random, run, snapshot
 from mmpretrain.assembly import build_model, build_sources, check_division, first_rows, layers, total_steps
 from mmpretrain.config import Config
+from mmpretrain.cost import CostProbe
 from mmpretrain.data.loader import Loader
 from mmpretrain.data.source import Source
 from mmpretrain.evaluation import Evaluations, build_evaluators
@@ -86,6 +87,7 @@ def _train(config: Config, closing: ExitStack) -> int:
     wrapped = accelerator.prepare_model(model)
     parameters, statistics = [p for _, p in named], running_statistics(model)
     samples_per_step = sum(source.batch_size for source in config.sources.values())
+    costs = CostProbe(model, config.cost_every, config.accumulate, accelerator.autocast, device)
     save_due = False
     model.train()
 
@@ -136,6 +138,8 @@ def _train(config: Config, closing: ExitStack) -> int:
             tracker.skipped(step, distributed.gather_lists(replaced))
         scalars = distributed.average({"loss": loss, "grad_norm": norm} | logs) if bad or tracker.due(step) else {}
         tracker.log(step, step * samples_per_step, scalars, waited, time.perf_counter() - started, lr, always=bad)
+        if costs.due(step):
+            tracker.extra(step, step * samples_per_step, costs.measure(step, batch))
         if step == 1 or step == steps or (config.images_every and step % config.images_every == 0):
             show(tracker, model, accelerator, batch, step)
         state = {"step": step, "samples_seen": step * samples_per_step, "positions": loader.position(), "skipped_steps": skipped_steps}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
 from torch import Tensor
 
+WORDS = 1 << 16  # whose ids are remembered
+SPECIAL = ("<start_of_text>", "<end_of_text>")
 _LOCK = threading.Lock()
 _FOUND: dict[str, Tokenizer] = {}
 
@@ -34,9 +37,7 @@ def get_tokenizer(name: str = "clip") -> Tokenizer:
 
 def _build(name: str) -> Tokenizer:
     if name == "clip":
-        from open_clip.tokenizer import SimpleTokenizer
-
-        inner = SimpleTokenizer()
+        inner = _clip()
         return Tokenizer(name, inner, inner.sot_token_id, inner.eot_token_id, inner.vocab_size)
     import open_clip
 
@@ -51,6 +52,31 @@ def _build(name: str) -> Tokenizer:
     eot = first("eot_token_id", "eos_token_id", "sep_token_id")
     size = getattr(below, "vocab_size", None)
     return Tokenizer(name, inner, sot, eot, max(int(size), len(below)) if hasattr(below, "__len__") else int(size))
+
+
+def _clip() -> Any:
+    """open_clip's BPE with the same ids, several times faster on plain text, and with a bounded memory of words."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    class Clip(SimpleTokenizer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.word = functools.lru_cache(WORDS)(self.word)  # type: ignore[method-assign]
+
+        def word(self, word: str) -> tuple[int, ...]:
+            token = "".join(self.byte_encoder[b] for b in word.encode("utf-8"))
+            ids = tuple(self.encoder[part] for part in self.bpe(token).split(" "))
+            if token not in SPECIAL:
+                self.cache.pop(token, None)  # it would keep every word ever seen
+            return ids
+
+        def encode(self, text: str) -> list[int]:
+            # ftfy and HTML entities cannot change printable ASCII without an ampersand, and take most of the time.
+            plain = text.isascii() and text.isprintable() and "&" not in text
+            text = " ".join(text.split()).lower() if plain else self.clean_fn(text)
+            return [number for word in self.pat.findall(text) for number in self.word(word)]
+
+    return Clip()
 
 
 def trim(ids: Tensor, eot: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ class CLIPConfig(ObjectiveConfig):
     init_temperature: float = 0.07  # where the learned temperature starts
     max_logit_scale: float = 100.0  # the inverse temperature never exceeds this
     token_drop: float = 0.0  # fraction of patches dropped from the image (FLIP, Li et al. 2023)
+    whole_tail: float = 0.0  # last fraction of the run that drops none: closes the gap to whole images (FLIP, section 3)
 
 
 class CLIP(Objective):
@@ -27,13 +28,21 @@ class CLIP(Objective):
 
     def __init__(self, config: CLIPConfig, context: Context) -> None:
         super().__init__()
+        for option in ("token_drop", "whole_tail"):
+            if not 0 <= getattr(config, option) < 1:
+                raise ValueError(f"{option} is {getattr(config, option)}: expected a fraction, at least 0 and below 1")
         self.max_log_scale = math.log(config.max_logit_scale)
-        mask = MaskSpec(config.token_drop, mode="drop") if config.token_drop > 0 else None
-        self.needs = {
-            "image": Encode(config.source, context.image_view(config.augment, config.view_index), mask),
+        self.tail = config.whole_tail
+        self.mask = MaskSpec(config.token_drop, mode="drop") if config.token_drop > 0 else None
+        self.needs: dict[str, Encode] = {
+            "image": Encode(config.source, context.image_view(config.augment, config.view_index), self.mask),
             "text": Encode(config.source, context.text_view()),
         }
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.init_temperature)]))
+
+    def before_step(self, progress: float) -> None:
+        mask = None if progress >= 1 - self.tail else self.mask
+        self.needs["image"] = replace(self.needs["image"], mask=mask)
 
     def forward(self, image: Encoded, text: Encoded) -> dict[str, Tensor]:  # type: ignore[override]
         a, b = unit(image.features), unit(text.features)

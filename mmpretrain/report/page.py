@@ -43,6 +43,7 @@ def write_report(run_dir: str | Path, summary: Mapping[str, Any] | None = None) 
         "over_time": _results_over_time(results),
         "losses": _loss_charts(metrics),
         "speed": _speed_charts(metrics),
+        "costs": tables.costs(metrics),
         "others": _other_charts(metrics),
         "pictures": _pictures(run_dir / "images"),
         "extras": extras,
@@ -74,7 +75,8 @@ def _column(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray
 
 
 def _scalars(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [name for name in dict.fromkeys(k for line in metrics for k in line) if name not in _NOT_SCALARS]
+    names = dict.fromkeys(k for line in metrics for k in line)
+    return [name for name in names if name not in _NOT_SCALARS and not name.rpartition("/")[2].startswith("cost_")]
 
 
 def _losses(metrics: Sequence[Mapping[str, Any]]) -> list[str]:

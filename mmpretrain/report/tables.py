@@ -210,3 +210,22 @@ def skipped_summary(records: Sequence[Mapping[str, Any]], most: int = 50) -> dic
     counts = Counter((str(r.get("source", "")), str(r.get("reason", ""))) for r in records)
     by_reason = [{"source": s, "reason": reason, "count": n} for (s, reason), n in counts.most_common()]
     return {"total": len(records), "counts": plain_table(by_reason, 200), "first": plain_table([dict(r) for r in records], most)}
+
+
+def costs(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What each objective takes alone and adds to the others: medians over the run's measurements."""
+    found: dict[str, list[float]] = {}
+    for line in metrics:
+        for name, value in line.items():
+            if name.rpartition("/")[2].startswith("cost_"):
+                found.setdefault(name, []).append(number(value))
+    medians = {name: float(np.nanmedian(values)) for name, values in found.items()}
+    if "cost_s" not in medians:
+        return None
+    whole = {"objective": "all together", "seconds alone": medians["cost_s"], "alone": "100 %", "added to the others": ""}
+    rows = [whole | {"activations kept, MB": medians.get("cost_memory_mb")}]
+    for name in dict.fromkeys(n.rpartition("/")[0] for n in medians if "/" in n):
+        alone, added = (f"{100 * medians[f'{name}/{key}']:.0f} %" for key in ("cost_alone", "cost_added"))
+        row = {"objective": name, "seconds alone": medians[f"{name}/cost_alone_s"], "alone": alone, "added to the others": added}
+        rows.insert(-1, row | {"activations kept, MB": medians.get(f"{name}/cost_memory_mb")})
+    return plain_table(rows)

@@ -189,3 +189,20 @@ def test_a_strength_that_is_asked_for_takes_effect():
     assert context.image_view(Augment(preset="weak", brightness=0.4, jitter_prob=0.3)).jitter_prob == 0.3
     assert context.image_view(Augment(preset="simclr", hue=0.2)).jitter_prob == 0.8
     assert context.image_view(Augment(preset="weak")).jitter_prob == 0.0
+
+
+def test_clip_encodes_whole_images_at_the_end():
+    model = tiny.model({"clip": {"token_drop": 0.5, "whole_tail": 0.25}})
+    clip, batch = model.objectives["clip"], tiny.batch(model)
+
+    def patches():
+        return [e.mask for e in model.plan if e.view.modality == "image"]
+
+    clip.before_step(0.74)
+    assert patches()[0].ratio == 0.5
+    dropped = model(batch)[0]
+    clip.before_step(0.75)
+    assert patches() == [None]
+    whole = tiny.model({"clip": {}})
+    assert torch.equal(model(batch)[0], whole(batch)[0])
+    assert not torch.equal(dropped, whole(batch)[0])
