@@ -90,7 +90,8 @@ FREE_OF_SOURCE = {"max_bad_fraction", "max_consecutive_bad", "cache_dir", "cache
 # Numbers that cannot be meant, refused at the start rather than met in the middle of a run. `*` stands for any name.
 LIMITS: dict[str, tuple[str, float]] = {
     "steps": (">=", 0), "epochs.count": (">", 0), "accumulate": (">=", 1), "image_size": (">=", 1), "threads": (">=", 1),
-    "loader_threads": (">=", 1), "prefetch": (">=", 1), "max_skipped_steps": (">=", 0), "log_every": (">=", 1), "cost_every": (">=", 0), "images_every": (">=", 0),
+    "loader_threads": (">=", 1), "prefetch": (">=", 1), "max_skipped_steps": (">=", 0), "log_every": (">=", 1), "cost_every": (">=", 0),
+    "images_every": (">=", 0),
     "checkpoint.every": (">=", 1), "checkpoint.keep": (">=", 1), "objectives.*.weight": (">=", 0), "evaluators.*.every": (">=", 0),
     "optim.lr": (">=", 0), "optim.weight_decay": (">=", 0), "optim.warmup_steps": (">=", 0), "optim.final_lr": (">=", 0),
     "optim.decay_fraction": (">", 0), "optim.layer_decay": (">", 0), "optim.head_lr": (">=", 0), "optim.clip_grad_norm": (">", 0),

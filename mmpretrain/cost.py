@@ -1,7 +1,7 @@
 """What each objective costs in this run: now and then a live batch goes through all objectives, through one alone, and through the others.
 
-Objectives share forwards, so one's cost has two ends: what it takes alone, and what it adds to the rest. Both are measured, and the truth about
-leaving it out is the second.
+Objectives share forwards, so one's cost has two ends: what it takes alone, and what it adds to the others. The second is what leaving it
+out would save.
 """
 
 from __future__ import annotations
