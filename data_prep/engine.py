@@ -19,7 +19,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
@@ -54,7 +54,7 @@ def run(
     engine: str = "local",
     processes: int | None = None,
     title: str = "",
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """`function(task)` for every task, in the order of the tasks.
 
     Args:
@@ -78,23 +78,23 @@ def run(
         most = processes or cores()
         first = list(itertools.islice(source, min(most, 2)))  # a process is not worth starting for a single task
         source = itertools.chain(first, source)
-        results = map(function, source) if len(first) < 2 else _local(function, source, most)
-    return _shown(results, title, total) if title and sys.stderr.isatty() else iter(results)
+        results = (function(task) for task in source) if len(first) < 2 else _local(function, source, most)
+    return _shown(results, title, total) if title and sys.stderr.isatty() else results
 
 
-def _shown(results: Iterable[R], title: str, total: int | None) -> Iterator[R]:
+def _shown(results: Generator[R, None, None], title: str, total: int | None) -> Iterator[R]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with closing(results), Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task(title, total=total)
         for result in results:
             yield result
             progress.advance(bar)
 
 
-def _ahead(give: Callable[[Any], Any], take: Callable[[Any], Any], tasks: Iterator[Any], most: int) -> Iterator[Any]:
+def _ahead(give: Callable[[Any], Any], take: Callable[[Any], Any], tasks: Iterator[Any], most: int) -> Generator[Any, None, None]:
     """Give tasks out, `most` ahead of what is taken, and take the results in order."""
     given: deque[Any] = deque()
     for task in tasks:
@@ -166,7 +166,7 @@ class _Worker:
                 pipe.close()
 
 
-def _local(function: Callable[[Any], Any], tasks: Iterator[Any], processes: int) -> Iterator[Any]:
+def _local(function: Callable[[Any], Any], tasks: Iterator[Any], processes: int) -> Generator[Any, None, None]:
     packed = pickle.dumps(function)
     idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
     started: list[_Worker] = []
@@ -257,7 +257,7 @@ class _Raises:
 # ---- a Ray cluster
 
 
-def _ray(function: Callable[[Any], Any], tasks: Iterator[Any], processes: int | None) -> Iterator[Any]:
+def _ray(function: Callable[[Any], Any], tasks: Iterator[Any], processes: int | None) -> Generator[Any, None, None]:
     try:
         import ray
         from ray.exceptions import RayTaskError, WorkerCrashedError

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,21 @@ def exists(url: str | Path) -> bool:
         return where.exists()
     system, path = filesystem(where)
     return retried(lambda: system.exists(path), where)
+
+
+def size(url: str | Path) -> int | None:
+    """In bytes; None where there is no such file."""
+    where = place(url)
+    if isinstance(where, Path):
+        return where.stat().st_size if where.is_file() else None
+    system, path = filesystem(where)
+    return retried(lambda: system.size(path) if system.exists(path) else None, where)
+
+
+def make_folder(url: str | Path) -> None:
+    """Object stores have none to make."""
+    if isinstance(where := place(url), Path):
+        where.mkdir(parents=True, exist_ok=True)
 
 
 def listing(url: str | Path) -> list[str]:
@@ -146,6 +161,17 @@ def write_text(url: str | Path, text: str) -> None:
         return
     system, path = filesystem(where)
     retried(lambda: system.pipe_file(path, text.encode()), where)
+
+
+def write_lines(url: str | Path, lines: Iterable[str]) -> None:
+    """Like `write_text`, of text that need not fit into memory."""
+    where = place(url)
+    folder = where.parent if isinstance(where, Path) else None
+    prefix = f"{str(where).rpartition('/')[2]}.tmp-"
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix=prefix, dir=folder, delete=False) as file:
+        file.writelines(lines)
+    os.chmod(file.name, 0o644)
+    put(Path(file.name), url)
 
 
 def write_json(url: str | Path, value: Any) -> None:

@@ -8,47 +8,24 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-from dataclasses import dataclass
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from data_prep.records import Record
 from mmpretrain.data import index as shard_index
-from mmpretrain.data.schema import SAFE_KEY
 
+MANIFEST, SIZES = "manifest.json", "sizes.json"
 BLOCK, RECORD = 512, 10_240  # a tar ends with two zero blocks and fills its last record
 BATCH_BYTES = 1 << 20  # written at once
 USTAR_BYTES = 8**11  # a larger member needs a pax header
 
 
-@dataclass(frozen=True)
-class Record:
-    """One sample: a key without dots, and its members' bytes by extension ("jpg", "txt", "cls", "json")."""
-
-    key: str
-    members: dict[str, bytes]
-
-    def check(self) -> None:
-        """Raises ValueError for an unsafe or dotted key, no members, or odd extensions."""
-        if len(self.key) > 200 or not SAFE_KEY.fullmatch(self.key):
-            raise ValueError(
-                f"key {self.key!r}: expected at most 200 letters, digits, _ and -, with / between folders. "
-                "A dot would begin the extension; other characters are unsafe in paths."
-            )
-        if not self.members:
-            raise ValueError(f"key {self.key!r} has no members")
-        for extension in self.members:
-            if not extension or extension != extension.lower() or "/" in extension or "\0" in extension:
-                raise ValueError(f"key {self.key!r}: {extension!r} is not an extension (lower case, no slash)")
-
-    def tar_bytes(self) -> int:
-        """At most what it takes in a shard, for members whose names need no pax header."""
-        return sum(2 * BLOCK + len(data) for data in self.members.values())
-
-
-# name 100 | mode 8, uid 8, gid 8, size 12, mtime 12, checksum 8, type 1, link name 100, magic 8, user 32, group 32, device 16, prefix 155, 12
+# name 100 | mode 8, uid 8, gid 8 | size 12 | mtime 12 | checksum 8 | type 1, link name 100, magic 8, and 247 of users, devices, prefix
 _OWNER = b"0000644\0" + 2 * b"0000000\0"
-_REST = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + 2 * b"0000000\0" + bytes(167)
+_REST = b"0" + bytes(100) + b"ustar\x0000" + bytes(247)
 _MTIME = b"00000000000\0"
 _FIXED_SUM = sum(_OWNER) + sum(_REST) + sum(_MTIME) + 8 * ord(" ")  # the checksum counts its own field as spaces
 
@@ -136,3 +113,26 @@ class ShardFile:
     def abandon(self) -> None:
         self._file.close()
         self.path.unlink(missing_ok=True)
+
+
+def open_temporary(path: Path) -> Path:
+    """An empty file of a name of its own beside `path`, readable to all as the shard will be."""
+    handle, temporary = tempfile.mkstemp(prefix=path.name + ".tmp-", dir=path.parent)
+    os.close(handle)
+    os.chmod(temporary, 0o644)
+    return Path(temporary)
+
+
+def manifest_of(
+    shards: dict[str, dict[str, Any]], members: dict[str, int], command: str | None, licence: str | None, **more: object
+) -> dict[str, Any]:
+    return {
+        "format": "webdataset",
+        "version": shard_index.VERSION,
+        "command": command,
+        "licence": licence,
+        "num_samples": sum(shard["count"] for shard in shards.values()),
+        "members": dict(sorted(members.items())),
+        **more,
+        "shards": shards,
+    }

@@ -1,163 +1,216 @@
-"""Write samples to shards: byte-reproducible, atomic, resumable, with an index that holds every member's sha256."""
+"""Tasks -> shards, in parallel: byte-reproducible, atomic, resumable, with an index that holds every member's sha256."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import os
-import tarfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from mmpretrain.data import index as shard_index
-from mmpretrain.data.schema import SAFE_KEY, ShardError
+from data_prep import files
+from data_prep.engine import run
+from data_prep.files import write_json
+from data_prep.job import UNFINISHED, Done, Job, digest_of, index_keys, key_digest
+from data_prep.records import InputError, Record, Skipped, Split
+from data_prep.serial import write_shards
+from data_prep.shard_file import MANIFEST, SIZES, manifest_of
+from mmpretrain.machine import hold
 
-MANIFEST, SIZES, UNFINISHED = "manifest.json", "sizes.json", "unfinished.json"
+__all__ = ["InputError", "Record", "Skipped", "Split", "build", "write_json", "write_shards"]
 
-
-@dataclass(frozen=True)
-class Record:
-    """One sample: a key without dots, and its members' bytes by extension ("jpg", "txt", "cls", "json")."""
-
-    key: str
-    members: dict[str, bytes]
-
-
-def _check(record: Record, seen: set[bytes]) -> None:
-    if len(record.key) > 200 or not SAFE_KEY.fullmatch(record.key):
-        raise ValueError(
-            f"key {record.key!r}: expected at most 200 letters, digits, _ and -, with / between folders. "
-            "A dot would begin the extension; other characters are unsafe in paths."
-        )
-    if not record.members:
-        raise ValueError(f"key {record.key!r} has no members")
-    for extension in record.members:
-        if not extension or extension != extension.lower() or "/" in extension or "\0" in extension:
-            raise ValueError(f"key {record.key!r}: {extension!r} is not an extension (lower case, no slash)")
-    digest = hashlib.blake2b(record.key.encode(), digest_size=12).digest()
-    if digest in seen:
-        raise ValueError(f"key {record.key!r} comes twice: keys must be unique over the whole data set")
-    seen.add(digest)
+SKIPPED = "skipped.jsonl"
 
 
-def _groups(records: Iterable[Record], max_count: int, max_bytes: int) -> Iterator[list[Record]]:
-    seen: set[bytes] = set()
-    group: list[Record] = []
-    size = 0
-    for record in records:
-        _check(record, seen)
-        length = sum(len(data) + 1024 for data in record.members.values())
-        if group and (len(group) >= max_count or size + length > max_bytes):
-            yield group
-            group, size = [], 0
-        group.append(record)
-        size += length
-    if group:
-        yield group
-
-
-def _write_tar(group: list[Record], path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-            for record in group:
-                for extension in sorted(record.members):
-                    info = tarfile.TarInfo(f"{record.key}.{extension}")  # mtime, uid, gid 0: the bytes depend on the content alone
-                    info.size, info.mode = len(record.members[extension]), 0o644
-                    tar.addfile(info, io.BytesIO(record.members[extension]))
-        file.flush()
-        os.fsync(file.fileno())
-    index = shard_index.scan(temporary)
-    digests = [hashlib.sha256(record.members[e]).digest() for record in group for e in sorted(record.members)]
-    index.sha256 = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
-    if index.keys != [record.key for record in group] or len(index.offset) != len(digests) or index.damage:
-        raise ShardError(f"{temporary}: the written shard does not read back as it was meant. Is the disk sound?")
-    shard_index.save(index, shard_index.index_path(path))
-    os.replace(temporary, path)  # last: a shard at its final name is whole, and has its index
-
-
-def _same(group: list[Record], path: Path) -> bool:
-    """Does the finished shard hold exactly these samples?"""
-    index = shard_index.open_index(path, save_new=False)
-    if index.sha256 is None or index.keys != [record.key for record in group]:
-        return False
-    for sample, record in enumerate(group):
-        found = {extension: member.sha256 for extension, member in index.members(sample).items()}
-        if found != {extension: hashlib.sha256(data).digest() for extension, data in record.members.items()}:
-            return False
-    return True
-
-
-def write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_shards(
-    records: Iterable[Record],
-    out: Path | str,
+def build(
+    out: str | Path,
+    produce: Callable[[Any], Iterator[Record | Skipped]],
+    tasks: Iterable[Any],
     *,
-    max_count: int = 10_000,
+    plan: dict[str, Any],
     max_bytes: int = 1 << 30,
+    engine: str = "local",
+    processes: int | None = None,
     command: str | None = None,
     licence: str | None = None,
+    allow_skipped: bool = True,
+    split: Split | None = None,
+    texts: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write `out`/00000.tar ..., an index beside each, sizes.json and manifest.json; returns the manifest.
+    """Write what `produce(task)` yields to OUT: task i to {i:05d}.tar, and {i:05d}-01.tar ... where it exceeds `max_bytes`.
 
-    The same records give the same bytes. A shard takes its final name when it is whole, so a killed build resumes: run it again with the
-    same records, and finished shards are compared (keys and sha256) and kept. Anything else found in `out` is refused, never overwritten.
+    Beside each lies its index with a sha256 per member; at the end come sizes.json, manifest.json and, where inputs were left out,
+    skipped.jsonl. The same tasks give the same bytes whatever the engine, the processes, and kills in between. A shard takes its final
+    name when it is whole. Called again after a kill, with the same tasks and plan, it does what is not done; on a finished build, nothing.
 
-    Raises ValueError for duplicate, dotted or unsafe keys; FileExistsError where `out` holds something else.
+    Args:
+        out: a folder or fsspec URL, new or holding an unfinished build of the same tasks and plan.
+        produce: see `engine.run`.
+        tasks: their repr, with that of `plan`, is what tells one build from another.
+        plan: the options that shape the records.
+        allow_skipped: if false, the first Skipped is an InputError.
+        split: sends each record to one of `split.parts`, folders of OUT that are shard sets of their own.
+        texts: further files of each shard set, by name.
+
+    Returns the manifest; with `split` the sum of those of the parts, and each under "parts".
+    Raises FileExistsError where OUT holds anything else, ValueError where a key comes twice or is unsafe.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    ours = (out / MANIFEST).exists() or (out / UNFINISHED).exists()
-    if not ours and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty and holds no build of ours. Choose another --out, or empty the folder.")
-    if not (out / MANIFEST).exists():
-        write_json(out / UNFINISHED, {"max_count": max_count, "max_bytes": max_bytes})
-    for leftover in out.glob("*.tmp*"):
-        leftover.unlink()
-    shards: dict[str, dict[str, Any]] = {}
-    members: dict[str, int] = {}
-    for number, group in enumerate(_groups(records, max_count, max_bytes)):
-        path = out / f"{number:05d}.tar"
-        if not path.exists():
-            if (out / MANIFEST).exists():
-                raise FileExistsError(f"{out} holds a finished build with fewer samples than these inputs give. Choose another --out.")
-            _write_tar(group, path)
-        elif not _same(group, path):
+    out = str(files.place(out))
+    if out.startswith("memory://"):  # lives in this process alone
+        engine, processes = "local", 1
+    plan_digest = digest_of(json.dumps(plan, sort_keys=True, default=repr), max_bytes, split)
+    parts = split.parts if split else ("",)
+    job = Job(out, produce, plan_digest, max_bytes, allow_skipped, split)
+    if _finished(out, parts):
+        return _found(out, parts, job, tasks)
+    with _begun(out, plan_digest), tempfile.TemporaryFile("w+", encoding="utf-8") as skipped:
+        with closing(run(job, enumerate(tasks), engine=engine, processes=processes, title="shards")) as results:
+            manifests = _gather(results, out, parts, plan_digest, skipped, command, licence)
+        for part, manifest in manifests.items():
+            folder = files.join(out, part) if part else out
+            files.make_folder(folder)
+            for name, text in (texts or {}).items():
+                files.write_text(files.join(folder, name), text)
+            write_json(files.join(folder, SIZES), {name: shard["count"] for name, shard in manifest["shards"].items()})
+            write_json(files.join(folder, MANIFEST), manifest)
+    return _sum(manifests)
+
+
+def _finished(out: str, parts: tuple[str, ...]) -> bool:
+    if files.exists(files.join(out, UNFINISHED)):
+        return False
+    return all(files.exists(files.join(files.join(out, part) if part else out, MANIFEST)) for part in parts)
+
+
+def _found(out: str, parts: tuple[str, ...], job: Job, tasks: Iterable[Any]) -> dict[str, Any]:
+    """The manifests of a finished build. Raises FileExistsError where other tasks made it, or a shard of it is gone."""
+    build_digest = _total(job.plan, (job.task_digest(numbered) for numbered in enumerate(tasks)))
+    manifests = {}
+    for part in parts:
+        folder = files.join(out, part) if part else out
+        manifest = json.loads(files.read_bytes(files.join(folder, MANIFEST)))
+        if manifest.get("build") != build_digest:
             raise FileExistsError(
-                f"{path} exists and holds other samples than these inputs give. Choose another --out, or delete the old build."
+                f"{folder} exists and holds other samples than these inputs give. Choose another --out, or delete the old build."
             )
-        shards[path.name] = {"count": len(group), "bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for record in group:
-            for extension in record.members:
-                members[extension] = members.get(extension, 0) + 1
-    extra = sorted(p.name for p in out.glob("*.tar") if p.name not in shards)
-    if extra:
-        raise FileExistsError(f"{out} also holds {', '.join(extra[:3])}, which these inputs do not give. Choose another --out.")
-    manifest = {
-        "format": "webdataset",
-        "version": shard_index.VERSION,
-        "command": command,
-        "licence": licence,
-        "num_samples": sum(shard["count"] for shard in shards.values()),
-        "members": dict(sorted(members.items())),
-        "shards": shards,
-    }
-    write_json(out / SIZES, {name: shard["count"] for name, shard in shards.items()})
-    write_json(out / MANIFEST, manifest)
-    (out / UNFINISHED).unlink(missing_ok=True)
-    return manifest
+        for name, shard in manifest["shards"].items():
+            if files.size(files.join(folder, name)) != shard["bytes"]:
+                raise FileExistsError(
+                    f"{files.join(folder, name)} is gone or has changed since it was built. Delete {out} and build again."
+                )
+        manifests[part] = manifest
+    return _sum(manifests)
+
+
+@contextmanager
+def _begun(out: str, plan_digest: str) -> Iterator[None]:
+    """OUT is ours while this holds. Raises FileExistsError where it holds something else, or another process builds there."""
+    files.make_folder(out)
+    state = files.join(out, UNFINISHED)
+    plan = files.join(state, "plan.json")
+    if files.exists(plan):
+        if json.loads(files.read_bytes(plan))["plan"] != plan_digest:
+            raise FileExistsError(f"{out} holds an unfinished build of other inputs or options. Choose another --out, or delete it.")
+    elif others := [name for name in files.listing(out) if name != state]:
+        raise FileExistsError(
+            f"{out} is not empty ({others[0]}) and holds no unfinished build of ours. Choose another --out, or empty the folder."
+        )
+    files.make_folder(state)
+    local = isinstance(files.place(out), Path)
+    try:
+        lock = hold(Path(state) / "lock", wait=False) if local else None
+    except BlockingIOError:
+        raise FileExistsError(f"another process is building in {out}. Wait for it, or choose another --out.") from None
+    try:
+        files.write_json(plan, {"plan": plan_digest})
+        _sweep(out)
+        yield
+        for name in files.listing(state):
+            if not name.endswith(("plan.json", "lock")):
+                files.remove(name)
+        files.remove(plan)
+        if local:
+            shutil.rmtree(state)
+    finally:
+        _sweep(out)
+        if lock is not None:
+            lock.close()
+
+
+def _sweep(out: str) -> None:
+    """Remove what killed processes left half written."""
+    if isinstance(where := files.place(out), Path):
+        for leftover in where.rglob("*.tmp-*"):
+            leftover.unlink(missing_ok=True)
+
+
+def _total(plan_digest: str, tasks: Iterable[str]) -> str:
+    """A digest of the whole build: the plan, and the tasks in order."""
+    digest = plan_digest
+    for task in tasks:
+        digest = digest_of(digest, task)
+    return digest
+
+
+def _gather(
+    results: Iterator[Done], out: str, parts: tuple[str, ...], plan_digest: str, skipped: IO[str], command: str | None, licence: str | None
+) -> dict[str, dict[str, Any]]:
+    """The manifest of each part. Writes skipped.jsonl. Raises ValueError for a key that comes twice."""
+    shards: dict[str, dict[str, dict[str, Any]]] = {part: {} for part in parts}
+    keys: list[np.ndarray] = []
+    left_out = 0
+
+    def tasks() -> Iterator[str]:
+        nonlocal left_out
+        for done in results:
+            for part, written in done.shards.items():
+                shards[part].update(written)
+            keys.append(done.keys)
+            for item in done.skipped:
+                record = {"input": item.where, "reason": item.reason, "detail": item.detail}
+                skipped.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n")
+            left_out += len(done.skipped)
+            yield done.task
+
+    build_digest = _total(plan_digest, tasks())
+    _check_unique(keys, [files.join(files.join(out, part) if part else out, name) for part in parts for name in shards[part]])
+    if left_out:
+        skipped.seek(0)
+        files.write_lines(files.join(out, SKIPPED), skipped)
+    manifests = {}
+    for part in parts:
+        members: Counter[str] = Counter()
+        for shard in shards[part].values():
+            members.update(shard["members"])
+        manifests[part] = manifest_of(shards[part], members, command, licence, skipped=left_out, build=build_digest)
+    return manifests
+
+
+def _check_unique(keys: list[np.ndarray], shards: list[str]) -> None:
+    """Digests that come twice are looked up, and those of one key are an error."""
+    every = np.sort(np.concatenate([np.zeros(0, np.uint64), *keys]))
+    again = {digest.tobytes() for digest in every[1:][every[1:] == every[:-1]]}
+    seen: dict[str, str] = {}
+    for shard in shards if again else ():
+        for key in index_keys(shard):
+            if key_digest(key) not in again:
+                continue
+            if key in seen:
+                raise ValueError(f"key {key!r} comes twice, in {seen[key]} and {shard}: keys must be unique over the whole data set")
+            seen[key] = shard
+
+
+def _sum(manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    if list(manifests) == [""]:
+        return manifests[""]
+    members: Counter[str] = Counter()
+    for manifest in manifests.values():
+        members.update(manifest["members"])
+    shards = {f"{part}/{name}": shard for part, manifest in manifests.items() for name, shard in manifest["shards"].items()}
+    first = next(iter(manifests.values()))
+    return manifest_of(shards, members, first["command"], first["licence"], skipped=first["skipped"], build=first["build"], parts=manifests)

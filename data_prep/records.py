@@ -1,0 +1,56 @@
+"""What the stages pass on: records, the inputs that were left out, and the errors that a user corrects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from mmpretrain.data.schema import SAFE_KEY
+
+TAR_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample: a key without dots, and its members' bytes by extension ("jpg", "txt", "cls", "json")."""
+
+    key: str
+    members: dict[str, bytes]
+
+    def check(self) -> None:
+        """Raises ValueError for an unsafe or dotted key, no members, or odd extensions."""
+        if len(self.key) > 200 or not SAFE_KEY.fullmatch(self.key):
+            raise ValueError(
+                f"key {self.key!r}: expected at most 200 letters, digits, _ and -, with / between folders. "
+                "A dot would begin the extension; other characters are unsafe in paths."
+            )
+        if not self.members:
+            raise ValueError(f"key {self.key!r} has no members")
+        for extension in self.members:
+            if not extension or extension != extension.lower() or "/" in extension or "\0" in extension:
+                raise ValueError(f"key {self.key!r}: {extension!r} is not an extension (lower case, no slash)")
+
+    def tar_bytes(self) -> int:
+        """At most what it takes in a shard, for members whose names need no pax header."""
+        return sum(2 * TAR_BLOCK + len(data) for data in self.members.values())
+
+
+class InputError(ValueError):
+    """An input or option that must be corrected. The message names it, its place and the remedy."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An input that was left out, as OUT/skipped.jsonl lists it."""
+
+    where: str
+    reason: str  # a short stable word
+    detail: str
+
+
+class Split(Protocol):
+    """Which part of OUT, a folder of its own, a record goes to. Picklable, and its repr states what it does."""
+
+    parts: tuple[str, ...]
+
+    def __call__(self, record: Record) -> str: ...
