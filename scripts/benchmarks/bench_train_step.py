@@ -1,92 +1,56 @@
-"""CLIP forward, loss and backward: our towers against open_clip's model, same weights, batch and precision, alternately in one process.
+"""CLIP training, ours against open_clip's trainer as it comes and with its slow attention kernel turned off.
 
-    python scripts/benchmarks/bench_train_step.py [--model ViT-S-32-alt] [--batch 64] [--rounds 5]
+    python scripts/benchmarks/bench_train_step.py [--quick] [--rounds 2] [--out FILE]
 
-Both start from the same weights and must agree on the loss before anything is timed. The captions are cut to the longest of the batch
-in ours, and padded to the context length in open_clip's, as each library's trainer does. Prints samples/s of both, and their ratio.
+Both train ViT-Ti/16 at 112 px with a text tower of 12 layers in bf16, from the same weights, on the same shards of demo scenes with their
+captions, in processes of their own, alternately. Beforehand both train a few steps on one and the same batch: parameter counts and the
+course of the loss must agree. At the end ours must stand at no worse a loss. Samples/s are read off the wall clock between the log lines of steps. Memory is that of the trainer's process; the peer's loader
+process is not held against it.
 """
 
-from __future__ import annotations
+import tempfile
+from pathlib import Path
 
-import argparse
-import statistics
-import time
-
-import open_clip
-import torch
-
-from mmpretrain.data.text import get_tokenizer, trim
-from mmpretrain.functional import info_nce, unit
-from mmpretrain.launch import computes_bf16, keep_freed_memory
-from mmpretrain.machine import cores
-from mmpretrain.towers.dual import build_towers
-
-SMALL = {  # ViT-Ti/16 at 112 px and a text tower of 12 layers
-    "embed_dim": 192,
-    "vision_cfg": {"image_size": 112, "patch_size": 16, "width": 192, "layers": 12, "head_width": 64},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 12},
-}
-SHAPES = ("circle", "star", "heart", "ring", "moon", "arrow")
+from common import Row, Spread, alternate, arguments, ratio, record
+from trainers import SMALL, TINY, Run, Setting, check_same_end, check_same_work, train_ours, train_peer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None, help="an open_clip model name; default: ViT-Ti/16 at 112 px with 12 text layers")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+    parsed = arguments(__doc__, rounds=2, steps=0)
+    with tempfile.TemporaryDirectory() as folder:
+        if parsed.quick:
+            setting = Setting(Path(folder), TINY, batch=16, steps=parsed.steps or 16, warmup=4, samples=512)
+        else:
+            setting = Setting(Path(folder), SMALL, batch=64, steps=parsed.steps or 32, warmup=4, samples=4000)
+        setting.prepare()
+        courses = check_same_work(setting)
+        runs: dict[str, list[Run]] = {"ours": [], "peer": [], "switched": []}
 
-    keep_freed_memory()
-    torch.set_num_threads(cores())
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = open_clip.get_model_config(arguments.model) if arguments.model else SMALL
-    theirs = open_clip.model.CustomTextCLIP(**config).to(device)
-    ours = build_towers(config).to(device)
-    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("logit")})
-    image_tower, text_tower = ours.visual, ours.text
-    if image_tower is None or text_tower is None:
-        parser.error(f"{arguments.model} has no image tower or no text tower: this benchmark needs both")
-    size = ours.preprocess.size
-    images = torch.randn(arguments.batch, 3, size, size, device=device)
-    captions = [f"a picture of {i} blue {SHAPES[i % 6]}s left of a large red {SHAPES[i % 5]} on grass" for i in range(arguments.batch)]
-    tokenizer = get_tokenizer(ours.tokenizer)
-    padded = tokenizer.encode(captions, ours.context_length).to(device)
-    trimmed = trim(padded, tokenizer.eot)
-    scale = torch.tensor(1 / 0.07, device=device)
-    peer_loss = open_clip.loss.ClipLoss()
+        def train(name: str) -> float:
+            run = train_ours(setting, {"clip": {}}) if name == "ours" else train_peer(setting, switch=name == "switched")
+            runs[name].append(run)
+            print(f"{name}: {run.samples_per_s:.1f} samples/s, loss {run.losses[0]:.3f} -> {run.last:.3f}, {run.peak_mb:.0f} MB", flush=True)
+            return run.samples_per_s
 
-    def our_step() -> torch.Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=computes_bf16()):
-            a, b = image_tower(images).features, text_tower(trimmed).features
-            loss = info_nce(unit(a), unit(b), scale)
-        loss.backward()
-        return loss.detach()
-
-    def peer_step() -> torch.Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=computes_bf16()):
-            a, b = theirs.encode_image(images, normalize=True), theirs.encode_text(padded, normalize=True)
-            loss = peer_loss(a, b, scale)
-        loss.backward()
-        return loss.detach()
-
-    both = {"ours": (our_step, ours), "open_clip": (peer_step, theirs)}
-    first = {name: step().item() for name, (step, _) in both.items()}
-    assert abs(first["ours"] - first["open_clip"]) < 0.05, f"the two do not compute the same loss: {first}"
-    speeds: dict[str, list[float]] = {name: [] for name in both}
-    for _ in range(arguments.rounds):
-        for name, (step, model) in both.items():
-            model.zero_grad(set_to_none=True)
-            started = time.perf_counter()
-            step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            speeds[name].append(arguments.batch / (time.perf_counter() - started))
-    ratios = [a / b for a, b in zip(speeds["ours"], speeds["open_clip"])]
-    for name, values in speeds.items():
-        print(f"{name:>10}: {statistics.median(values):8.1f} samples/s (first loss {first[name]:.4f})")
-    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    print(f"     ratio: {spread}, {device}, {trimmed.shape[1]} of {padded.shape[1]} tokens")
+        found = alternate({name: lambda name=name: train(name) for name in runs}, parsed.rounds)
+    ours = runs["ours"]
+    for name, title, least in (("peer", "as it comes", 3.0), ("switched", "with the attention switch", 2.0)):
+        for mine, theirs in zip(ours, runs[name]):
+            if not parsed.quick:
+                check_same_end(mine, theirs)
+        times = ratio(found["ours"], found[name])
+        figures = {
+            "parameters": ours[0].parameters,
+            "same_batch": courses,
+            "losses": {"ours": [r.losses for r in ours], "peer": [r.losses for r in runs[name]]},
+            "tree_mb": {"ours": [r.tree_mb for r in ours], "peer": [r.tree_mb for r in runs[name]]},
+        }
+        rates = [f"{Spread.of(values)} samples/s" for values in (found["ours"], found[name])]
+        record(parsed, Row(f"train_step, {title}", *rates, times, f"at least {least:g}x", times.median >= least, figures))
+    peaks = [[r.peak_mb for r in runs[name]] for name in ("ours", "peer")]
+    memory = ratio(*peaks, less_is_better=True)
+    texts = [f"{Spread.of(values)} MB" for values in peaks]
+    record(parsed, Row("train_step, peak memory", *texts, memory, "not higher", memory.median >= 1))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+"""CLIP + SimCLR (two views) + masked image (60% replaced) + masked text on N pairs, ours, against open_clip's trainer on CLIP alone.
+
+    python scripts/benchmarks/bench_combined_step.py [--quick] [--rounds 2] [--out FILE]
+
+The same model, shards, batch, precision and start as bench_train_step. "All views apart" encodes four images a pair: CLIP's, SimCLR's two
+and the masked one. "SimCLR's view reused" takes SimCLR's first view as CLIP's image, hence three.
+"""
+
+import tempfile
+from pathlib import Path
+
+from common import Row, Spread, alternate, arguments, ratio, record
+from trainers import SMALL, TINY, Run, Setting, check_same_work, train_ours, train_peer
+
+REST = {"simclr": {"weight": 0.3}, "simmim": {"weight": 0.3, "mask_ratio": 0.6}, "masked_text": {"weight": 0.1}}
+OURS = {"all views apart": {"clip": {}} | REST, "SimCLR's view reused": {"clip": {"augment": "simclr"}} | REST}
+
+
+def main() -> None:
+    parsed = arguments(__doc__, rounds=2, steps=0)
+    with tempfile.TemporaryDirectory() as folder:
+        if parsed.quick:
+            setting = Setting(Path(folder), TINY, batch=16, steps=parsed.steps or 12, warmup=4, samples=512)
+        else:
+            setting = Setting(Path(folder), SMALL, batch=64, steps=parsed.steps or 24, warmup=4, samples=4000)
+        setting.prepare()
+        check_same_work(setting)
+        runs: dict[str, list[Run]] = {"peer": [], **{name: [] for name in OURS}}
+
+        def train(name: str) -> float:
+            run = train_ours(setting, OURS[name]) if name in OURS else train_peer(setting)
+            runs[name].append(run)
+            print(f"{name}: {run.samples_per_s:.1f} pairs/s, CLIP's loss {run.losses[0]:.3f} -> {run.last:.3f}, {run.peak_mb:.0f} MB", flush=True)
+            return run.samples_per_s
+
+        found = alternate({name: lambda name=name: train(name) for name in runs}, parsed.rounds)
+    for name in OURS:
+        times = ratio(found[name], found["peer"])
+        rates = [f"{Spread.of(values)} pairs/s" for values in (found[name], found["peer"])]
+        counts = name == "all views apart"
+        figures = {which: {"peak_mb": [r.peak_mb for r in runs[which]], "clip_loss": [r.last for r in runs[which]]} for which in (name, "peer")}
+        target, met = ("at least 1x", times.median >= 1) if counts else ("", None)
+        record(parsed, Row(f"combined_step, {name}", *rates, times, target, met, figures))
+
+
+if __name__ == "__main__":
+    main()
