@@ -11,7 +11,7 @@ from typing import Any
 
 from data_prep import files
 from data_prep.readers.parts import attempt, caption_members, inside, json_member, path_key, read_image
-from data_prep.writer import Record, Skipped
+from data_prep.records import InputError, Record, Skipped
 from mmpretrain.data.schema import BadSample
 
 
@@ -88,21 +88,21 @@ def _drop_outlines(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(file: str) -> dict[str, list[dict[str, Any]]]:
-    """Raises ValueError for a file that is no COCO annotation file."""
+    """Raises InputError for a file that is no COCO annotation file."""
     try:
         value = json.loads(files.read_bytes(file), object_hook=_drop_outlines)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not readable as JSON ({error})") from error
+        raise InputError(f"{file}: not readable as JSON ({error})") from error
     lists = {name: value.get(name, []) for name in ("images", "annotations", "categories")} if isinstance(value, dict) else {}
     wanted = {"images": ("id", "file_name"), "annotations": ("image_id",), "categories": ("id", "name")}
     if not lists or "images" not in value or "annotations" not in value:
         keys = ", ".join(value) if isinstance(value, dict) else f"a {type(value).__name__}"
-        raise ValueError(f"{file}: expected COCO annotations with `images` and `annotations`, found {keys[:200]}")
+        raise InputError(f"{file}: expected COCO annotations with `images` and `annotations`, found {keys[:200]}")
     for name, items in lists.items():
         for i, item in enumerate(items if isinstance(items, list) else [items]):
             lacking = [field for field in wanted[name] if not isinstance(item, dict) or field not in item]
             if lacking or not isinstance(item[wanted[name][0]], int | str):
-                raise ValueError(f"{file}: {name}[{i}] has no {', '.join(lacking) or wanted[name][0] + ' that is a number or text'}")
+                raise InputError(f"{file}: {name}[{i}] has no {', '.join(lacking) or wanted[name][0] + ' that is a number or text'}")
     return lists
 
 
@@ -114,7 +114,7 @@ def _orphan(annotation: dict[str, Any], file: str) -> Annotated:
 def coco(annotations: list[str], images: str) -> Coco:
     """A reader of images with what the annotation files, read whole, say about them.
 
-    Images without boxes stay, with none; where there are captions, an image without one is skipped. Raises ValueError, OSError.
+    Images without boxes stay, with none; where there are captions, an image without one is skipped. Raises InputError, OSError.
     """
     listed: dict[Any, dict[str, Any]] = {}
     repeated: list[Annotated] = []
@@ -132,7 +132,7 @@ def coco(annotations: list[str], images: str) -> Coco:
                 repeated.append(Annotated("", image["id"], str(image["file_name"]), None, reason="duplicate_id", detail=again))
             elif image["id"] in listed and listed[image["id"]]["file_name"] != image["file_name"]:
                 other = listed[image["id"]]["file_name"]
-                raise ValueError(
+                raise InputError(
                     f"{file}: image {image['id']} is {image['file_name']}, but {other} in another file: not one set of images."
                 )
             else:
@@ -140,7 +140,7 @@ def coco(annotations: list[str], images: str) -> Coco:
             here.add(image["id"])
         for category in found["categories"]:
             if categories.setdefault(category["id"], str(category["name"])) != str(category["name"]):
-                raise ValueError(f"{file}: category {category['id']} is {category['name']!r}, elsewhere {categories[category['id']]!r}")
+                raise InputError(f"{file}: category {category['id']} is {category['name']!r}, elsewhere {categories[category['id']]!r}")
         for note in found["annotations"]:
             if note["image_id"] not in here:
                 orphans.append(_orphan(note, file))
@@ -152,7 +152,7 @@ def coco(annotations: list[str], images: str) -> Coco:
         captioned = captioned or any("caption" in note for note in found["annotations"])
     ordered = tuple(sorted(categories.items()))
     if len({name for _, name in ordered}) != len(ordered):
-        raise ValueError(f"{', '.join(annotations)}: two categories have the same name")
+        raise InputError(f"{', '.join(annotations)}: two categories have the same name")
     inputs = (_input(image, boxes.get(image["id"], []), captions.get(image["id"], [])) for image in listed.values())
     return Coco(images, tuple(itertools.chain(_unique(inputs), repeated, orphans)), ordered, captioned)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from data_prep import files
 from data_prep.readers.parts import caption_members, image_member, json_member, label_member, read, safe
-from data_prep.writer import Record
+from data_prep.records import InputError, Record
 from mmpretrain.data.cache import is_remote
 from mmpretrain.data.schema import BadSample
 
@@ -60,15 +60,15 @@ class Template:
 
     @classmethod
     def parse(cls, text: str) -> Template:
-        """Raises ValueError for a format that is no list of columns."""
+        """Raises InputError for a format that is no list of columns."""
         if "{" not in text and "}" not in text:
             return cls((), text)
         try:
             parsed = list(Formatter().parse(text))
         except ValueError as error:
-            raise ValueError(f"caption {text!r}: {error}. Name columns in braces, e.g. '{{name}}: {{keywords}}'.") from error
+            raise InputError(f"caption {text!r}: {error}. Name columns in braces, e.g. '{{name}}: {{keywords}}'.") from error
         if any(name == "" or form or conversion for _, name, form, conversion in parsed):
-            raise ValueError(f"caption {text!r}: expected the names of columns alone in the braces, e.g. '{{name}}: {{keywords}}'.")
+            raise InputError(f"caption {text!r}: expected the names of columns alone in the braces, e.g. '{{name}}: {{keywords}}'.")
         return cls(tuple((literal, name) for literal, name, _, _ in parsed))
 
     @property
@@ -126,10 +126,10 @@ class Columns:
         return list(dict.fromkeys(c if c in existing else c.partition(".")[0] for c in self.wanted()))
 
     def check(self, existing: Collection[str], what: str) -> None:
-        """Raises ValueError naming a column that is not there, and those that are."""
+        """Raises InputError naming a column that is not there, and those that are."""
         for column, option in self.wanted().items():
             if column not in existing and column.partition(".")[0] not in existing:
-                raise ValueError(f"{what} has no column {column!r} ({option}); it has {', '.join(map(str, existing)) or 'none'}")
+                raise InputError(f"{what} has no column {column!r} ({option}); it has {', '.join(map(str, existing)) or 'none'}")
 
     def image_bytes(self, value: Any) -> bytes:
         """The image file that a cell holds: bytes, {bytes, path}, base64 text or a path. Raises BadSample."""

@@ -10,7 +10,7 @@ from typing import Any
 from data_prep import files
 from data_prep.readers.columns import Columns, lookup
 from data_prep.readers.parts import attempt, class_names
-from data_prep.writer import Record, Skipped
+from data_prep.records import InputError, Record, Skipped
 
 STREAM_BYTES = 128 << 20  # of image bytes in one task of a stream, which is held in memory
 ROWS = 64  # read at a time
@@ -95,35 +95,35 @@ def _content(dataset: Any) -> str:
 
 
 def load(name: str, config: str | None, split: str | None, stream: bool, data_dir: str | None, data_files: list[str] | None) -> Any:
-    """A Dataset or IterableDataset. Raises ValueError naming the splits where none was chosen of several, OSError."""
+    """A Dataset or IterableDataset. Raises InputError naming the splits where none was chosen of several, OSError."""
     try:
         import datasets
     except ImportError as error:
-        raise ValueError("reading Hugging Face sets needs datasets: pip install datasets") from error
+        raise InputError("reading Hugging Face sets needs datasets: pip install datasets") from error
     saved = any(files.exists(files.join(name, mark)) for mark in ("state.json", "dataset_dict.json"))
     try:
         if saved:
             if stream or config or data_dir or data_files:
-                raise ValueError(f"{name} was saved with save_to_disk: --stream, --name, --data-dir and --data-files are for the hub.")
+                raise InputError(f"{name} was saved with save_to_disk: --stream, --name, --data-dir and --data-files are for the hub.")
             found = datasets.load_from_disk(name)
         else:
             found = datasets.load_dataset(name, config, split=split, streaming=stream, data_dir=data_dir, data_files=data_files)
     except (datasets.exceptions.DatasetsError, OSError) as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise InputError(f"{name}: {error}") from error
     if isinstance(found, dict):
         chosen = split or (next(iter(found)) if len(found) == 1 else None)
         if chosen not in found:
-            raise ValueError(
+            raise InputError(
                 f"{name} has the splits {', '.join(found)}, and not {split}." if split else f"{name}: --split one of {', '.join(found)}."
             )
         return found[chosen]
     if split and saved and str(getattr(found, "split", None) or split) != split:
-        raise ValueError(f"{name} is the split {found.split}, not {split}.")
+        raise InputError(f"{name} is the split {found.split}, not {split}.")
     return found
 
 
 def from_dataset(dataset: Any, columns: Columns, name: str) -> Hub:
-    """A reader of a loaded set. Raises ValueError for a missing column."""
+    """A reader of a loaded set. Raises InputError for a missing column."""
     import datasets
 
     stream = isinstance(dataset, datasets.IterableDataset)
@@ -146,6 +146,6 @@ def _classes(dataset: Any, label: str, stream: bool) -> tuple[str, ...] | None:
     if hasattr(feature, "names"):
         return tuple(feature.names)
     if stream:
-        raise ValueError(f"column {label} of a stream has no class names of its own: give them in their order with --classes FILE.")
+        raise InputError(f"column {label} of a stream has no class names of its own: give them in their order with --classes FILE.")
     holder = dataset.select_columns([label if label in dataset.features else label.partition(".")[0]])
     return class_names((lookup(row, label) for _, row in _rows(holder, 0, len(holder))), f"column {label}")

@@ -13,7 +13,7 @@ import numpy as np
 from data_prep import files
 from data_prep.readers.columns import Columns, lookup
 from data_prep.readers.parts import attempt, class_names
-from data_prep.writer import Record, Skipped
+from data_prep.records import InputError, Record, Skipped
 from mmpretrain.data.schema import BadSample
 
 MAX_LINE = 256 << 20  # a longer line is skipped, and never held
@@ -178,12 +178,12 @@ def _first_bytes(file: str, check: Callable[[bytes], str | None]) -> bytes:
         start = handle.readline(1 << 16)
     problem = f"{_PACKED[start[:2]]}-compressed, which is not read: unpack it first" if start[:2] in _PACKED else check(start)
     if problem:
-        raise ValueError(f"{file}: {problem}")
+        raise InputError(f"{file}: {problem}")
     return start
 
 
 def json_lines(inputs: list[str], columns: Columns) -> Lines:
-    """A reader of JSON Lines files. Raises ValueError for a file of another kind or a missing column, OSError."""
+    """A reader of JSON Lines files. Raises InputError for a file of another kind or a missing column, OSError."""
 
     def check(start: bytes) -> str | None:
         array = start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
@@ -197,7 +197,7 @@ def json_lines(inputs: list[str], columns: Columns) -> Lines:
 def tab_separated(inputs: list[str], columns: Columns, header: list[str] | None = None) -> Lines:
     """A reader of tab-separated files without quoting. `header` names the columns of files that have no header line.
 
-    Raises ValueError for files whose headers differ or lack a column, OSError.
+    Raises InputError for files whose headers differ or lack a column, OSError.
     """
     found = header
     for file in inputs:
@@ -205,8 +205,8 @@ def tab_separated(inputs: list[str], columns: Columns, header: list[str] | None 
         if header is None:
             names = start.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
             if found is not None and names != found:
-                raise ValueError(f"{file}: its header ({', '.join(names)}) differs from that of {inputs[0]} ({', '.join(found)})")
+                raise InputError(f"{file}: its header ({', '.join(names)}) differs from that of {inputs[0]} ({', '.join(found)})")
             found = names
     if found is None or len(set(found)) != len(found):
-        raise ValueError(f"{inputs[0]}: column names {', '.join(found or ['(none)'])}: expected different ones")
+        raise InputError(f"{inputs[0]}: column names {', '.join(found or ['(none)'])}: expected different ones")
     return _checked(Lines(tuple(inputs), columns, tuple(found), header is None))

@@ -11,7 +11,7 @@ from typing import Any
 from data_prep.readers.columns import Columns, lookup
 from data_prep.readers.lines import open_bytes
 from data_prep.readers.parts import attempt, class_names
-from data_prep.writer import Record, Skipped
+from data_prep.records import InputError, Record, Skipped
 
 BATCH = 32  # rows decoded at a time: they may hold whole photos
 
@@ -28,17 +28,17 @@ class Rows:
 
 @contextmanager
 def opened(file: str) -> Iterator[Any]:
-    """A pyarrow ParquetFile. Raises ValueError for a file that is none."""
+    """A pyarrow ParquetFile. Raises InputError for a file that is none."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ValueError("reading parquet needs pyarrow: pip install pyarrow") from error
+        raise InputError("reading parquet needs pyarrow: pip install pyarrow") from error
     with open_bytes(file) as handle:
         try:
             table = parquet.ParquetFile(handle, buffer_size=4 << 20)  # else a row group's column is held whole
         except (pyarrow.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{file}: not a readable parquet file ({error}). Fetch or write it again.") from error
+            raise InputError(f"{file}: not a readable parquet file ({error}). Fetch or write it again.") from error
         yield table
 
 
@@ -101,7 +101,7 @@ def _holder(names: list[str], column: str) -> list[str]:
 
 
 def parquet_files(inputs: list[str], columns: Columns) -> Parquet:
-    """A reader of parquet files. Raises ValueError for a file of another kind or a missing column, OSError."""
+    """A reader of parquet files. Raises InputError for a file of another kind or a missing column, OSError."""
     names: list[str] = []
     noted: tuple[str, ...] | None = None
     for file in inputs:

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from data_prep import files
-from data_prep.writer import Record, Skipped
+from data_prep.records import InputError, Record, Skipped
 from mmpretrain.data.cache import is_remote
 from mmpretrain.data.decode import decode_text, sniff
 from mmpretrain.data.schema import SAFE_KEY, BadSample, ShardError
@@ -25,7 +25,12 @@ def attempt(where: str, make: Callable[[], Record]) -> Record | Skipped:
     try:
         return make()
     except BadSample as error:
-        return Skipped(where, error.reason, error.detail)
+        return Skipped(printable(where), error.reason, printable(error.detail))
+
+
+def printable(text: str) -> str:
+    """File names that are not UTF-8 are written as such nowhere."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def image_member(data: bytes, what: str) -> tuple[str, bytes]:
@@ -92,7 +97,7 @@ def safe(text: str) -> str:
 
 
 def path_key(relative: str, shared: bool = False) -> str:
-    """A key from a file's path without its suffix. A path that had to be changed, or is `shared`, gets its digest, which keeps keys apart."""
+    """A key from a file's path without its suffix. One that had to be changed, or is `shared`, gets its digest, which keeps keys apart."""
     stem = str(PurePosixPath(relative).with_suffix(""))
     if not shared and len(stem.encode("utf-8", "surrogateescape")) <= 100 and SAFE_KEY.fullmatch(stem):
         return stem
@@ -101,7 +106,7 @@ def path_key(relative: str, shared: bool = False) -> str:
 
 
 def class_names(labels: Iterable[Any], what: str) -> tuple[str, ...] | None:
-    """The sorted names among labels, or None where all are numbers or digits. Raises ValueError where they are mixed."""
+    """The sorted names among labels, or None where all are numbers or digits. Raises InputError where they are mixed."""
     names: set[str] = set()
     numbers = 0
     for label in labels:
@@ -110,7 +115,7 @@ def class_names(labels: Iterable[Any], what: str) -> tuple[str, ...] | None:
         elif isinstance(label, int) and not isinstance(label, bool):
             numbers += 1
     if numbers and not all(name.isdecimal() for name in names):
-        raise ValueError(f"{what} holds names ({sorted(names)[-1]!r}) and {numbers} numbers. Make it all names, or all class indices.")
+        raise InputError(f"{what} holds names ({sorted(names)[-1]!r}) and {numbers} numbers. Make it all names, or all class indices.")
     return None if all(name.isdecimal() for name in names) else tuple(sorted(names))
 
 

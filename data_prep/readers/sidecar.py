@@ -24,7 +24,7 @@ from data_prep.readers.parts import (
     read,
     read_image,
 )
-from data_prep.writer import Record, Skipped
+from data_prep.records import InputError, Record, Skipped
 from mmpretrain.data.decode import decode_json
 from mmpretrain.data.schema import BadSample
 
@@ -63,7 +63,7 @@ class Sidecar:
     def inputs(self) -> Iterator[Beside]:
         """Images and sidecars by their common name; several images of one name share its sidecars."""
         found = sorted((_stem(name), name) for name in files.walk(self.folder))
-        for stem, group in itertools.groupby(found, key=lambda pair: pair[0]):
+        for _, group in itertools.groupby(found, key=lambda pair: pair[0]):
             names = [(PurePosixPath(name).suffix.lower(), name) for _, name in group]
             images = [name for suffix, name in names if suffix in IMAGE_SUFFIXES]
             txt = next((name for suffix, name in names if suffix == ".txt"), None)
@@ -137,17 +137,17 @@ def sidecar(
     label_from_folder: bool = False,
     classes: tuple[str, ...] | None = None,
 ) -> Sidecar:
-    """A reader of images with sidecars. Raises ValueError for a folder without them, or a caption that is no template."""
+    """A reader of images with sidecars. Raises InputError for a folder without them, or a caption that is no template."""
     for caption in captions:
         Template.parse(caption)
     reader = Sidecar(folder, captions, lines, label, label_from_folder, classes)
     first = next(reader.inputs(), None)
     if first is None:
-        raise ValueError(f"{folder} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}) and no .txt or .json at any depth.")
+        raise InputError(f"{folder} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}) and no .txt or .json at any depth.")
     if classes is None and label_from_folder:
         names = {item.image.partition("/")[0] for item in reader.inputs() if item.image and "/" in item.image}
         if not names:
-            raise ValueError(f"{folder} has no class folders (--label-from-folder)")
+            raise InputError(f"{folder} has no class folders (--label-from-folder)")
         classes = tuple(sorted(names))
     elif classes is None and label is not None:
         classes = class_names(_labels(reader, label), f"field {label}")

@@ -6,6 +6,7 @@ VOC counts pixels from 1 and includes both corners, so a box is [xmin - 1, ymin 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -15,7 +16,7 @@ from xml.parsers import expat
 
 from data_prep import files
 from data_prep.readers.parts import IMAGE_SUFFIXES, attempt, inside, json_member, path_key, read, read_image
-from data_prep.writer import Record, Skipped
+from data_prep.records import InputError, Record, Skipped
 from mmpretrain.data.schema import BadSample
 
 MAX_XML = 16 << 20
@@ -24,7 +25,7 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def parse_xml(data: bytes) -> Element:
-    """An XML document of a stranger, as a tree. A DOCTYPE, and so every entity of its own, is refused. Raises BadSample: unsafe_xml, bad_xml."""
+    """A stranger's XML document as a tree; a DOCTYPE, and so any entity of its own, is refused. Raises BadSample: unsafe_xml, bad_xml."""
     if len(data) > MAX_XML:
         raise BadSample("unsafe_xml", f"{len(data)} bytes, at most {MAX_XML} are read")
     builder, parser, depth = TreeBuilder(), expat.ParserCreate(), 0
@@ -171,11 +172,11 @@ def _by_stem(folder: str, part: str) -> dict[str, list[str]]:
 
 
 def _split(folder: str, split: str) -> list[str]:
-    """The names that a list of ImageSets gives; of a class's list (name and 1, 0 or -1) those marked 1. Raises ValueError."""
+    """The names that a list of ImageSets gives; of a class's list (name and 1, 0 or -1) those marked 1. Raises InputError."""
     lists = {path: path.rpartition("/")[2].removesuffix(".txt") for part in ("Main", "Segmentation") for path in _lists(folder, part)}
     chosen = next((path for path, name in lists.items() if name == split), None)
     if chosen is None:
-        raise ValueError(f"{folder} has no split {split!r}; ImageSets lists {', '.join(sorted(set(lists.values()))) or 'none'}")
+        raise InputError(f"{folder} has no split {split!r}; ImageSets lists {', '.join(sorted(set(lists.values()))) or 'none'}")
     lines = [line.split() for line in files.read_bytes(chosen).decode("utf-8", "replace").splitlines()]
     return [words[0] for words in lines if words and (len(words) == 1 or words[1] == "1")]
 
@@ -187,16 +188,16 @@ def _lists(folder: str, part: str) -> list[str]:
 def voc(folder: str, split: str | None = None, zero_based: bool = False, classes: tuple[str, ...] | None = None) -> Voc:
     """A reader of a VOC folder, of one split or of all annotations. Classes are those of all annotations, whatever the split.
 
-    Raises ValueError where the folder has another layout or no such split.
+    Raises InputError where the folder has another layout or no such split.
     """
     annotations = _by_stem(folder, "Annotations")
     if not annotations and not files.listing(files.join(folder, "SegmentationClass")):
         there = ", ".join(path.rpartition("/")[2] for path in files.listing(folder)[:8])
-        raise ValueError(f"{folder}: expected Annotations with XML files (and JPEGImages), found {there or 'nothing'}")
+        raise InputError(f"{folder}: expected Annotations with XML files (and JPEGImages), found {there or 'nothing'}")
     names = sorted({*annotations, *_by_stem(folder, "SegmentationClass")}) if split is None else _split(folder, split)
-    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    repeated = sorted(name for name, times in Counter(names).items() if times > 1)
     if repeated:
-        raise ValueError(f"{folder}: split {split} lists {', '.join(repeated[:3])} more than once")
+        raise InputError(f"{folder}: split {split} lists {', '.join(repeated[:3])} more than once")
     return Voc(folder, tuple(names), classes if classes is not None else _categories(folder, annotations), zero_based)
 
 
@@ -208,4 +209,4 @@ def _categories(folder: str, annotations: dict[str, list[str]]) -> tuple[str, ..
         except BadSample:
             continue
         found |= {(thing.findtext("name") or "").strip() for thing in root.iter("object")}
-    return tuple(sorted(found))
+    return tuple(sorted(found - {""}))
