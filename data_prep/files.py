@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mmpretrain.data.cache import is_remote, retried
 from mmpretrain.data.schema import ShardError
@@ -44,6 +45,20 @@ def read_bytes(url: str | Path) -> bytes:
     if not retried(lambda: system.exists(path), where):
         raise FileNotFoundError(2, "no such file", where)
     return retried(lambda: system.cat_file(path), where)
+
+
+@contextmanager
+def open_text(url: str | Path) -> Iterator[IO[str]]:
+    """A UTF-8 text file as a stream; bytes that are not UTF-8 come as surrogates. Raises FileNotFoundError."""
+    where = place(url)
+    options: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
+    if isinstance(where, Path):
+        with where.open(**options) as file:
+            yield file
+        return
+    system, path = filesystem(where)
+    with retried(lambda: system.open(path, "rb"), where) as file, io.TextIOWrapper(file, **options) as text:
+        yield text
 
 
 def exists(url: str | Path) -> bool:
@@ -152,15 +167,15 @@ def remove(url: str | Path) -> None:
 
 
 def write_text(url: str | Path, text: str) -> None:
-    """Write atomically, as UTF-8."""
-    where = place(url)
+    """Write atomically, as UTF-8; a lone surrogate, of a file name that is not UTF-8, as its escape, which JSON reads back."""
+    where, encoded = place(url), text.encode("utf-8", "backslashreplace")
     if isinstance(where, Path):
         temporary = where.with_name(f"{where.name}.tmp-{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(encoded)
         os.replace(temporary, where)
         return
     system, path = filesystem(where)
-    retried(lambda: system.pipe_file(path, text.encode()), where)
+    retried(lambda: system.pipe_file(path, encoded), where)
 
 
 def write_lines(url: str | Path, lines: Iterable[str]) -> None:
@@ -168,7 +183,7 @@ def write_lines(url: str | Path, lines: Iterable[str]) -> None:
     where = place(url)
     folder = where.parent if isinstance(where, Path) else None
     prefix = f"{str(where).rpartition('/')[2]}.tmp-"
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix=prefix, dir=folder, delete=False) as file:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", errors="backslashreplace", prefix=prefix, dir=folder, delete=False) as file:
         file.writelines(lines)
     os.chmod(file.name, 0o644)
     put(Path(file.name), url)

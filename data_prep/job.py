@@ -156,9 +156,7 @@ class Job:
             for item in self.produce(task):
                 if isinstance(item, Skipped):
                     if not self.allow_skipped:
-                        raise InputError(
-                            f"{item.where}: {item.reason}: {item.detail}. Correct it, or pass --skip-bad to leave such inputs out and list them."
-                        )
+                        raise InputError(f"{item.where}: {item.reason}: {item.detail}. Correct it, or leave such inputs out (--skip-bad).")
                     done.skipped.append(item)
                     continue
                 item.check()

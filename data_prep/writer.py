@@ -68,7 +68,7 @@ def build(
     job = Job(out, produce, plan_digest, max_bytes, allow_skipped, split)
     if _finished(out, parts):
         return _found(out, parts, job, tasks)
-    with _begun(out, plan_digest), tempfile.TemporaryFile("w+", encoding="utf-8") as skipped:
+    with _begun(out, plan_digest), tempfile.TemporaryFile("w+", encoding="utf-8", errors="surrogatepass") as skipped:
         with closing(run(job, enumerate(tasks), engine=engine, processes=processes, title="shards")) as results:
             manifests = _gather(results, out, parts, plan_digest, skipped, command, licence)
         for part, manifest in manifests.items():
@@ -173,7 +173,7 @@ def _gather(
             keys.append(done.keys)
             for item in done.skipped:
                 record = {"input": item.where, "reason": item.reason, "detail": item.detail}
-                skipped.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n")
+                skipped.write(json.dumps(record, ensure_ascii=False) + "\n")
             left_out += len(done.skipped)
             yield done.task
 
