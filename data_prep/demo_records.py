@@ -13,24 +13,28 @@ from PIL import Image
 
 from data_prep import demo_captions
 from data_prep.demo_captions import MIN_VISIBLE, Description, Thing
-from data_prep.demo_render import render
-from data_prep.demo_scenes import CLASS_NAMES, CLASSES, MAX_OBJECTS, SPLITS, Scenes, generator, labels, sample
+from data_prep.demo_render import instances, render
+from data_prep.demo_scenes import CLASS_NAMES, CLASSES, MAX_OBJECTS, SIDE, SPLITS, Scenes, generator, labels, sample
 
 JPEG_QUALITY = 92  # no chroma subsampling: at 64 pixels it would smear the colours of the textures
 VIRTUAL = 1 << 40  # scenes from this index on are never written: wrong captions are taken from them
 _PALETTE = [0, 0, 0] + [int(v) for v in np.random.Generator(np.random.Philox(1)).integers(60, 256, 3 * len(CLASSES))]
 
 
-def visible(instance: np.ndarray) -> list[tuple[int, int, list[int]]]:
-    """(slot, pixels, box [x, y, width, height]) of every object that shows MIN_VISIBLE pixels, by slot. instance: uint8 [S, S]."""
-    found = []
+def visible(instances: np.ndarray) -> list[list[tuple[int, int, list[int]]]]:
+    """Of each scene: (slot, pixels, box [x, y, width, height]) of every object that shows MIN_VISIBLE pixels, by slot.
+
+    instances: uint8 [B, S, S].
+    """
+    found: list[list[tuple[int, int, list[int]]]] = [[] for _ in instances]
     for slot in range(MAX_OBJECTS):
-        shown = instance == slot + 1
-        area = int(np.count_nonzero(shown))
-        if area >= MIN_VISIBLE:
-            rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
-            x, y = int(columns[0]), int(rows[0])
-            found.append((slot, area, [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1]))
+        shown = instances == slot + 1
+        lines, columns = shown.any(2), shown.any(1)
+        top, bottom = lines.argmax(1).tolist(), (SIDE - lines[:, ::-1].argmax(1)).tolist()
+        left, right = columns.argmax(1).tolist(), (SIDE - columns[:, ::-1].argmax(1)).tolist()
+        for i, area in enumerate(np.count_nonzero(shown, (1, 2)).tolist()):
+            if area >= MIN_VISIBLE:
+                found[i].append((slot, area, [left[i], top[i], right[i] - left[i], bottom[i] - top[i]]))
     return found
 
 
@@ -72,45 +76,63 @@ def _draw(seed: int, split: str, index: int) -> random.Random:
     return random.Random(int(generator(seed, split, index, 2).integers(1 << 62)))
 
 
-def _describe(seed: int, split: str, index: int) -> Description:
-    scenes = sample(seed, split, np.array([index]))
-    return demo_captions.describe(scenes, 0, visible(render(scenes)[1][0]))
+def _descriptions(scenes: Scenes, instance: np.ndarray) -> list[Description]:
+    return [demo_captions.describe(scenes, i, things) for i, things in enumerate(visible(instance))]
 
 
-def _stranger(seed: int, split: str, index: int) -> Description:
-    """Another scene of the split, of another class: an even index and the next lie in one block of labels, so their classes differ."""
-    own, other = labels(seed, split, np.array([index]))[0], VIRTUAL + 2 * index
-    return _describe(seed, split, other if labels(seed, split, np.array([other]))[0] != own else other + 1)
+def _strangers(seed: int, split: str, index: np.ndarray) -> list[Description]:
+    """For each scene another of the split, of another class: an even index and the next lie in one block of labels, so their classes
+    differ."""
+    other = VIRTUAL + 2 * index
+    other += labels(seed, split, other) == labels(seed, split, index)
+    scenes = sample(seed, split, other)
+    return _descriptions(scenes, instances(scenes))
 
 
-def members(scenes: Scenes, i: int, image: np.ndarray, instance: np.ndarray) -> dict[str, bytes]:
-    """The members of scene i, by extension."""
-    split, index = SPLITS[scenes.split], int(scenes.index[i])
-    made = {"jpg": jpeg(image)}
-    if not split.text:
-        return made
-    scene = demo_captions.describe(scenes, i, visible(instance))
-    draw = _draw(scenes.seed, scenes.split, index)
+def _told(scenes: Scenes, seen: list[Description], draws: list[random.Random]) -> list[Description]:
+    """What the captions of each scene tell of: the scene itself, or for a share of them, by one draw each, another one."""
+    share = SPLITS[scenes.split].wrong_captions
+    wrong = np.flatnonzero([draw.random() < share for draw in draws])
+    told = list(seen)
+    if len(wrong):
+        for i, stranger in zip(wrong.tolist(), _strangers(scenes.seed, scenes.split, scenes.index[wrong])):
+            told[i] = stranger
+    return told
+
+
+def _data(scenes: Scenes, i: int, scene: Description, told: Description, draw: random.Random) -> dict[str, object]:
+    """The json member of scene i: what is seen, and captions of what is told."""
     data: dict[str, object] = {"background": scene.background, "boxes": _boxes(scene), "objects": [_attributes(t) for t in scene.things]}
     if scenes.split == "binding":
-        data |= demo_captions.binding(*scene.things[:2], draw)
-        data["captions"] = [data["caption"]]
-    else:
-        label = int(scenes.label[i])
-        wrong = draw.random() < split.wrong_captions
-        told = _stranger(scenes.seed, scenes.split, index) if wrong else scene
-        data |= {
-            "label": label,
-            "class": CLASS_NAMES[label],
-            "attributes": _attributes(scene.things[0]) | {"background": scene.background, "count": len(scene.things)},
-            "captions": demo_captions.captions(told, draw),
-            "wrong_caption": wrong,  # for analysis; training must not look
-            "qa": demo_captions.questions(scene, draw),
-        }
-        made["cls"] = str(label).encode()
-    made["txt"] = data["captions"][0].encode()
-    made["json"] = json.dumps(data, separators=(",", ":")).encode()
-    made["mask.png"] = mask_png(scenes, i, instance)
+        sentences = demo_captions.binding(*scene.things[:2], draw)
+        return data | sentences | {"captions": [sentences["caption"]]}
+    label = int(scenes.label[i])
+    return data | {
+        "label": label,
+        "class": CLASS_NAMES[label],
+        "attributes": _attributes(scene.things[0]) | {"background": scene.background, "count": len(scene.things)},
+        "captions": demo_captions.captions(told, draw),
+        "wrong_caption": told is not scene,  # for analysis; training must not look
+        "qa": demo_captions.questions(scene, draw),
+    }
+
+
+def members(scenes: Scenes) -> list[dict[str, bytes]]:
+    """The members of each scene, by extension."""
+    images, instance = render(scenes)
+    made = [{"jpg": jpeg(image)} for image in images]
+    if not SPLITS[scenes.split].text:
+        return made
+    seen = _descriptions(scenes, instance)
+    draws = [_draw(scenes.seed, scenes.split, int(index)) for index in scenes.index]
+    told = seen if scenes.split == "binding" else _told(scenes, seen, draws)
+    for i, found in enumerate(made):
+        data = _data(scenes, i, seen[i], told[i], draws[i])
+        if "label" in data:
+            found["cls"] = str(data["label"]).encode()
+        found["txt"] = data["captions"][0].encode()
+        found["json"] = json.dumps(data, separators=(",", ":")).encode()
+        found["mask.png"] = mask_png(scenes, i, instance[i])
     return made
 
 
@@ -120,9 +142,7 @@ def chunk(job: tuple[int, str, int, int]) -> list[tuple[str, dict[str, bytes]]]:
     made = []
     for low in range(start, stop, 32):
         scenes = sample(seed, split, np.arange(low, min(low + 32, stop)))
-        images, instances = render(scenes)
-        for i, index in enumerate(scenes.index):
-            made.append((f"{split}-{int(index):06d}", members(scenes, i, images[i], instances[i])))
+        made += [(f"{split}-{int(index):06d}", found) for index, found in zip(scenes.index, members(scenes))]
     return made
 
 

@@ -6,6 +6,7 @@ B scenes, K object slots, S = SIDE pixels. Distances are in pixels, negative ins
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -106,23 +107,42 @@ def _window(scenes: Scenes, rows: np.ndarray, slot: np.ndarray) -> tuple[np.ndar
     return lines(scenes.x[rows, slot]), lines(scenes.y[rows, slot])
 
 
-def _paint(canvas: Floats, instance: Floats, scenes: Scenes, rows: np.ndarray, slot: np.ndarray) -> None:
+def _lie(scenes: Scenes, rows: np.ndarray, slot: np.ndarray) -> tuple[tuple[Floats, ...], Floats, list[tuple[int, slice, slice]]]:
+    """Where one object in each of `rows` (int [b]), of slot `slot` (int [b]), lies, in a window of W pixels around it.
+
+    Returns (x and y from its centre [b, 1, W] and [b, W, 1]; signed distance to its edge [b, W, W]; row, lines and columns of each window).
+    """
+
+    def of(field: Floats) -> Floats:
+        return field[rows, slot].astype(np.float32)[:, None, None]
+
+    radius, angle = of(scenes.radius), of(scenes.angle)
+    columns, lines = _window(scenes, rows, slot)
+    dx = columns[:, None, :].astype(np.float32) + (0.5 - of(scenes.x))
+    dy = lines[:, :, None].astype(np.float32) + (0.5 - of(scenes.y))
+    scale = _CELLS / (2 * _EXTENT) / radius
+    c, s = np.cos(angle) * scale, np.sin(angle) * scale
+    column = np.clip(c * dx + s * dy + _CELLS / 2, 0, _CELLS - 1).astype(np.intp)
+    line = np.clip(c * dy - s * dx + _CELLS / 2, 0, _CELLS - 1).astype(np.intp)
+    line += CLASS_SHAPE[scenes.category[rows, slot]][:, None, None] * _CELLS
+    line *= _CELLS
+    line += column
+    distance = _tables().take(line, mode="wrap")  # every index is valid, and in this mode none is checked
+    distance *= radius
+    width = columns.shape[1]
+    starts = zip(rows.tolist(), lines[:, 0].tolist(), columns[:, 0].tolist())
+    return (dx, dy), distance, [(row, slice(top, top + width), slice(left, left + width)) for row, top, left in starts]
+
+
+def _paint(canvas: Floats, instance: np.ndarray, scenes: Scenes, rows: np.ndarray, slot: np.ndarray) -> None:
     """Paint one object into each of `rows` (int [b]), of slot `slot` (int [b]); canvas [B,3,S,S], instance uint8 [B,S,S]."""
 
     def of(field: Floats) -> Floats:
         return field[rows, slot].astype(np.float32)[:, None, None]
 
     radius, angle, turn, period = of(scenes.radius), of(scenes.angle), of(scenes.texture_angle), of(scenes.period)
-    columns, lines = _window(scenes, rows, slot)
-    dx = columns[:, None, :].astype(np.float32) + (0.5 - of(scenes.x))  # [b, 1, W]
-    dy = lines[:, :, None].astype(np.float32) + (0.5 - of(scenes.y))  # [b, W, 1]
+    (dx, dy), distance, windows = _lie(scenes, rows, slot)
     category = scenes.category[rows, slot]
-    scale = _CELLS / (2 * _EXTENT) / radius
-    c, s = np.cos(angle) * scale, np.sin(angle) * scale
-    column = np.clip(c * dx + s * dy + _CELLS / 2, 0, _CELLS - 1).astype(np.int32)
-    line = np.clip(c * dy - s * dx + _CELLS / 2, 0, _CELLS - 1).astype(np.int32)
-    flat = (CLASS_SHAPE[category].astype(np.int32)[:, None, None] * _CELLS + line) * _CELLS + column
-    distance = _tables().ravel()[flat] * radius  # [b, W, W]
     alpha = _cover(distance)
 
     phase = scenes.texture_phase[rows, slot].astype(np.float32)[:, :, None, None]
@@ -135,16 +155,18 @@ def _paint(canvas: Floats, instance: Floats, scenes: Scenes, rows: np.ndarray, s
     first = np.ones_like(distance)
     for texture, name in enumerate(TEXTURES):
         at = np.flatnonzero(CLASS_TEXTURE[category] == texture)
-        edge = _texture(name, p[at], q[at], distance[at], period[at], border[at])
-        if edge is not None:
+        if len(at) and (edge := _texture(name, p[at], q[at], distance[at], period[at], border[at])) is not None:
             first[at] = _cover(edge)
     rgb = scenes.rgb[rows, slot].astype(np.float32)  # [b, 2, 3]
-    colour = rgb[:, 1, :, None, None] + first[:, None] * (rgb[:, 0] - rgb[:, 1])[..., None, None]  # [b, 3, W, W]
-    width = columns.shape[1]
-    for b, (row, top, left) in enumerate(zip(rows, lines[:, 0], columns[:, 0])):
-        below = canvas[row, :, top : top + width, left : left + width]
-        below += alpha[b] * (colour[b] - below)
-        instance[row, top : top + width, left : left + width][alpha[b] > 0.5] = slot[b] + 1
+    colour = first[:, None] * (rgb[:, 0] - rgb[:, 1])[..., None, None]  # [b, 3, W, W]
+    colour += rgb[:, 1, :, None, None]
+    shown, number = alpha > 0.5, (slot + 1).astype(np.uint8)
+    for b, (row, lines, columns) in enumerate(windows):
+        below, change = canvas[row, :, lines, columns], colour[b]
+        change -= below
+        change *= alpha[b]
+        below += change
+        np.copyto(instance[row, lines, columns], number[b], where=shown[b])
 
 
 def _smooth(coarse: Floats) -> Floats:
@@ -182,6 +204,28 @@ def _background(kind: str, rgb: Floats, u: Floats, streams: list[np.random.Gener
     return canvas
 
 
+def _depths(scenes: Scenes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows int [b], slot int [b]) of what is painted together, back to front."""
+    B = len(scenes.index)
+    for depth in range(scenes.order.shape[1]):
+        slot = scenes.order[:, depth]
+        here = scenes.present[np.arange(B), slot]
+        for rows in (np.flatnonzero(here & (slot == 0)), np.flatnonzero(here & (slot > 0))):  # apart: main objects need larger windows
+            if len(rows):
+                yield rows, slot[rows]
+
+
+def instances(scenes: Scenes) -> np.ndarray:
+    """uint8 [B, S, S]: 0 background, k + 1 where slot k is on top. What `render` returns second, without painting the first."""
+    instance = np.zeros((len(scenes.index), SIDE, SIDE), dtype=np.uint8)
+    for rows, slot in _depths(scenes):
+        _, distance, windows = _lie(scenes, rows, slot)
+        shown, number = _cover(distance) > 0.5, (slot + 1).astype(np.uint8)
+        for b, (row, lines, columns) in enumerate(windows):
+            np.copyto(instance[row, lines, columns], number[b], where=shown[b])
+    return instance
+
+
 def render(scenes: Scenes) -> tuple[np.ndarray, np.ndarray]:
     """-> (images uint8 [B, S, S, 3], instance uint8 [B, S, S]: 0 background, k + 1 where slot k is on top)."""
     B = len(scenes.index)
@@ -192,14 +236,18 @@ def render(scenes: Scenes) -> tuple[np.ndarray, np.ndarray]:
         if len(at):
             canvas[at] = _background(kind, scenes.background_rgb[at], scenes.background_draws[at], [streams[i] for i in at])
     instance = np.zeros((B, SIDE, SIDE), dtype=np.uint8)
-    for depth in range(scenes.order.shape[1]):
-        slot = scenes.order[:, depth]
-        here = scenes.present[np.arange(B), slot]
-        for rows in (np.flatnonzero(here & (slot == 0)), np.flatnonzero(here & (slot > 0))):  # apart: main objects need larger windows
-            if len(rows):
-                _paint(canvas, instance, scenes, rows, slot[rows])
-    canvas *= scenes.light.astype(np.float32)[:, None, None, None]
-    for i, stream in enumerate(streams):
-        canvas[i] += stream.standard_normal((3, SIDE, SIDE), dtype=np.float32) * np.float32(scenes.noise[i])
-    canvas += 0.5
-    return np.clip(canvas, 0, 255, out=canvas).astype(np.uint8).transpose(0, 2, 3, 1), instance
+    for rows, slot in _depths(scenes):
+        _paint(canvas, instance, scenes, rows, slot)
+    light, noise = scenes.light.astype(np.float32), scenes.noise.astype(np.float32)
+    images = np.empty((B, SIDE, SIDE, 3), dtype=np.uint8)
+    drawn = np.empty((3, SIDE, SIDE), dtype=np.float32)
+    for i, stream in enumerate(streams):  # image by image: each stays in the processor's cache
+        stream.standard_normal(dtype=np.float32, out=drawn)
+        drawn *= noise[i]
+        picture = canvas[i]
+        picture *= light[i]
+        picture += drawn
+        picture += 0.5
+        np.clip(picture, 0, 255, out=picture)
+        images[i] = picture.astype(np.uint8).transpose(1, 2, 0)
+    return images, instance
