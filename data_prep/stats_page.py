@@ -1,0 +1,193 @@
+"""The page of `stats`: charts, thumbnails and notes from the summary and its numbers, put into the template."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from importlib.resources import files as resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+from data_prep import engine as engines
+from data_prep import stats_plots as plots
+from data_prep.samples import Shard, image_member, pixels
+from data_prep.stats_duplicates import NEAR, Group
+from data_prep.stats_notes import aspect_label, notes, percent, size
+from data_prep.stats_numbers import SHOWN_GROUPS
+from data_prep.stats_shard import ASPECT_STEPS, BLANK, BYTE_STEPS, CONTEXT
+from data_prep.stats_summary import MAX_ITEMS, Ref, Summary
+from data_prep.stats_text import MIN_LETTERS
+from mmpretrain.data.schema import BadSample, ShardError
+
+THUMB = 176  # pixels of the longer side
+
+
+def thumbnails(task: tuple[str, tuple[int, ...]]) -> dict[int, str]:
+    """(shard, samples) -> data addresses of small JPEGs, of those that decode."""
+    name, chosen = task
+    found: dict[int, str] = {}
+    try:
+        shard = Shard(name)
+    except (ShardError, OSError):
+        return found
+    with shard:
+        for i in chosen:
+            try:
+                members = shard.read(i).members
+                extension = image_member(members)
+                if extension is None:
+                    continue
+                picture = Image.fromarray(pixels(members[extension]).permute(1, 2, 0).numpy())
+            except BadSample:
+                continue
+            picture.thumbnail((THUMB, THUMB))
+            out = io.BytesIO()
+            picture.save(out, "JPEG", quality=82)
+            found[i] = "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+    return found
+
+
+def _chart(title: str, svg: str, beside: str = "") -> dict[str, str]:
+    return {"title": title, "svg": svg, "beside": beside}
+
+
+def _doublings(bins: Sequence[plots.Bin], text: Any) -> list[tuple[float, str]]:
+    return [(at, text(2.0**at)) for at in range(math.ceil(bins[0].low), math.floor(bins[-1].high) + 1)]
+
+
+def image_charts(s: Summary, data: dict[str, Any]) -> list[dict[str, str]]:
+    if not s.short_side:
+        return []
+    charts = []
+    for title, values, key in (("shorter side", s.short_side, "short_side"), ("longer side", s.long_side, "long_side")):
+        bins = plots.log_bins(values, 4, lambda side: math.log2(max(side, 1)), lambda a, b: f"{math.ceil(a)} to {max(math.ceil(b) - 1, math.ceil(a))} px")
+        beside = f"median {data['images'][key]['median']:,} px"
+        charts.append(_chart(title, plots.histogram(bins, title, "pixels", _doublings(bins, lambda v: f"{v:,.0f}")), beside))
+    bins = plots.log_bins(s.aspect, ASPECT_STEPS // 2, lambda a: a / ASPECT_STEPS, lambda a, b: f"about {aspect_label(math.sqrt(a * b))}")
+    ticks = [(math.log2(r), t) for r, t in ((1 / 4, "1:4"), (1 / 2, "1:2"), (3 / 4, "3:4"), (1, "1:1"), (4 / 3, "4:3"), (16 / 9, "16:9"), (4, "4:1"))]
+    ticks += [(k, f"{2**k}:1") for k in range(3, 7)] + [(-k, f"1:{2**k}") for k in range(3, 7)]
+    svg = plots.histogram(bins, "width to height", "tall · width : height · wide", sorted(ticks))
+    charts.append(_chart("width to height", svg, f"median {aspect_label(data['images']['aspect']['median'])}"))
+    bins = plots.log_bins(s.file_bytes, BYTE_STEPS, lambda b: b / BYTE_STEPS, lambda a, b: f"{size(a)} to {size(b)}")
+    charts.append(_chart("bytes of an image", plots.histogram(bins, "bytes", "bytes", _doublings(bins, size)), f"median {size(data['images']['bytes']['median'])}"))
+    return charts
+
+
+def caption_charts(s: Summary, data: dict[str, Any]) -> list[dict[str, str]]:
+    if not s.characters:
+        return []
+    c = data["captions"]
+    charts = [
+        _chart("characters of a caption", plots.histogram(plots.linear_bins(s.characters), "characters", "characters"), f"median {c['characters']['median']:,}"),
+        _chart(
+            "CLIP tokens of a caption",
+            plots.histogram(plots.linear_bins(s.tokens), "tokens", "tokens, begin and end among them", marks=[(CONTEXT + 1, f"CLIP reads {CONTEXT}")]),
+            f"median {c['tokens']['median']:,}, {percent(c['over_context'], c['captions'])} over {CONTEXT}",
+        ),
+    ]
+    if len(s.captions_per_sample) > 1:
+        svg = plots.histogram(plots.linear_bins(s.captions_per_sample), "captions of a sample", "captions")
+        charts.append(_chart("captions of a sample", svg, f"mean {c['per_sample']['mean']:.2f}"))
+    points = data["vocabulary"]["growth"]
+    if points and points[-1][1] > 1:
+        charts.append(_chart("vocabulary", plots.curve(points, "distinct words", "captioned samples, in random order"), f"{points[-1][1]:,} distinct words"))
+    return charts
+
+
+def ranking(items: Sequence[tuple[str, int]], total: int, most: int) -> dict[str, Any]:
+    """Rows for horizontal bars, the longest of which fills its place."""
+    top = max((n for _, n in items), default=1)
+    rows = [{"name": name, "count": n, "share": percent(n, total), "bar": round(100 * n / max(top, 1), 1)} for name, n in items[:most]]
+    return {"rows": rows, "left": len(items) - len(rows)}
+
+
+def classes(counts: Sequence[tuple[str, int]], total: int, most: int = 40) -> list[dict[str, Any]]:
+    """The classes by size; of many, the largest and the smallest."""
+    if len(counts) <= most:
+        return [ranking(counts, total, most) | {"title": "", "left": 0}]
+    largest, smallest = ranking(counts, total, most // 2), ranking(counts[-most // 2 :], total, most // 2)
+    for row in smallest["rows"]:  # bars of one scale
+        row["bar"] = round(100 * row["count"] / max(counts[0][1], 1), 1)
+    return [largest | {"title": f"The {most // 2} largest of {len(counts):,}"}, smallest | {"title": f"The {most // 2} smallest"}]
+
+
+def _cards(items: Sequence[tuple[Any, ...]], thumbs: dict[Ref, str], kind: str = "note") -> list[dict[str, Any]]:
+    return [{"image": thumbs.get(item[0]), "key": item[0].key, "shard": item[0].shard, "text": item[1], "kind": kind} for item in items]
+
+
+def render(s: Summary, data: dict[str, Any], duplicates: dict[str, list[Group]], *, engine: str = "local", processes: int | None = None) -> str:
+    """The page; it reads the shards again for the few pictures that it shows."""
+    worst = {
+        "The smallest": s.smallest.sorted(), "The most elongated": s.elongated.sorted(), "Blank, or nearly": s.blank.sorted(),
+    }  # fmt: skip
+    if len(s.aspect) == 1:
+        del worst["The most elongated"]
+    if len(s.sizes.items) == 1:
+        del worst["The smallest"]
+    texts = {"The shortest captions": s.shortest.sorted(), "The longest captions": s.longest.sorted()}
+    shown = {kind: groups[:SHOWN_GROUPS] for kind, groups in duplicates.items()}
+    wanted = {item[0] for group in (*worst.values(), *texts.values(), s.examples.sorted()) for item in group}
+    wanted |= {ref for groups in shown.values() for group in groups for ref in group.refs}
+    by_shard: dict[str, set[int]] = defaultdict(set)
+    for ref in wanted:
+        by_shard[ref.shard].add(ref.sample)
+    tasks = [(name, tuple(sorted(chosen))) for name, chosen in sorted(by_shard.items())]
+    processes = 1 if engine == "local" else processes  # of a hundred pictures: starting a process would take longer
+    made = engines.run(thumbnails, tasks, engine=engine, processes=processes, title="thumbnails")
+    at = {(name, i): picture for (name, _), pictures in zip(tasks, made) for i, picture in pictures.items()}
+    thumbs = {ref: at[ref.shard, ref.sample] for ref in wanted if (ref.shard, ref.sample) in at}
+    labels = data["labels"]["counts"]
+    names = [name for name, _ in labels]
+
+    def label(text: str | None) -> str:
+        return "" if text is None else text if text in names or not text.isdigit() else f"class {text}"
+
+    from data_prep.stats_numbers import class_names
+
+    known = class_names([ref.shard for ref in wanted][:1]) if wanted and data["labels"]["named"] else None
+
+    def named(text: str | None) -> str:
+        return known[int(text)] if known and text and text.isdigit() and int(text) < len(known) else label(text)
+
+    context = {
+        "d": data,
+        "notes": notes(data),
+        "image_charts": image_charts(s, data),
+        "caption_charts": caption_charts(s, data),
+        "formats": ranking(list(data["images"]["formats"].items()), data["images"]["found"], 12),
+        "modes": ranking(list(data["images"]["modes"].items()), sum(data["images"]["modes"].values()), 12),
+        "sizes": ranking(data["images"]["common_sizes"], data["images"]["found"], 12),
+        "words": ranking([(w, n) for w, n in data["vocabulary"]["top"]], data["vocabulary"]["total"], 30),
+        "languages": data["languages"] and ranking([(k, n) for k, n in data["languages"].items() if k != "short"], data["captions"]["captions"], 12),
+        "scripts": ranking(list(data["scripts"].items()), data["captions"]["captions"], 12),
+        "classes": classes(labels, data["labels"]["samples"]) if data["labels"]["samples"] else [],
+        "examples": [
+            {"image": thumbs.get(ref), "key": ref.key, "shard": ref.shard, "text": text, "label": named(label_)} for ref, text, label_ in s.examples.sorted()
+        ],
+        "worst": {title: _cards(items, thumbs) for title, items in worst.items() if items},
+        "texts": {title: _cards(items, thumbs) for title, items in texts.items() if items},
+        "shown": {
+            kind: [{"count": g.count, "cards": _cards([(ref, "") for ref in g.refs], thumbs)} for g in groups] for kind, groups in shown.items()
+        },
+        "near": NEAR, "max_items": MAX_ITEMS, "blank_below": BLANK, "min_letters": MIN_LETTERS,
+    }  # fmt: skip
+    environment = jinja2.Environment(
+        loader=jinja2.ChoiceLoader([jinja2.FileSystemLoader(Path(__file__).parent / "templates"), jinja2.FunctionLoader(_report_file)]),
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters |= {"n": lambda value: "–" if value is None else f"{value:,}", "size": size, "ratio": aspect_label}
+    environment.globals["percent"] = percent
+    # A lone surrogate in a key or caption cannot be written: a question mark in its place.
+    return environment.get_template("stats.html.jinja").render(context).encode("utf-8", "replace").decode()
+
+
+def _report_file(name: str) -> str | None:
+    """The colours and type of the pages that runs write."""
+    place = resources("mmpretrain").joinpath("report", name)
+    return place.read_text(encoding="utf-8") if place.is_file() else None
