@@ -86,7 +86,8 @@ class PretrainModel(nn.Module):
                 with torch.set_grad_enabled(torch.is_grad_enabled() and encode.network == "student"):
                     tokens = self._embed(encode, tower, batch, done)
                 # Where nobody reads the tokens, the last block computes the pooled position alone: worth a group of its own.
-                key = (encode.network, encode.view.modality, tower.merge_key(tokens), "tokens" in encode.outputs)
+                whole = "tokens" in encode.outputs or not tower.one_position
+                key = (encode.network, encode.view.modality, tower.merge_key(tokens), whole)
                 groups.setdefault(key, []).append((encode, tower, tokens))
             for group in groups.values():
                 with torch.set_grad_enabled(torch.is_grad_enabled() and group[0][0].network == "student"):

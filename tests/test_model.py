@@ -147,3 +147,10 @@ def test_running_statistics_are_those_that_a_forward_pass_changes():
     module(torch.randn(5, 3))
     assert len(before) == 5
     assert not any(torch.equal(a, b) for a, b in zip(before, running_statistics(module)))
+
+
+def test_a_tower_that_averages_its_tokens_runs_once(trunk_calls):
+    """Nothing is gained by a pass of its own where pooling reads every token."""
+    model = tiny.model(SHARED, pool_type="avg")
+    model(tiny.batch(model))
+    assert trunk_calls == [3 * 8]

@@ -19,9 +19,9 @@ MODEL = {
 WORDS = ["a red circle", "two blue squares on grass", "one", "a striped star left of a very large dotted ring", "nothing at all"]
 
 
-def towers(seed: int = 0) -> DualEncoder:
+def towers(seed: int = 0, **vision) -> DualEncoder:
     torch.manual_seed(seed)
-    return build_towers(MODEL)
+    return build_towers(MODEL | {"vision_cfg": MODEL["vision_cfg"] | vision})
 
 
 def context(dual: DualEncoder, **changes) -> Context:
@@ -32,9 +32,9 @@ def context(dual: DualEncoder, **changes) -> Context:
     return Context(**(known | changes))
 
 
-def model(objectives: dict[str, dict], seed: int = 0, double: bool = True) -> PretrainModel:
-    """Objectives by name, `source` defaulting to "pairs"."""
-    dual = towers(seed)
+def model(objectives: dict[str, dict], seed: int = 0, double: bool = True, **vision) -> PretrainModel:
+    """Objectives by name, `source` defaulting to "pairs"; `vision` changes the image tower."""
+    dual = towers(seed, **vision)
     built, weights = {}, {}
     for name, options in objectives.items():
         kind = OBJECTIVES[options.get("kind", name)]

@@ -57,6 +57,7 @@ class Tower(nn.Module):
     width: int  # D
     embed_dim: int  # E
     mergeable: bool = True  # False with BatchNorm: its statistics would couple views
+    one_position: bool = True  # features are read at one position: where nobody wants tokens, the last block computes that one alone
     trimmable: bool = False  # text: padding after the first EOT never changes the features
     patch_size: int | None = None  # pixels a side; None: not a patch tower, so no token masks
 

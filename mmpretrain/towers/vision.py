@@ -44,6 +44,7 @@ class VisionTransformer(Tower):
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.grid = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
         self.pool_type, self.final_ln_after_pool = pool_type, final_ln_after_pool
+        self.one_position = pool_type == "tok"
         scale = width**-0.5
         positions = self.grid[0] * self.grid[1] + 1
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
@@ -97,7 +98,7 @@ class VisionTransformer(Tower):
         return rank >= max(1, int(num * (1 - self.patch_dropout)))
 
     def trunk(self, tokens: Tokens, attention: bool = False, pooled_only: bool = False) -> tuple[Tensor, Tensor | None]:
-        x, weights = self.transformer(tokens, attention, pooled_only and self.pool_type == "tok")
+        x, weights = self.transformer(tokens, attention, pooled_only and self.one_position)
         return x, None if weights is None else weights[:, 1:]
 
     def readout(self, x: Tensor, tokens: Tokens, outputs: frozenset[str], attention: Tensor | None = None) -> Encoded:
