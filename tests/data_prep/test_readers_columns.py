@@ -1,0 +1,82 @@
+"""Captions and images from the columns of a row."""
+
+import json
+
+import pytest
+
+from data_prep.readers.columns import Columns, Template
+from data_prep.records import InputError
+from mmpretrain.data.schema import BadSample
+from tests.data_prep.readers_support import image
+
+ROW = {
+    "image": image(),
+    "name": "red  apple",
+    "tags": ["round", "", "sweet"],
+    "none": None,
+    "n": 3,
+    "nan": float("nan"),
+    "meta": {"by": "Ann"},
+    "a|b": "p|q",
+}
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("name", ["red  apple"]),
+        ("tags", ["round", "", "sweet"]),
+        ("n", ["3"]),
+        ("nan", [""]),
+        ("meta.by", ["Ann"]),
+        ("{name}: {tags}", ["red apple: round, sweet"]),
+        ("{name}: {none}", ["red apple"]),
+        ("{none} {nan}", [""]),
+        ("{meta.by} has {n}", ["Ann has 3"]),
+        ("{{{name}}}", ["{red apple}"]),
+        ("{a|b}", ["p, q"]),
+    ],
+)
+def test_captions(caption: str, expected: list[str]) -> None:
+    assert Template.parse(caption).fill(ROW, {"a|b": "|"}) == expected
+
+
+@pytest.mark.parametrize("caption", ["{", "{}", "{name!r}", "{n:03d}", "{0.__class__!s}", "a}"])
+def test_formats_that_are_no_columns(caption: str) -> None:
+    with pytest.raises(InputError, match="caption"):
+        Template.parse(caption)
+
+
+def test_templates_reach_no_attributes() -> None:
+    assert Template.parse("{name.__class__}").fill(ROW, {}) == [""]
+
+
+def test_an_object_is_no_caption() -> None:
+    with pytest.raises(BadSample, match=r"name one as \{meta.NAME\}"):
+        Template.parse("{meta}").fill(ROW, {})
+
+
+def test_several_captions_are_kept_once_each() -> None:
+    members = Columns(captions=("{name}", "tags", "{name}")).record(5, ROW).members
+    assert members["txt"] == b"red apple"
+    assert json.loads(members["json"]) == {"captions": ["red apple", "round", "sweet"]}
+
+
+def test_what_json_does_not_hold() -> None:
+    assert json.loads(Columns(extra=("nan", "meta")).record(0, ROW).members["json"]) == {"meta": {"by": "Ann"}, "nan": None}
+    with pytest.raises(BadSample, match="bad_metadata"):
+        Columns(extra=("image",)).record(0, ROW)
+
+
+@pytest.mark.parametrize(
+    ("label", "classes", "expected"),
+    [(2, None, b"2"), ("2", None, b"2"), ("b", ("a", "b"), b"1"), (1, ("a", "b"), b"1"), (2, ("a", "b"), None), ("c", ("a", "b"), None)]
+    + [(-1, None, None), (1.5, None, None), (True, None, None), ("c", None, None)],
+)
+def test_labels(label: object, classes: tuple[str, ...] | None, expected: bytes | None) -> None:
+    columns, row = Columns(label="kind", classes=classes), {"image": image(), "kind": label}
+    if expected is not None:
+        assert columns.record(0, row).members["cls"] == expected
+        return
+    with pytest.raises(BadSample, match="bad_label"):
+        columns.record(0, row)

@@ -1,0 +1,124 @@
+"""Parquet tables and Hugging Face sets, small and local."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.readers.columns import Columns
+from data_prep.readers.hub import Streamed, from_dataset, load
+from data_prep.readers.parquet import parquet_files
+from data_prep.records import InputError
+from tests.data_prep.readers_support import collect, image, reasons
+
+pyarrow = pytest.importorskip("pyarrow")
+datasets = pytest.importorskip("datasets")
+IMAGES = [image((i * 20, 0, 0), kind) for i, kind in enumerate(["PNG", "JPEG", "WEBP", "PNG", "JPEG", "PNG", "PNG"])]
+CAPTION = Columns(captions=("caption",))
+
+
+def table(path: Path, columns: dict[str, Any], group: int = 2) -> str:
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=group)
+    return str(path)
+
+
+@pytest.mark.parametrize("count", [1, 3, 100])
+def test_parquet_rows_over_groups_and_files(tmp_path: Path, count: int) -> None:
+    files = [
+        table(tmp_path / "0.parquet", {"image": IMAGES[:5], "caption": list("abcde"), "x": [[1.0]] * 5}),
+        table(tmp_path / "1.parquet", {"image": IMAGES[5:], "caption": ["f", ""], "x": [[1.0]] * 2}, 10),
+    ]
+    found, skipped = collect(parquet_files(files, CAPTION), count)
+    assert list(found) == [f"{i:08d}" for i in range(6)]
+    assert [members["txt"].decode() for members in found.values()] == list("abcdef")
+    assert [next(data for name, data in members.items() if name != "txt") for members in found.values()] == IMAGES[:6]
+    assert reasons(skipped) == {"1.parquet, row 1": "empty_caption"}
+
+
+def test_parquet_paths_base64_and_objects(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    cells = [{"bytes": IMAGES[1], "path": "x"}, {"bytes": None, "path": "a.png"}, None, {"bytes": b"", "path": None}]
+    file = table(tmp_path / "t.parquet", {"image": cells, "caption": [["a", "b"], ["c"], ["d"], ["e"]]})
+    found, skipped = collect(parquet_files([file], Columns(captions=("caption",), root=str(tmp_path))))
+    assert found["00000000"]["jpg"] == IMAGES[1]
+    assert found["00000001"]["png"] == IMAGES[0]
+    assert json.loads(found["00000000"]["json"]) == {"captions": ["a", "b"]}
+    assert reasons(skipped) == {"t.parquet, row 2": "missing_image", "t.parquet, row 3": "unknown_format"}
+
+
+def test_parquet_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 or not")
+    with pytest.raises(InputError, match="not a readable parquet file"):
+        parquet_files([str(tmp_path / "t.parquet")], CAPTION)
+    with pytest.raises(InputError, match=r"no column 'image' \(--image-column\); it has photo"):
+        parquet_files([table(tmp_path / "u.parquet", {"photo": IMAGES})], CAPTION)
+
+
+def a_set(n: int = 7) -> Any:
+    features = datasets.Features(
+        {"image": datasets.Image(), "caption": datasets.Value("string"), "kind": datasets.ClassLabel(names=["pear", "fig"])}
+    )
+    rows = {
+        "image": [{"bytes": data, "path": None} for data in IMAGES[:n]],
+        "caption": [*"abcdef", ""][:n],
+        "kind": [i % 2 for i in range(n)],
+    }
+    return datasets.Dataset.from_dict(rows, features)
+
+
+def test_parquet_names_the_classes_of_its_metadata(tmp_path: Path) -> None:
+    a_set().to_parquet(str(tmp_path / "t.parquet"))
+    reader = parquet_files([str(tmp_path / "t.parquet")], Columns(label="kind"))
+    assert reader.classes == ["pear", "fig"]
+    assert [members["cls"] for members in collect(reader)[0].values()] == [b"0", b"1"] * 3 + [b"0"]
+
+
+def check(reader: Any) -> None:
+    found, skipped = collect(reader)
+    assert reader.classes == ["pear", "fig"]
+    assert [members["txt"].decode() for members in found.values()] == list("abcdef")
+    assert [next(data for name, data in members.items() if name not in ("txt", "cls")) for members in found.values()] == IMAGES[:6]
+    assert [members["cls"] for members in found.values()] == [b"0", b"1"] * 3
+    assert [item.reason for item in skipped] == ["empty_caption"]
+
+
+LABELLED = Columns(captions=("caption",), label="kind")
+
+
+def test_saved_set(tmp_path: Path) -> None:
+    a_set().save_to_disk(str(tmp_path / "d"))
+    check(from_dataset(load(str(tmp_path / "d"), None, None, False, None, None), LABELLED, "d"))
+
+
+def test_saved_splits(tmp_path: Path) -> None:
+    datasets.DatasetDict({"train": a_set(), "test": a_set(2)}).save_to_disk(str(tmp_path / "d"))
+    check(from_dataset(load(str(tmp_path / "d"), None, "train", False, None, None), LABELLED, "d"))
+    with pytest.raises(InputError, match="--split one of train, test"):
+        load(str(tmp_path / "d"), None, None, False, None, None)
+    with pytest.raises(InputError, match="has the splits train, test, and not val"):
+        load(str(tmp_path / "d"), None, "val", False, None, None)
+    with pytest.raises(InputError, match="has no column 'text'"):
+        from_dataset(a_set(), Columns(captions=("text",)), "d")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_loaded_set(tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    a_set().to_parquet(str(tmp_path / "t.parquet"))
+    reader = from_dataset(load("parquet", None, "train", stream, None, [str(tmp_path / "t.parquet")]), LABELLED, "t")
+    assert reader.stream == stream
+    check(reader)
+
+
+def test_a_stream_that_is_no_set_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="absent"):
+        load(str(tmp_path / "absent"), None, None, False, None, None)
+
+
+def test_streamed_rows_are_told_apart_by_content() -> None:
+    one, two = Streamed(0, ({"image": b"a" * 10_000},)), Streamed(0, ({"image": b"b" * 10_000},))
+    assert repr(one) != repr(two)
+    assert len(repr(one)) < 200
