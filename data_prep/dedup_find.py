@@ -1,0 +1,189 @@
+"""Find the copies among shards, and between them and evaluation shards. Nothing is written here."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from data_prep import engine
+from data_prep.dedup_clusters import Clusters, exact_groups, kept
+from data_prep.dedup_near import DIFFERENCE, HASH_DISTANCE, alike_in_colour, differences, pairs_within
+from data_prep.dedup_signatures import SIGNATURE, THUMBNAIL, Sign, Wanted, spans, thumbnails
+from data_prep.samples import Shard
+from mmpretrain.data.cache import is_remote, remote_index
+
+BATCH = 2048  # pairs compared at once: 50 MB
+PENDING = 1 << 22  # pairs found before those found twice are removed
+
+
+@dataclass(frozen=True)
+class Options:
+    """How copies are told. `near`, `embedding` None: not by this."""
+
+    near: int | None = HASH_DISTANCE
+    difference: float = DIFFERENCE
+    embedding: str | None = None
+    threshold: float = 0.95
+    keep: str = "first"
+    within: bool = True  # also copies within the training shards; else only those that the evaluation shards hold
+    caption: str = "txt"
+
+
+class Found:
+    """All samples in order, those of the evaluation shards last; what was found wrong with them, and the clusters of copies."""
+
+    def __init__(self, names: list[str], against: list[str], options: Options) -> None:
+        self.names, self.options = [*names, *against], options
+        self.training_shards = len(names)
+        self.counts = np.zeros(len(self.names), np.int64)
+        self.signatures = np.zeros(0, SIGNATURE)
+        self.bad: dict[int, tuple[str, str]] = {}  # sample -> (reason, detail)
+        self.clusters = Clusters(0)
+        self._keys: tuple[str, list[str]] = ("", [])
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        return np.r_[0, np.cumsum(self.counts)]
+
+    @cached_property
+    def training(self) -> int:
+        """Samples before those of the evaluation shards."""
+        return int(self.counts[: self.training_shards].sum())
+
+    @cached_property
+    def roots(self) -> np.ndarray:
+        return self.clusters.roots()
+
+    @cached_property
+    def evaluated(self) -> np.ndarray:
+        """int64 [N]: the first evaluation sample of each sample's cluster, or -1."""
+        first = np.full(len(self.roots), -1)
+        held = np.arange(len(self.roots))[self.training :][::-1]
+        first[self.roots[held]] = held  # the last assignment, of the lowest sample, stays
+        return first[self.roots]
+
+    @cached_property
+    def kept(self) -> np.ndarray:
+        """int64 [T]: for every training sample, the one that stands for its cluster."""
+        return kept(self.roots[: self.training], self.signatures[: self.training], self.options.keep)
+
+    @cached_property
+    def dropped(self) -> np.ndarray:
+        """bool [T]: training samples that are copies of a kept one, or of an evaluation sample."""
+        copies = self.kept != np.arange(self.training) if self.options.within else np.zeros(self.training, bool)
+        return copies | (self.evaluated[: self.training] >= 0)
+
+    def place(self, sample: int) -> tuple[str, int]:
+        """(shard, number in it)."""
+        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        return self.names[shard], sample - int(self.starts[shard])
+
+    def where(self, sample: int) -> str:
+        """shard/key. The keys of one shard are held at a time."""
+        name, at = self.place(sample)
+        if self._keys[0] != name:
+            index = remote_index(name) if is_remote(name) else None
+            if index is None:
+                with Shard(name) as shard:
+                    index = shard.index
+            self._keys = name, index.keys
+        return f"{name}/{self._keys[1][at]}"
+
+
+def find(names: list[str], against: list[str], options: Options, *, engine_name: str = "local", processes: int | None = None) -> Found:
+    """Read every image once, and those of candidate pairs a second time.
+
+    Memory: 57 bytes of signature and 25 of bookkeeping a sample; small images of candidates, and embeddings, go to a temporary file.
+    Raises ShardError, ValueError for an option out of range.
+    """
+    found = Found(names, against, options)
+    parts, start = [], 0
+    tasks = list(spans(found.names))
+    of = {name: i for i, name in enumerate(found.names)}
+    sign = engine.run(Sign(options.caption), tasks, engine=engine_name, processes=processes, title="signatures")
+    for span, (signatures, bad) in zip(tasks, sign, strict=True):
+        parts.append(signatures)
+        found.counts[of[span.name]] += len(signatures)
+        found.bad |= {start + sample - span.start: (reason, detail) for sample, reason, detail in bad}
+        start += len(signatures)
+    found.signatures = np.concatenate(parts) if parts else found.signatures
+    usable = np.ones(start, bool)
+    usable[list(found.bad)] = False
+    found.clusters = Clusters(start)
+    first = exact_groups(found.signatures, usable, found.clusters)
+    if options.near is not None:
+        _near(found, first, engine_name, processes)
+    if options.embedding is not None:
+        from data_prep.dedup_embedding import embedding_pairs
+
+        for pairs, cosines in embedding_pairs(found, first, options.embedding, options.threshold):
+            mask = wanted(found, pairs)
+            for (i, j), cosine in zip(pairs[mask].tolist(), cosines[mask].tolist()):
+                found.clusters.join(i, j, "embedding", cosine)
+    return found
+
+
+def wanted(found: Found, pairs: np.ndarray) -> np.ndarray:
+    """int64 [p,2] samples -> bool [p]: is a copy among these of interest? Not within the evaluation shards, nor, without `within`,
+    between two training samples. (The first of equal samples stands for all, so both sides are asked of its cluster.)"""
+    held = (found.clusters.roots()[found.training :]) if len(found.signatures) > found.training else np.zeros(0, np.int64)
+    has_held = np.zeros(len(found.signatures), bool)
+    has_held[held] = True
+    roots = found.clusters.roots()[pairs]
+    trained, evaluated = roots < found.training, has_held[roots]
+    across = (trained[:, 0] & evaluated[:, 1]) | (trained[:, 1] & evaluated[:, 0])
+    return across | (trained.any(1) & found.options.within)
+
+
+def _candidates(found: Found, first: np.ndarray) -> np.ndarray:
+    """int64 [p,2]: pairs of samples whose hashes and mean colours allow that they are copies."""
+    options, colour = found.options, found.signatures["colour"]
+    unique, pending, size = np.zeros(0, np.int64), [], 0
+
+    def merged() -> np.ndarray:
+        return np.unique(np.concatenate([unique, *pending]))
+
+    for local in pairs_within(found.signatures["hash"][first].astype(np.uint64), options.near or 0):
+        pairs = first[local]
+        pairs = pairs[alike_in_colour(colour[pairs[:, 0]], colour[pairs[:, 1]], options.difference)]
+        pending.append(pairs[:, 0] * len(found.signatures) + pairs[:, 1])
+        size += len(pairs)
+        if size > PENDING:
+            unique, pending, size = merged(), [], 0
+    pairs = np.stack(np.divmod(merged(), max(len(found.signatures), 1)), 1)
+    return pairs[wanted(found, pairs)]
+
+
+def _tasks(found: Found, samples: np.ndarray) -> Iterator[Wanted]:
+    """Ascending samples -> what to read of each shard, at most a few hundred at a time."""
+    shard = np.searchsorted(found.starts, samples, side="right") - 1
+    for number in np.unique(shard).tolist():
+        inside = (samples[shard == number] - found.starts[number]).tolist()
+        step = len(inside) if is_remote(found.names[number]) else 500
+        for start in range(0, len(inside), step):
+            yield Wanted(found.names[number], tuple(inside[start : start + step]))
+
+
+def _near(found: Found, first: np.ndarray, engine_name: str, processes: int | None) -> None:
+    pairs = _candidates(found, first)
+    if not len(pairs):
+        return
+    samples, places = np.unique(pairs, return_inverse=True)
+    places = places.reshape(pairs.shape)
+    with tempfile.TemporaryFile() as file:
+        small = np.memmap(file, np.uint8, "w+", shape=(len(samples), THUMBNAIL, THUMBNAIL, 3))
+        at = 0
+        for images in engine.run(thumbnails, list(_tasks(found, samples)), engine=engine_name, processes=processes, title="candidates"):
+            small[at : at + len(images)] = images
+            at += len(images)
+        for start in range(0, len(pairs), BATCH):
+            batch = np.arange(start, min(start + BATCH, len(pairs)))
+            batch = batch[[not found.clusters.joined(i, j) for i, j in pairs[batch].tolist()]]
+            value = differences(small[places[batch, 0]], small[places[batch, 1]], found.options.difference)
+            for pair, apart in zip(batch[value <= found.options.difference], value[value <= found.options.difference]):
+                found.clusters.join(int(pairs[pair, 0]), int(pairs[pair, 1]), "near", float(apart))
+        del small

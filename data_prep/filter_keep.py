@@ -1,0 +1,55 @@
+"""The stage that `filter` and `dedup` write with: every shard again, less the samples that were found wanting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from data_prep import files
+from data_prep.samples import Shard
+from data_prep.writer import Record, Skipped
+from mmpretrain.data.schema import BadSample, ShardError
+
+CARRIED = ("classnames.txt", "zeroshot_classification_templates.txt")  # beside the shards, and as true of a part of them
+
+
+@dataclass(frozen=True)
+class Part:
+    """A shard and what to leave out of it: (sample, reason, detail), ascending."""
+
+    name: str
+    count: int  # samples that were judged
+    drops: tuple[tuple[int, str, str], ...] = ()
+
+
+def keep(part: Part) -> Iterator[Record | Skipped]:
+    """The samples that stay, byte for byte, and for each of the others the rule that dropped it.
+
+    Raises ShardError where the shard is not the one that was judged.
+    """
+    drops = {sample: (reason, detail) for sample, reason, detail in part.drops}
+    with Shard(part.name) as shard:
+        if len(shard) != part.count:
+            raise ShardError(
+                f"{part.name}: {len(shard)} samples, but {part.count} when they were judged. Shards must not change meanwhile."
+            )
+        for damage in shard.index.damage:
+            yield Skipped(part.name, damage.reason, f"at byte {damage.offset}: {damage.detail}; about {damage.lost} samples lost")
+        for sample in range(len(shard)):
+            where = f"{part.name}/{shard.key(sample)}"
+            if sample in drops:
+                yield Skipped(where, *drops[sample])
+                continue
+            try:
+                yield shard.read(sample)
+            except BadSample as error:  # a member that no rule had to read
+                yield Skipped(where, error.reason, error.detail)
+
+
+def carried(names: Iterable[str]) -> dict[str, str]:
+    """Class names and templates that lie beside the input belong beside the output too, where the input is one folder."""
+    folders = {name.rpartition("/")[0] or "." for name in names}
+    if len(folders) != 1:
+        return {}
+    places = {name: files.join(next(iter(folders)), name) for name in CARRIED}
+    return {name: files.read_bytes(place).decode("utf-8") for name, place in places.items() if files.exists(place)}
