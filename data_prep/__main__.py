@@ -1,17 +1,53 @@
-"""`python -m data_prep`: build, index, demo."""
+"""`python -m data_prep`: from what people have to shards worth training on. A command's module is imported when it runs."""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import typer
+from click import Command, Context
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from data_prep import build
-from data_prep.demo import demo
-from data_prep.index import index
+# command -> (module, function or typer app, example); modules that only register further commands come first.
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "build": ("data_prep.build", "app", ""),
+    "index": ("data_prep.index", "index", "python -m data_prep index 'shards/theirs/{00000..00099}.tar'"),
+    "demo": ("data_prep.demo", "demo", "python -m data_prep demo data/demo"),
+}
+REGISTERS: dict[str, tuple[str, ...]] = {"build": ()}
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help="Make and index training shards.")
-app.add_typer(build.app, name="build")
-app.command("index", epilog="python -m data_prep index 'shards/theirs/{00000..00099}.tar'")(index)
-app.command("demo", epilog="python -m data_prep demo data/demo")(demo)
+
+class Commands(TyperGroup):
+    """Looks commands up by name, and imports nothing for the others."""
+
+    def list_commands(self, ctx: Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, name, example = COMMANDS[cmd_name]
+        for more in REGISTERS.get(cmd_name, ()):
+            import_module(more)
+        found: Any = getattr(import_module(module), name)
+        if not isinstance(found, typer.Typer):
+            single = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+            single.command(cmd_name, epilog=example)(found)
+            found = single
+        command = get_command(found)
+        command.name = cmd_name
+        return command
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+
+
+@app.callback()
+def main() -> None:
+    """Make, check and index training shards."""
+
 
 if __name__ == "__main__":
     app(prog_name="python -m data_prep")

@@ -120,13 +120,13 @@ class Template:
     join: tuple[tuple[str, str], ...] = ()
 
     @staticmethod
-    def parse(text: str, join: Mapping[str, str] = {}, option: str = "--caption") -> Template:  # noqa: B006
+    def parse(text: str, join: Mapping[str, str] = {}, option: str = "--caption") -> Template:
         """Raises InputError where a field is no name."""
         try:
             fields = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
         except ValueError as error:
             raise InputError(f"{option} {text!r}: {error}. Double a brace that is meant literally.") from error
-        if "" in fields:
+        if "" in fields or any(form or conversion for _, _, form, conversion in Formatter().parse(text)):
             raise InputError(f"{option} {text!r}: name columns in braces, e.g. '{{name}}: {{keywords}}'")
         return Template(text, tuple(dict.fromkeys(fields)), tuple(sorted(join.items())))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import writer
+from data_prep import serial
 from data_prep.writer import Record, write_shards
 from mmpretrain.data.index import index_path, load
 
@@ -43,10 +43,10 @@ def test_shards_keep_to_their_size(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "s" / "sizes.json").read_text()) == {f"0000{i}.tar": 2 for i in range(5)}
 
 
-@pytest.mark.parametrize("after", ["_write_tar", "save"])
+@pytest.mark.parametrize("after", ["_write", "save"])
 def test_a_killed_build_resumes_and_ends_the_same(after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shards(records(), tmp_path / "whole", max_count=2)
-    holder = writer if after == "_write_tar" else writer.shard_index
+    holder = serial if after == "_write" else serial.shard_index
     real, calls = getattr(holder, after), []
 
     def killed(*args: object) -> None:

@@ -1,0 +1,147 @@
+"""What `build` may do to images: shrink, encode anew, and tell duplicates by their pixels. Nothing is done unless asked."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from data_prep.readers.base import extension_of
+from data_prep.records import Record, Skipped
+from mmpretrain.data.schema import image_extension
+
+ENCODERS = {"jpeg": "jpg", "webp": "webp", "png": "png"}  # what --reencode takes -> extension
+FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF", "ppm": "PPM"}
+MAX_PIXELS = 200_000_000  # width times height; checked from the header, before decoding
+BACKGROUND = (255, 255, 255)  # what shows through transparency that the new format cannot hold; training's default
+
+_ORIENTATION = 0x0112  # EXIF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _eight_bit(data: bytes, image: Image.Image) -> Image.Image:
+    """16-bit and float images by the range that training gives them."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    from mmpretrain.data.decode import ImageLimits, decode_image
+
+    pixels = decode_image(data, ImageLimits(max_pixels=MAX_PIXELS, min_side=1, max_aspect=float("inf")))
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def _plain(image: Image.Image, alpha: bool) -> Image.Image:
+    """RGB, grey, or with `alpha` also RGBA; transparency that cannot stay is laid over the background."""
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if alpha:
+            return image
+        under = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+        return Image.alpha_composite(under, image).convert("RGB")
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def encode(data: bytes, resize: int | None, form: str | None, quality: int) -> tuple[str, bytes] | None:
+    """(extension, bytes) with the shorter side at most `resize` pixels, in `form` or else the format it has (PNG for those without loss).
+
+    None where there is nothing to do. EXIF orientation is applied, since what is written has no EXIF. Raises ValueError or OSError where the
+    image cannot be decoded.
+    """
+    kind = extension_of(data)
+    if kind is None:
+        raise ValueError(f"it begins with {data[:12]!r}")
+    with Image.open(io.BytesIO(data), formats=[FORMATS[kind]]) as opened:
+        width, height = opened.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width} x {height} pixels, the limit is {MAX_PIXELS}")
+        shrink = resize is not None and min(width, height) > resize
+        if not shrink and form is None:
+            return None
+        extension = ENCODERS[form] if form else kind if kind in ENCODERS.values() else "png"
+        scale = resize / min(width, height) if shrink and resize else 1.0
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        if shrink:
+            opened.draft(None, (2 * size[0], 2 * size[1]))  # JPEG decodes large ones at a half, quarter, eighth: still twice what is needed
+        opened.load()
+        profile = opened.info.get("icc_profile")
+        eight_bit = _eight_bit(data, opened)
+        image = _plain(eight_bit, alpha=extension != "jpg")
+        if shrink:
+            image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+        turn = None if eight_bit is not opened else _TURNS.get(opened.getexif().get(_ORIENTATION))  # `decode_image` has turned its own
+        image = image if turn is None else image.transpose(turn)
+    out = io.BytesIO()
+    options: dict[str, Any] = {"icc_profile": profile} if profile else {}
+    if extension == "jpg":
+        image.save(out, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2, **options)
+    elif extension == "webp":
+        image.save(out, "WEBP", quality=quality, method=4, **options)
+    else:
+        image.save(out, "PNG", **options)
+    return extension, out.getvalue()
+
+
+@dataclass(frozen=True)
+class Images:
+    """A reader's records with their images shrunk or encoded anew. One that cannot be decoded is left out."""
+
+    produce: Callable[[Any], Iterator[Record | Skipped]]
+    resize: int | None
+    form: str | None
+    quality: int
+
+    def __call__(self, task: Any) -> Iterator[Record | Skipped]:
+        for item in self.produce(task):
+            extension = image_extension(list(item.members)) if isinstance(item, Record) else None
+            yield item if isinstance(item, Skipped) or extension is None else self._changed(item, extension)
+
+    def _changed(self, record: Record, extension: str) -> Record | Skipped:
+        try:
+            encoded = encode(record.members[extension], self.resize, self.form, self.quality)
+        except (Exception, MemoryError) as error:  # decoders raise all sorts over hostile bytes
+            return Skipped(record.key, "undecodable_image", f"{extension}: {' '.join(str(error).split())[:200]}")
+        if encoded is None:
+            return record
+        members = {name: data for name, data in record.members.items() if name != extension}
+        return Record(record.key, members | {encoded[0]: encoded[1]})
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """Sends a `fraction` of the records to "holdout", the others to "train".
+
+    By the key's hash, as the `split` of a source does; or by that of the image's pixels as training decodes them, so that duplicates stay
+    on one side, also where the files differ. An image that cannot be decoded goes by its bytes, a record without one by its key.
+    """
+
+    fraction: float
+    by: str  # key | image
+    parts: tuple[str, ...] = ("train", "holdout")
+
+    def __call__(self, record: Record) -> str:
+        extension = image_extension(list(record.members)) if self.by == "image" else None
+        content = record.key.encode() if extension is None else _pixels(record.members[extension])
+        share = int.from_bytes(hashlib.blake2b(content, digest_size=4).digest())
+        return self.parts[share < self.fraction * 2.0**32]
+
+
+def _pixels(data: bytes) -> bytes:
+    from mmpretrain.data.decode import ImageLimits, decode_image
+    from mmpretrain.data.schema import BadSample
+
+    try:
+        pixels = decode_image(data, ImageLimits(max_pixels=MAX_PIXELS, min_side=1, max_aspect=float("inf")))
+    except BadSample:
+        return data
+    return str(tuple(pixels.shape)).encode() + pixels.contiguous().numpy().tobytes()
