@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data_prep import files
@@ -34,7 +34,7 @@ class Coco:
     """`categories` are (id, name) in the order of their ids; a box's `category_id` is the index in that order, as in classnames.txt."""
 
     images: str
-    inputs: tuple[Annotated, ...]
+    inputs: tuple[Annotated, ...] = field(repr=False)
     categories: tuple[tuple[int, str], ...]
     captioned: bool
 

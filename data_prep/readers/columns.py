@@ -16,7 +16,8 @@ from string import Formatter
 from typing import Any
 
 from data_prep import files
-from data_prep.readers.parts import caption_members, image_member, json_member, label_member, read, safe
+from data_prep.readers.base import safe
+from data_prep.readers.parts import caption_members, image_member, json_member, label_member, read
 from data_prep.records import InputError, Record
 from mmpretrain.data.cache import is_remote
 from mmpretrain.data.schema import BadSample
@@ -52,14 +53,14 @@ def _word(value: Any, column: str, mark: str | None) -> str:
 
 
 @dataclass(frozen=True)
-class Template:
+class Caption:
     """A caption made of columns: alternating literal text and column names; `plain` is the name of a column taken as it is."""
 
     parts: tuple[tuple[str, str | None], ...]
     plain: str | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Template:
+    def parse(cls, text: str) -> Caption:
         """Raises InputError for a format that is no list of columns."""
         if "{" not in text and "}" not in text:
             return cls((), text)
@@ -106,8 +107,8 @@ class Columns:
     root: str = ""
 
     @cached_property
-    def templates(self) -> list[Template]:
-        return [Template.parse(caption) for caption in self.captions]
+    def texts(self) -> list[Caption]:
+        return [Caption.parse(caption) for caption in self.captions]
 
     @cached_property
     def numbers(self) -> dict[str, int] | None:
@@ -116,8 +117,8 @@ class Columns:
     def wanted(self) -> dict[str, str]:
         """Column -> the option that names it."""
         found = {self.image: "--image-column"}
-        for template in self.templates:
-            found |= dict.fromkeys(template.columns, "--caption")
+        for caption in self.texts:
+            found |= dict.fromkeys(caption.columns, "--caption")
         found |= {name: option for name, option in ((self.key, "--key-column"), (self.label, "--label-column")) if name}
         return found | dict.fromkeys(self.extra, "--extra") | {name: "--join" for name, _ in self.join}
 
@@ -162,12 +163,12 @@ class Columns:
             raise BadSample("missing_column", f"no {self.image!r}, but {', '.join(map(str, row))}"[:300])
         metadata: dict[str, Any] = {column: _plain(lookup(row, column)) for column in self.extra}
         members: dict[str, bytes] = {}
-        if self.templates:  # before the image: captions are cheaper to refuse
+        if self.texts:  # before the image: captions are cheaper to refuse
             join = dict(self.join)
-            several = len(self.templates) > 1 or any(t.plain and isinstance(lookup(row, t.plain), list | tuple) for t in self.templates)
-            texts = [text for template in self.templates for text in template.fill(row, join)]
-            columns = ", ".join(column for template in self.templates for column in template.columns)
-            members |= caption_members(texts, several, metadata, f"of {columns}")
+            several = len(self.texts) > 1 or any(t.plain and isinstance(lookup(row, t.plain), list | tuple) for t in self.texts)
+            found = [text for caption in self.texts for text in caption.fill(row, join)]
+            columns = ", ".join(column for caption in self.texts for column in caption.columns)
+            members |= caption_members(found, several, metadata, f"of {columns}")
         if self.label is not None:
             members["cls"] = label_member(lookup(row, self.label), self.numbers, f"column {self.label}")
         if metadata:

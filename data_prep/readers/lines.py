@@ -71,7 +71,7 @@ def parse_json(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BadSample("bad_json", str(error)[:200]) from error
     if not isinstance(value, dict):
-        raise BadSample("bad_json", f"expected an object a line, found {type(value).__name__}")
+        raise BadSample("bad_json", f"expected an object, found {type(value).__name__}")
     return value
 
 

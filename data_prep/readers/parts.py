@@ -5,18 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
 from data_prep import files
+from data_prep.readers.base import caption_text, extension_of, safe
 from data_prep.records import InputError, Record, Skipped
 from mmpretrain.data.cache import is_remote
-from mmpretrain.data.decode import decode_text, sniff
 from mmpretrain.data.schema import SAFE_KEY, BadSample, ShardError
 
-EXTENSION = {"jpeg": "jpg", "png": "png", "webp": "webp", "gif": "gif", "bmp": "bmp", "tiff": "tiff", "ppm": "ppm"}
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
 
 
@@ -35,11 +33,11 @@ def printable(text: str) -> str:
 
 def image_member(data: bytes, what: str) -> tuple[str, bytes]:
     """(extension by content, the bytes as they are). Raises BadSample: unknown_format."""
-    kind = sniff(data)
-    if kind is None:
+    extension = extension_of(data)
+    if extension is None:
         found = f"it begins with {bytes(data[:12])!r}" if data else "it is empty"
         raise BadSample("unknown_format", f"{what} is no image that is read: {found}")
-    return EXTENSION[kind], data
+    return extension, data
 
 
 def read(url: str, reason: str = "missing_image") -> bytes:
@@ -66,7 +64,7 @@ def inside(base: str, name: str) -> str:
 def text_member(text: str, what: str) -> bytes:
     """A caption as UTF-8 in NFC without outer white space. Raises BadSample: empty_caption, not_utf8."""
     try:
-        return decode_text(text.encode("utf-8", "surrogatepass")).encode()
+        return caption_text(text).encode()
     except BadSample as error:
         raise BadSample(error.reason, f"{what}: {error.detail}" if error.detail else what) from error
 
@@ -90,10 +88,6 @@ def json_member(value: dict[str, Any]) -> bytes:
         return json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise BadSample("bad_metadata", str(error)[:200]) from error
-
-
-def safe(text: str) -> str:
-    return re.sub(r"[^\w-]+", "_", text).strip("_")[:80]
 
 
 def path_key(relative: str, shared: bool = False) -> str:

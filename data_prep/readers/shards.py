@@ -16,13 +16,13 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.job import key_digests
-from data_prep.readers.parts import attempt, safe
+from data_prep.readers.base import caption_text, extension_of, safe
+from data_prep.readers.parts import attempt
 from data_prep.records import InputError, Record, Skipped
-from data_prep.samples import Shard, image_member
+from data_prep.samples import Shard
 from mmpretrain.data.cache import is_remote, read_sizes, remote_index
-from mmpretrain.data.decode import decode_text, sniff
 from mmpretrain.data.index import ShardIndex
-from mmpretrain.data.schema import SAFE_KEY, BadSample, ShardError
+from mmpretrain.data.schema import SAFE_KEY, BadSample, ShardError, image_extension
 
 KEYS = ("keep", "shard")
 
@@ -151,12 +151,12 @@ def check_members(members: Mapping[str, bytes]) -> None:
     """Raises BadSample for an image of unknown format, an empty or non-UTF-8 caption, or an odd extension. Nothing is decoded."""
     if any(not extension or "/" in extension or "\0" in extension for extension in members):
         raise BadSample("bad_member", f"its members are {', '.join(map(repr, members))}")
-    extension = image_member(list(members))
-    if extension is not None and sniff(members[extension]) is None:
+    extension = image_extension(list(members))
+    if extension is not None and extension_of(members[extension]) is None:
         data = members[extension]
         raise BadSample("unknown_format", f"{extension}: {f'begins with {data[:12]!r}' if data else 'is empty'}")
     if "txt" in members:
-        decode_text(members["txt"])
+        caption_text(members["txt"])
 
 
 def _index(name: str) -> ShardIndex:

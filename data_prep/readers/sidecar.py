@@ -12,7 +12,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from data_prep import files
-from data_prep.readers.columns import Template, lookup
+from data_prep.readers.columns import Caption, lookup
+from data_prep.readers.lines import parse_json
 from data_prep.readers.parts import (
     IMAGE_SUFFIXES,
     attempt,
@@ -25,7 +26,6 @@ from data_prep.readers.parts import (
     read_image,
 )
 from data_prep.records import InputError, Record, Skipped
-from mmpretrain.data.decode import decode_json
 from mmpretrain.data.schema import BadSample
 
 
@@ -86,7 +86,7 @@ class Sidecar:
         """The .json's fields. Raises BadSample: missing_sidecar, bad_json."""
         if item.json is None:
             return {}
-        return decode_json(read(files.join(self.folder, item.json), "missing_sidecar"))
+        return parse_json(read(files.join(self.folder, item.json), "missing_sidecar"))
 
     def record(self, item: Beside) -> Record:
         """Raises BadSample."""
@@ -102,7 +102,7 @@ class Sidecar:
                 raise BadSample("not_utf8", f"{item.txt}: {error}") from error
             if self.lines:
                 row["txt"] = row["txt"].splitlines()
-        templates = [Template.parse(caption) for caption in self.captions or (("txt",) if item.txt else ("caption",))]
+        templates = [Caption.parse(caption) for caption in self.captions or (("txt",) if item.txt else ("caption",))]
         columns = [column for template in templates for column in template.columns]
         if not any(lookup(row, column) is not None for column in columns):
             raise BadSample("missing_caption", self._lacking(item, columns, row))
@@ -139,7 +139,7 @@ def sidecar(
 ) -> Sidecar:
     """A reader of images with sidecars. Raises InputError for a folder without them, or a caption that is no template."""
     for caption in captions:
-        Template.parse(caption)
+        Caption.parse(caption)
     reader = Sidecar(folder, captions, lines, label, label_from_folder, classes)
     first = next(reader.inputs(), None)
     if first is None:

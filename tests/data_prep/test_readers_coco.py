@@ -77,7 +77,8 @@ def test_what_is_wrong_is_counted(tmp_path: Path) -> None:
     notes = [box(1, 2, [0, 0, -1, 4]), box(2, 3, [0, 0, "4", 4]), box(3, 4, [0, 0, 4, 4], 99), box(4, 77, [0, 0, 4, 4])]
     found, skipped = collect(coco([write(tmp_path / "i.json", images=listed, annotations=notes, categories=CATEGORIES)], str(tmp_path)))
     assert len(found) == 2  # a.png, and b.jpg under a key that b.png does not have
-    assert [item.reason for item in skipped] == ["bad_box", "bad_box", "unknown_category", "missing_image", "bad_path", "bad_path"] + [
+    assert [item.reason for item in skipped] == [
+        *("bad_box", "bad_box", "unknown_category", "missing_image", "bad_path", "bad_path"),
         "duplicate_key",
         "duplicate_id",
         "unknown_image",

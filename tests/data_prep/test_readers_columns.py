@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_prep.readers.columns import Columns, Template
+from data_prep.readers.columns import Caption, Columns
 from data_prep.records import InputError
 from mmpretrain.data.schema import BadSample
 from tests.data_prep.readers_support import image
@@ -38,22 +38,22 @@ ROW = {
     ],
 )
 def test_captions(caption: str, expected: list[str]) -> None:
-    assert Template.parse(caption).fill(ROW, {"a|b": "|"}) == expected
+    assert Caption.parse(caption).fill(ROW, {"a|b": "|"}) == expected
 
 
 @pytest.mark.parametrize("caption", ["{", "{}", "{name!r}", "{n:03d}", "{0.__class__!s}", "a}"])
 def test_formats_that_are_no_columns(caption: str) -> None:
     with pytest.raises(InputError, match="caption"):
-        Template.parse(caption)
+        Caption.parse(caption)
 
 
 def test_templates_reach_no_attributes() -> None:
-    assert Template.parse("{name.__class__}").fill(ROW, {}) == [""]
+    assert Caption.parse("{name.__class__}").fill(ROW, {}) == [""]
 
 
 def test_an_object_is_no_caption() -> None:
     with pytest.raises(BadSample, match=r"name one as \{meta.NAME\}"):
-        Template.parse("{meta}").fill(ROW, {})
+        Caption.parse("{meta}").fill(ROW, {})
 
 
 def test_several_captions_are_kept_once_each() -> None:
@@ -70,8 +70,18 @@ def test_what_json_does_not_hold() -> None:
 
 @pytest.mark.parametrize(
     ("label", "classes", "expected"),
-    [(2, None, b"2"), ("2", None, b"2"), ("b", ("a", "b"), b"1"), (1, ("a", "b"), b"1"), (2, ("a", "b"), None), ("c", ("a", "b"), None)]
-    + [(-1, None, None), (1.5, None, None), (True, None, None), ("c", None, None)],
+    [
+        (2, None, b"2"),
+        ("2", None, b"2"),
+        ("b", ("a", "b"), b"1"),
+        (1, ("a", "b"), b"1"),
+        (2, ("a", "b"), None),
+        ("c", ("a", "b"), None),
+        (-1, None, None),
+        (1.5, None, None),
+        (True, None, None),
+        ("c", None, None),
+    ],
 )
 def test_labels(label: object, classes: tuple[str, ...] | None, expected: bytes | None) -> None:
     columns, row = Columns(label="kind", classes=classes), {"image": image(), "kind": label}
