@@ -74,7 +74,9 @@ def stats(
         typer.echo(json.dumps(data, ensure_ascii=False))
         return
     bad = sum(data["problems"].values())
-    typer.echo(f"{data['samples']} samples in {data['shards']} shards; {data['images']['decoded']} images, {data['captions']['captions']} captions")
+    typer.echo(
+        f"{data['samples']} samples in {data['shards']} shards; {data['images']['decoded']} images, {data['captions']['captions']} captions"
+    )
     if bad:
         typer.echo(f"{bad} problems: {', '.join(f'{n} {reason}' for reason, n in data['problems'].items())}")
     typer.echo(f"see {Path(out) if '://' not in out else out}")

@@ -76,7 +76,12 @@ def notes(d: dict[str, Any]) -> list[str]:
         found.append(f"{len(labels['empty'])} classes of classnames.txt have no sample here, such as {labels['empty'][0]}.")
     for line in d["licences"]:
         if not line["licence"]:
-            found.append(f"{line['folder']}: " + ("its manifest.json names no licence." if line["manifest"] else "there is no manifest.json, hence no known licence."))
+            found.append(
+                f"{line['folder']}: "
+                + ("its manifest.json names no licence." if line["manifest"] else "there is no manifest.json, hence no known licence.")
+            )
     if d["share"] < 1:
-        found.append(f"{n:,} of {d['samples']:,} samples were read, chosen by the hashes of their keys; only the counts of samples, members and bytes are of all.")
+        found.append(
+            f"{n:,} of {d['samples']:,} samples were read, chosen by the hashes of their keys; only the counts of samples, members and bytes are of all."
+        )
     return found

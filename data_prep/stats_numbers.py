@@ -53,7 +53,15 @@ def licences(names: Sequence[str]) -> list[dict[str, Any]]:
         folders[folder] = folders.get(folder, 0) + 1
     found = []
     for folder, shards in folders.items():
-        line: dict[str, Any] = {"folder": folder, "shards": shards, "manifest": False, "licence": None, "command": None, "num_samples": None, "problem": None}
+        line: dict[str, Any] = {
+            "folder": folder,
+            "shards": shards,
+            "manifest": False,
+            "licence": None,
+            "command": None,
+            "num_samples": None,
+            "problem": None,
+        }
         try:
             manifest = json.loads(files.read_bytes(files.join(folder, "manifest.json")))
             line |= {"manifest": True} | {key: manifest.get(key) for key in ("licence", "command", "num_samples")}
@@ -102,7 +110,9 @@ def _groups(groups: list[Group], cut: bool) -> dict[str, Any]:
     }
 
 
-def numbers(s: Summary, names: Sequence[str], share: float, caption: str, label: str | None) -> tuple[dict[str, Any], dict[str, list[Group]]]:
+def numbers(
+    s: Summary, names: Sequence[str], share: float, caption: str, label: str | None
+) -> tuple[dict[str, Any], dict[str, list[Group]]]:
     """-> (plain data, the groups of duplicates with their references)."""
     duplicates = {"exact": exact(s.bytes_groups), "alike": alike(s.look_groups, s.bytes_groups)}
     classes = class_names(names)
@@ -130,13 +140,13 @@ def numbers(s: Summary, names: Sequence[str], share: float, caption: str, label:
             "in_repeats": sum(count for count, _, _ in s.captions.items.values() if count > 1), "json_captions": s.json_captions,
         },
         "vocabulary": {
-            **_distinct(s.words), "once": sum(count == 1 for count, _, _ in s.words.items.values()),
+            **_distinct(s.words), "total": s.num_words, "once": sum(count == 1 for count, _, _ in s.words.items.values()),
             "top": [[word, n] for word, n, _ in s.words.top(60) if word not in STOP_WORDS][:30], "growth": growth(s.words, s.captioned, share),
         },
         "languages": ranked(s.languages) if can_tell_languages() else None, "scripts": ranked(s.scripts),
         "labels": {
             "member": label, "samples": s.labelled, "classes": len(counted), "empty": [c for c, n in counted if not n],
-            "counts": counted[:1000], "named": classes is not None,
+            "counts": counted[:1000], "names": classes,
         },
         "duplicates": {
             "exact": _groups(duplicates["exact"], s.bytes_groups.cut), "alike": _groups(duplicates["alike"], s.look_groups.cut),

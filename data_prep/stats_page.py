@@ -66,16 +66,32 @@ def image_charts(s: Summary, data: dict[str, Any]) -> list[dict[str, str]]:
         return []
     charts = []
     for title, values, key in (("shorter side", s.short_side, "short_side"), ("longer side", s.long_side, "long_side")):
-        bins = plots.log_bins(values, 4, lambda side: math.log2(max(side, 1)), lambda a, b: f"{math.ceil(a)} to {max(math.ceil(b) - 1, math.ceil(a))} px")
+        if len(values) == 1:  # one bar says nothing that the list of sizes does not
+            continue
+        bins = plots.log_bins(
+            values, 4, lambda side: math.log2(max(side, 1)), lambda a, b: f"{math.ceil(a)} to {max(math.ceil(b) - 1, math.ceil(a))} px"
+        )
         beside = f"median {data['images'][key]['median']:,} px"
         charts.append(_chart(title, plots.histogram(bins, title, "pixels", _doublings(bins, lambda v: f"{v:,.0f}")), beside))
-    bins = plots.log_bins(s.aspect, ASPECT_STEPS // 2, lambda a: a / ASPECT_STEPS, lambda a, b: f"about {aspect_label(math.sqrt(a * b))}")
-    ticks = [(math.log2(r), t) for r, t in ((1 / 4, "1:4"), (1 / 2, "1:2"), (3 / 4, "3:4"), (1, "1:1"), (4 / 3, "4:3"), (16 / 9, "16:9"), (4, "4:1"))]
-    ticks += [(k, f"{2**k}:1") for k in range(3, 7)] + [(-k, f"1:{2**k}") for k in range(3, 7)]
-    svg = plots.histogram(bins, "width to height", "tall · width : height · wide", sorted(ticks))
-    charts.append(_chart("width to height", svg, f"median {aspect_label(data['images']['aspect']['median'])}"))
+    if len(s.aspect) > 1:
+        bins = plots.log_bins(
+            s.aspect, ASPECT_STEPS // 2, lambda a: a / ASPECT_STEPS, lambda a, b: f"about {aspect_label(math.sqrt(a * b))}"
+        )
+        ticks = [
+            (math.log2(r), t)
+            for r, t in ((1 / 4, "1:4"), (1 / 2, "1:2"), (3 / 4, "3:4"), (1, "1:1"), (4 / 3, "4:3"), (16 / 9, "16:9"), (4, "4:1"))
+        ]
+        ticks += [(k, f"{2**k}:1") for k in range(3, 7)] + [(-k, f"1:{2**k}") for k in range(3, 7)]
+        svg = plots.histogram(bins, "width to height", "tall · width : height · wide", sorted(ticks))
+        charts.append(_chart("width to height", svg, f"median {aspect_label(data['images']['aspect']['median'])}"))
     bins = plots.log_bins(s.file_bytes, BYTE_STEPS, lambda b: b / BYTE_STEPS, lambda a, b: f"{size(a)} to {size(b)}")
-    charts.append(_chart("bytes of an image", plots.histogram(bins, "bytes", "bytes", _doublings(bins, size)), f"median {size(data['images']['bytes']['median'])}"))
+    charts.append(
+        _chart(
+            "bytes of an image",
+            plots.histogram(bins, "bytes", "bytes", _doublings(bins, size)),
+            f"median {size(data['images']['bytes']['median'])}",
+        )
+    )
     return charts
 
 
@@ -84,10 +100,16 @@ def caption_charts(s: Summary, data: dict[str, Any]) -> list[dict[str, str]]:
         return []
     c = data["captions"]
     charts = [
-        _chart("characters of a caption", plots.histogram(plots.linear_bins(s.characters), "characters", "characters"), f"median {c['characters']['median']:,}"),
+        _chart(
+            "characters of a caption",
+            plots.histogram(plots.linear_bins(s.characters), "characters", "characters"),
+            f"median {c['characters']['median']:,}",
+        ),
         _chart(
             "CLIP tokens of a caption",
-            plots.histogram(plots.linear_bins(s.tokens), "tokens", "tokens, begin and end among them", marks=[(CONTEXT + 1, f"CLIP reads {CONTEXT}")]),
+            plots.histogram(
+                plots.linear_bins(s.tokens), "tokens", "tokens, begin and end among them", marks=[(CONTEXT + 1, f"CLIP reads {CONTEXT}")]
+            ),
             f"median {c['tokens']['median']:,}, {percent(c['over_context'], c['captions'])} over {CONTEXT}",
         ),
     ]
@@ -96,7 +118,13 @@ def caption_charts(s: Summary, data: dict[str, Any]) -> list[dict[str, str]]:
         charts.append(_chart("captions of a sample", svg, f"mean {c['per_sample']['mean']:.2f}"))
     points = data["vocabulary"]["growth"]
     if points and points[-1][1] > 1:
-        charts.append(_chart("vocabulary", plots.curve(points, "distinct words", "captioned samples, in random order"), f"{points[-1][1]:,} distinct words"))
+        charts.append(
+            _chart(
+                "vocabulary",
+                plots.curve(points, "distinct words", "captioned samples, in random order"),
+                f"{points[-1][1]:,} distinct words",
+            )
+        )
     return charts
 
 
@@ -117,11 +145,13 @@ def classes(counts: Sequence[tuple[str, int]], total: int, most: int = 40) -> li
     return [largest | {"title": f"The {most // 2} largest of {len(counts):,}"}, smallest | {"title": f"The {most // 2} smallest"}]
 
 
-def _cards(items: Sequence[tuple[Any, ...]], thumbs: dict[Ref, str], kind: str = "note") -> list[dict[str, Any]]:
-    return [{"image": thumbs.get(item[0]), "key": item[0].key, "shard": item[0].shard, "text": item[1], "kind": kind} for item in items]
+def _cards(items: Sequence[tuple[Any, ...]], thumbs: dict[Ref, str]) -> list[dict[str, Any]]:
+    return [{"image": thumbs.get(item[0]), "key": item[0].key, "shard": item[0].shard, "text": item[1], "label": ""} for item in items]
 
 
-def render(s: Summary, data: dict[str, Any], duplicates: dict[str, list[Group]], *, engine: str = "local", processes: int | None = None) -> str:
+def render(
+    s: Summary, data: dict[str, Any], duplicates: dict[str, list[Group]], *, engine: str = "local", processes: int | None = None
+) -> str:
     """The page; it reads the shards again for the few pictures that it shows."""
     worst = {
         "The smallest": s.smallest.sorted(), "The most elongated": s.elongated.sorted(), "Blank, or nearly": s.blank.sorted(),
@@ -130,7 +160,7 @@ def render(s: Summary, data: dict[str, Any], duplicates: dict[str, list[Group]],
         del worst["The most elongated"]
     if len(s.sizes.items) == 1:
         del worst["The smallest"]
-    texts = {"The shortest captions": s.shortest.sorted(), "The longest captions": s.longest.sorted()}
+    texts = {"The shortest captions": s.shortest.sorted(), "The longest captions": s.longest.sorted()[:6]}
     shown = {kind: groups[:SHOWN_GROUPS] for kind, groups in duplicates.items()}
     wanted = {item[0] for group in (*worst.values(), *texts.values(), s.examples.sorted()) for item in group}
     wanted |= {ref for groups in shown.values() for group in groups for ref in group.refs}
@@ -143,17 +173,12 @@ def render(s: Summary, data: dict[str, Any], duplicates: dict[str, list[Group]],
     at = {(name, i): picture for (name, _), pictures in zip(tasks, made) for i, picture in pictures.items()}
     thumbs = {ref: at[ref.shard, ref.sample] for ref in wanted if (ref.shard, ref.sample) in at}
     labels = data["labels"]["counts"]
-    names = [name for name, _ in labels]
 
-    def label(text: str | None) -> str:
-        return "" if text is None else text if text in names or not text.isdigit() else f"class {text}"
-
-    from data_prep.stats_numbers import class_names
-
-    known = class_names([ref.shard for ref in wanted][:1]) if wanted and data["labels"]["named"] else None
-
-    def named(text: str | None) -> str:
-        return known[int(text)] if known and text and text.isdigit() and int(text) < len(known) else label(text)
+    def named(label: str | None) -> str:
+        known = data["labels"]["names"]
+        if known and label and label.isdigit() and int(label) < len(known):
+            return known[int(label)]
+        return f"class {label}" if label and label.isdigit() else label or ""
 
     context = {
         "d": data,
@@ -163,7 +188,7 @@ def render(s: Summary, data: dict[str, Any], duplicates: dict[str, list[Group]],
         "formats": ranking(list(data["images"]["formats"].items()), data["images"]["found"], 12),
         "modes": ranking(list(data["images"]["modes"].items()), sum(data["images"]["modes"].values()), 12),
         "sizes": ranking(data["images"]["common_sizes"], data["images"]["found"], 12),
-        "words": ranking([(w, n) for w, n in data["vocabulary"]["top"]], data["vocabulary"]["total"], 30),
+        "words": ranking(data["vocabulary"]["top"], data["captions"]["samples"], 30),
         "languages": data["languages"] and ranking([(k, n) for k, n in data["languages"].items() if k != "short"], data["captions"]["captions"], 12),
         "scripts": ranking(list(data["scripts"].items()), data["captions"]["captions"], 12),
         "classes": classes(labels, data["labels"]["samples"]) if data["labels"]["samples"] else [],

@@ -132,7 +132,9 @@ def histogram(
             at = x(place)
             anchor = "end" if at > WIDTH * 0.6 else "start"
             parts.append(f'<line class="m" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP - 4}" y2="{HEIGHT - BOTTOM}"/>')
-            parts.append(f'<text class="k" x="{at + (-4 if anchor == "end" else 4):.1f}" y="{TOP - 4}" text-anchor="{anchor}">{escape(text)}</text>')
+            parts.append(
+                f'<text class="k" x="{at + (-4 if anchor == "end" else 4):.1f}" y="{TOP - 4}" text-anchor="{anchor}">{escape(text)}</text>'
+            )
     parts.append(f'<text class="s" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">{escape(axis)}</text>')
     return _frame(parts, label)
 

@@ -81,7 +81,9 @@ class Stage:
             found.lost += damage.lost
             found.problems[f"shard: {damage.reason}"] += 1
             rank = (hashed(f"{shard.name}:{damage.offset}"),)
-            found.unreadable.offer(rank, (shard.name, damage.reason, f"byte {damage.offset}: {damage.detail}; about {damage.lost} samples lost"))
+            found.unreadable.offer(
+                rank, (shard.name, damage.reason, f"byte {damage.offset}: {damage.detail}; about {damage.lost} samples lost")
+            )
 
     def _sample(self, found: Summary, shard: Shard, i: int, ref: Ref, rank: int) -> None:
         found.looked_at += 1
@@ -144,18 +146,22 @@ class Stage:
     def _captions(self, found: Summary, texts: list[str], ref: Ref, rank: int) -> None:
         found.captioned += 1
         found.captions_per_sample[len(texts)] += 1
+        used: set[str] = set()
         for text in texts:
             length = len(text)
             found.characters[length] += 1
             found.tokens[num_tokens(text)] += 1
-            for word in words(text):
-                found.words.add(word[:100], rank)
+            spoken = words(text)
+            found.num_words += len(spoken)
+            used.update(word[:100] for word in spoken)
             found.captions.add(hashed(text), rank, text[:300])
             found.scripts[script(text)] += 1
             if can_tell_languages():
                 found.languages[language(text)] += 1
             found.shortest.offer((length, hashed(text), rank), (ref, text[:300]))
             found.longest.offer((-length, hashed(text), rank), (ref, text[:1000]))
+        for word in used:
+            found.words.add(word, rank)
 
     def _image(self, found: Summary, extension: str, data: bytes, ref: Ref, rank: int) -> None:
         kind = sniff(data)

@@ -190,7 +190,8 @@ class Summary:
     captions_per_sample: Histogram = field(default_factory=Histogram)
     characters: Histogram = field(default_factory=Histogram)
     tokens: Histogram = field(default_factory=Histogram)  # of CLIP, with the two special ones
-    words: Frequent = field(default_factory=Frequent)
+    num_words: int = 0
+    words: Frequent = field(default_factory=Frequent)  # word -> samples whose captions have it
     captions: Frequent = field(default_factory=lambda: Frequent(100_000))
     scripts: Names = field(default_factory=Names)
     languages: Names = field(default_factory=Names)
