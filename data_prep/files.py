@@ -183,10 +183,14 @@ def write_lines(url: str | Path, lines: Iterable[str]) -> None:
     where = place(url)
     folder = where.parent if isinstance(where, Path) else None
     prefix = f"{str(where).rpartition('/')[2]}.tmp-"
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", errors="backslashreplace", prefix=prefix, dir=folder, delete=False) as file:
-        file.writelines(lines)
-    os.chmod(file.name, 0o644)
-    put(Path(file.name), url)
+    handle, temporary = tempfile.mkstemp(prefix=prefix, dir=folder)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(lines)
+        os.chmod(temporary, 0o644)
+        put(Path(temporary), url)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def write_json(url: str | Path, value: Any) -> None:

@@ -55,8 +55,8 @@ def _plain(image: Image.Image, alpha: bool) -> Image.Image:
 def encode(data: bytes, resize: int | None, form: str | None, quality: int) -> tuple[str, bytes] | None:
     """(extension, bytes) with the shorter side at most `resize` pixels, in `form` or else the format it has (PNG for those without loss).
 
-    None where there is nothing to do. EXIF orientation is applied, since what is written has no EXIF. Raises ValueError or OSError where the
-    image cannot be decoded.
+    None where there is nothing to do. EXIF orientation is applied, since what is written has no EXIF. Raises ValueError or OSError where
+    the image cannot be decoded.
     """
     kind = extension_of(data)
     if kind is None:
