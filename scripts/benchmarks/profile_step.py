@@ -132,9 +132,8 @@ def main() -> None:
     print(
         f"matrix products: {flops / 1e9:.1f} GFLOP a step, {flops / 1e9 / product_time:.0f} GFLOP/s in them; this machine's best {peak:.0f}"
     )
-    print(
-        f"all of the step at that best: {1e3 * flops / 1e9 / peak:.1f} ms; the optimizer's {moved:.2f} GB at {bandwidth:.0f} GB/s: {1e3 * moved / bandwidth:.1f} ms"
-    )
+    print(f"all of these at that best: {1e3 * flops / 1e9 / peak:.1f} ms; ", end="")
+    print(f"the optimizer's {moved:.2f} GB at {bandwidth:.0f} GB/s: {1e3 * moved / bandwidth:.1f} ms")
 
 
 if __name__ == "__main__":
