@@ -15,48 +15,52 @@ def main() -> int:
     parser.add_argument("-h", "--help", action="store_true", help="every option with its documentation")
     arguments = parser.parse_intermixed_args()  # options may stand anywhere among the overrides
 
-    if arguments.help or arguments.print_config:  # shown without the libraries that compute: in half a second, not in ten
+    shown_only = arguments.help or arguments.print_config
+    overrides = arguments.overrides
+    recipe = arguments.recipe
+    if recipe is not None and "=" in recipe:
+        recipe, overrides = None, [recipe, *overrides]
+    default = Path(__file__).parent / "configs" / "demo.yaml"
+    recipe = recipe or default
+    demo = None
+    if shown_only:  # without the libraries that compute: in half a second, not in ten
         blanks.install()
+    elif Path(recipe).resolve() == default.resolve():
+        from data_prep.demo_training import DemoData
+
+        demo = DemoData("data/demo")  # begins to write its shards, while this process imports
     from mmpretrain import config as recipes
 
     if arguments.help:
         parser.print_help()
         print(recipes.help_text())
         return 0
-    overrides = arguments.overrides
-    recipe = arguments.recipe
-    if recipe is not None and "=" in recipe:
-        recipe, overrides = None, [recipe, *overrides]
-    demo = Path(__file__).parent / "configs" / "demo.yaml"
     try:
-        config = recipes.load(recipe or demo, overrides)
+        config = recipes.load(recipe, overrides)
         if arguments.print_config:
             print(recipes.dump(config))
             return 0
-        return run(config, demo=recipe is None or Path(recipe).resolve() == demo.resolve())
+        return run(config, demo)
     except recipes.OptionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        if demo is not None:
+            demo.stop()
 
 
-def run(config, demo: bool) -> int:
+def run(config, demo) -> int:
     """Train. What is known to go wrong is one line, and status 1; anything else keeps its traceback."""
+    from data_prep.demo_background import DemoError
     from mmpretrain.checkpoint import CheckpointError
     from mmpretrain.data.schema import BadSampleBudgetError, ShardError
-    from mmpretrain.machine import hold
     from mmpretrain.trainer import TrainingError, train
 
     try:
-        if demo:
-            from data_prep.demo import ensure_demo
-            from data_prep.demo_baselines import nearest_neighbour_baselines
-
-            with hold("data/.demo.lock"):  # one process writes them; the others of this machine wait, and find them
-                found = nearest_neighbour_baselines(ensure_demo("data/demo"))
-            if "test" in config.evaluators:
-                config.evaluators["test"].baselines |= {k: found[k] for k in ("colour_histogram_knn", "raw_pixel_knn")}
+        if demo is not None:
+            demo.prepare(config)
         return train(config)
-    except (BadSampleBudgetError, CheckpointError, ShardError, TrainingError) as error:
+    except (BadSampleBudgetError, CheckpointError, DemoError, ShardError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

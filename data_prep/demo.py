@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -40,12 +40,16 @@ def class_names(split: str) -> tuple[str, ...]:
     return CLASS_NAMES if SPLITS[split].held_out else CLASS_NAMES[:NUM_TRAINED]
 
 
+def module_command(module: str) -> tuple[list[str], dict[str, str]]:
+    """(command, environment) that run a module of this package, wherever this process stands."""
+    paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+    return [sys.executable, "-m", module], {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def _start() -> subprocess.Popen:
     """A rendering process. It starts from `demo_records` alone: a `multiprocessing` child would first import the whole calling script,
     torch included, which takes longer than much of the rendering."""
-    paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-m", "data_prep.demo_records"]
+    command, environment = module_command("data_prep.demo_records")
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 
@@ -134,6 +138,23 @@ def _write_split(root: Path, seed: int, split: str, count: int, processes: int) 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def unwritten(
+    root: Path | str, seed: int = 0, *, splits: Sequence[str] | None = None, counts: Mapping[str, int] | None = None
+) -> list[str]:
+    """Which of these splits (all by default) `ensure_demo` would write. Raises as it does."""
+    counts = counts or {}
+    wanted = list(splits or SPLITS)
+    for name in [*wanted, *counts]:
+        if name not in SPLITS:
+            raise ValueError(f"no demo split {name!r}; there are {', '.join(SPLITS)}")
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"split {name!r}: {count} scenes asked for; at least 1 is needed")
+    if seed < 0:
+        raise ValueError(f"seed {seed}: demo seeds are 0 or greater")
+    return [name for name in wanted if _found(Path(root) / name) != _mark(seed, name, counts.get(name, SPLITS[name].count))]
+
+
 def ensure_demo(
     root: Path | str,
     seed: int = 0,
@@ -151,17 +172,8 @@ def ensure_demo(
     Raises ValueError for an unknown split or count, FileExistsError where a split's folder was not written by this generator.
     """
     root, counts = Path(root), dict(counts or {})
-    wanted = list(splits or SPLITS)
-    for name in [*wanted, *counts]:
-        if name not in SPLITS:
-            raise ValueError(f"no demo split {name!r}; there are {', '.join(SPLITS)}")
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"split {name!r}: {count} scenes asked for; at least 1 is needed")
-    if seed < 0:
-        raise ValueError(f"seed {seed}: demo seeds are 0 or greater")
-    total = {name: counts.get(name, SPLITS[name].count) for name in wanted}
-    missing = [name for name in wanted if _found(root / name) != _mark(seed, name, total[name])]
+    missing = unwritten(root, seed, splits=splits, counts=counts)
+    total = {name: counts.get(name, SPLITS[name].count) for name in missing}
     if missing:
         root.mkdir(parents=True, exist_ok=True)
         say(f"writing demo shards to {root}: " + ", ".join(f"{name} {total[name]:,}" for name in missing))

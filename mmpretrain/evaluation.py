@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,22 @@ from mmpretrain.report.extras import save_result_extras
 from mmpretrain.towers.teacher import Teacher
 from mmpretrain.tracking import Tracker, read_jsonl
 
+# Folders (absolute) that another process still writes -> waits until they are whole. Evaluators of such data look at it when they run.
+PENDING: dict[Path, Callable[[], object]] = {}
+# Evaluators -> measures what their data gives away without learning: accuracies shown beside the result.
+BASELINES: dict[str, Callable[[], dict[str, float]]] = {}
+
+
+def _data(options: Any) -> list[str]:
+    """What an evaluator reads."""
+    return [data for name in ("data", "train") if isinstance(data := getattr(options, name, None), str)]
+
+
+def _wait(data: str) -> Callable[[], object] | None:
+    """What to wait with for data in a folder that is still being written."""
+    path = Path(data).absolute()
+    return next((PENDING[folder] for folder in (path, *path.parents) if folder in PENDING), None)
+
 
 def build_evaluators(config: Config) -> dict[str, Any]:
     """Every evaluator, made before the first step: a wrong option or path must not wait for hours to be found.
@@ -33,8 +49,8 @@ def build_evaluators(config: Config) -> dict[str, Any]:
     for name, evaluation in config.evaluators.items():
         try:
             evaluators[name] = EVALUATORS[evaluation.kind](evaluation.options)
-            for data in (getattr(evaluation.options, "data", None), getattr(evaluation.options, "train", None)):
-                if isinstance(data, str) and kind_of(data) == "shards" and not Path(data).is_dir():
+            for data in _data(evaluation.options):
+                if _wait(data) is None and kind_of(data) == "shards" and not Path(data).is_dir():
                     shard_paths(data, None)
         except ValueError as error:
             raise OptionError(f"evaluators.{name}: {error}") from error
@@ -78,6 +94,9 @@ class Evaluations:
 
     def _one(self, name: str, step: int) -> None:
         evaluation: EvaluationConfig = self.config.evaluators[name]
+        for data in _data(evaluation.options):
+            if wait := _wait(data):
+                wait()
         towers = self.teacher.module if evaluation.weights == "teacher" and self.teacher is not None else self.model.towers
         with torch.random.fork_rng():  # an evaluator that draws does not move this run
             training = towers.training
@@ -90,9 +109,9 @@ class Evaluations:
             "evaluator": evaluation.kind, "name": name, "dataset": result.dataset, "model": model.fingerprint,
             "n": result.n, "seed": self.config.seed, "metrics": result.metrics,
         }  # fmt: skip
-        if evaluation.baselines:
-            line["baselines"] = evaluation.baselines
         if self.accelerator.is_main_process:
+            if baselines := evaluation.baselines | BASELINES.get(name, dict)():
+                line["baselines"] = baselines
             save_result_extras(Path(self.config.run_dir), name, step, result)
         self.tracker.result(step, line)
 
