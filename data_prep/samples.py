@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Collection, Iterator
-from pathlib import Path
+from contextlib import ExitStack
 
 from torch import Tensor
 
+from data_prep import files
 from data_prep.writer import Record
 from mmpretrain.data import decode
 from mmpretrain.data import shards as training_shards
-from mmpretrain.data.cache import ShardCache, filesystem, is_remote, retried
+from mmpretrain.data.cache import is_remote, retried
 from mmpretrain.data.index import SUFFIX, ShardIndex, index_path, open_index
 from mmpretrain.data.schema import BadSample, ShardError, image_extension
 
@@ -26,17 +25,12 @@ class LocalCopy:
 
     def __init__(self, name: str) -> None:
         """Raises ShardError where a remote shard cannot be fetched whole."""
-        self.name, self._folder = name, None
-        if not is_remote(name):
-            self.path = Path(name.removeprefix("file://"))
-            return
-        self._folder = tempfile.mkdtemp(prefix="mmpretrain-shard-")
+        self.name = name
+        self._copy = ExitStack()
         try:
-            self.path = Path(ShardCache(self._folder).fetch(name))
-            files, place = filesystem(name + SUFFIX)
-            saved = retried(lambda: files.cat_file(place) if files.exists(place) else None, name + SUFFIX)
-            if saved is not None:
-                index_path(self.path).write_bytes(saved)
+            self.path = self._copy.enter_context(files.local(name))
+            if is_remote(name) and files.exists(name + SUFFIX):
+                index_path(self.path).write_bytes(files.read_bytes(name + SUFFIX))
         except BaseException:
             self.close()
             raise
@@ -46,9 +40,7 @@ class LocalCopy:
         return str(error).replace(str(self.path), self.name)
 
     def close(self) -> None:
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        self._copy.close()
 
     def __enter__(self) -> LocalCopy:
         return self
@@ -125,12 +117,12 @@ def _remote(spec: str) -> list[str]:
         if name.endswith(".tar") and "*" not in name:
             found.append(name)
             continue
-        files, path = filesystem(name)
+        system, path = files.filesystem(name)
         pattern = path if "*" in path else f"{path.rstrip('/')}/*.tar"
-        there = sorted(retried(lambda files=files, pattern=pattern: files.glob(pattern), name))
+        there = sorted(retried(lambda system=system, pattern=pattern: system.glob(pattern), name))
         if not there:
             raise ShardError(f"{name}: no *.tar there. Give a folder that holds shards, a glob, or the shards' own URLs.")
-        found += [files.unstrip_protocol(each) for each in there]
+        found += [system.unstrip_protocol(each) for each in there]
     return found
 
 

@@ -34,8 +34,7 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmpretrain"
 
 
-def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it. Raises ShardError where none can be had."""
+def _filesystem(url: str) -> tuple[Any, str]:
     import fsspec
 
     try:
@@ -60,8 +59,8 @@ def retried(action: Callable[[], T], what: str, attempts: int = 5, first_wait: f
 
 
 def _read(url: str) -> bytes | None:
-    files, path = filesystem(url)
-    return retried(lambda: files.cat_file(path) if files.exists(path) else None, url)
+    filesystem, path = _filesystem(url)
+    return retried(lambda: filesystem.cat_file(path) if filesystem.exists(path) else None, url)
 
 
 def read_sizes(names: list[str]) -> dict[str, int]:
@@ -136,22 +135,22 @@ class ShardCache:
 
     def _fetch(self, url: str) -> str:
         place = self._place(url)
-        files, path = filesystem(url)
-        size = retried(lambda: files.size(path), url, self._attempts, self._first_wait)
+        filesystem, path = _filesystem(url)
+        size = retried(lambda: filesystem.size(path), url, self._attempts, self._first_wait)
         if place.exists() and (size is None or place.stat().st_size == size):
             return str(place)
         with hold(self.folder / "locks" / place.stem):  # every rank of a machine wants the same shards
             if not (place.exists() and (size is None or place.stat().st_size == size)):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 self._make_room(size or 0)
-                retried(lambda: self._copy(files, path, size, place), url, self._attempts, self._first_wait)
+                retried(lambda: self._copy(filesystem, path, size, place), url, self._attempts, self._first_wait)
         return str(place)
 
     @staticmethod
-    def _copy(files: Any, path: str, size: int | None, place: Path) -> None:
+    def _copy(filesystem: Any, path: str, size: int | None, place: Path) -> None:
         handle, temporary = tempfile.mkstemp(prefix=place.name + ".tmp-", dir=place.parent)
         try:
-            with os.fdopen(handle, "wb") as out, files.open(path, "rb") as source:
+            with os.fdopen(handle, "wb") as out, filesystem.open(path, "rb") as source:
                 while chunk := source.read(CHUNK):
                     out.write(chunk)
                 written = out.tell()

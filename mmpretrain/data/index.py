@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmpretrain.data.schema import ShardError, split_name
-from mmpretrain.data.tar import Entry, read_headers
+from mmpretrain.data.tar import Entry, Stop, read_headers
 
 log = logging.getLogger(__name__)
 VERSION = 1
@@ -51,7 +51,7 @@ class ShardIndex:
     keys: list[str]
     extensions: list[str]  # the distinct ones
     starts: np.ndarray  # int64 [S+1] into the member arrays
-    extension: np.ndarray  # uint16 [M] into `extensions`
+    extension: np.ndarray  # uint16 or uint32 [M] into `extensions`
     offset: np.ndarray  # int64 [M]
     size: np.ndarray  # int64 [M]
     tar_bytes: int
@@ -101,7 +101,11 @@ def _group(entries: list[Entry]) -> tuple[list[str], list[list[tuple[str, int, i
 
 def scan_bytes(data: Any, name: str) -> ShardIndex:
     """Index a tar from its bytes (bytes or mmap). Raises ShardError where it is no tar at all; later damage is recorded."""
-    entries, stop = read_headers(data, name)
+    return from_headers(*read_headers(data, name), len(data))
+
+
+def from_headers(entries: list[Entry], stop: Stop | None, tar_bytes: int) -> ShardIndex:
+    """The index of a tar of `tar_bytes` whose headers were read."""
     keys, samples, duplicates = _group(entries)
     extensions = sorted({extension for sample in samples for extension, _, _ in sample})
     number = {extension: i for i, extension in enumerate(extensions)}
@@ -110,16 +114,17 @@ def scan_bytes(data: Any, name: str) -> ShardIndex:
     if stop is not None:
         at, reason, detail = stop
         mean = at / max(len(keys), 1)
-        lost = max(1, round((len(data) - at) / mean)) if mean and reason != "cut" else 1
+        lost = max(1, round((tar_bytes - at) / mean)) if mean and reason != "cut" else 1
         damage = [Damage(at, reason, "", lost, detail)]
     return ShardIndex(
         keys=keys,
         extensions=extensions,
         starts=np.concatenate([[0], np.cumsum([len(sample) for sample in samples])]).astype(np.int64),
-        extension=np.array([number[extension] for extension, _, _ in flat], np.uint16),
+        # Keys with dots may make an extension of every member.
+        extension=np.array([number[extension] for extension, _, _ in flat], np.uint16 if len(extensions) <= 1 << 16 else np.uint32),
         offset=np.array([offset for _, offset, _ in flat], np.int64),
         size=np.array([size for _, _, size in flat], np.int64),
-        tar_bytes=len(data),
+        tar_bytes=tar_bytes,
         damage=damage,
         duplicates=duplicates,
     )
@@ -197,6 +202,12 @@ def load(path: str | Path | Any) -> tuple[ShardIndex, int]:
             )
         if len(index.starts) != len(index) + 1 or int(index.starts[-1]) != len(index.offset) or len(index.size) != len(index.offset):
             raise ValueError("its arrays disagree in length")
+        if len(index.extension) != len(index.offset) or (index.sha256 is not None and index.sha256.shape != (len(index.offset), 32)):
+            raise ValueError("its arrays disagree in length")
+        ordered = int(index.starts[0]) == 0 and bool((np.diff(index.starts) > 0).all())
+        inside = bool((index.offset >= 0).all() and (index.size >= 0).all() and (index.offset <= index.tar_bytes - index.size).all())
+        if not ordered or not inside or (index.extension >= len(index.extensions)).any():
+            raise ValueError("it names places outside the shard")
     except Exception as error:
         raise ShardError(f"{path}: not a readable shard index ({error}). Delete it, and run `python -m data_prep index`.") from error
     return index, head["mtime_ns"]

@@ -33,11 +33,11 @@ class BadSampleBudgetError(RuntimeError):
 def split_name(name: str) -> tuple[str, str] | None:
     """Member name -> (key, extension): the extension begins after the FIRST dot of the basename, as in webdataset.
 
-    None for what belongs to no sample: directories, dot files, names without an extension, `__len__`-like metadata.
+    None for what belongs to no sample: directories, dot files, names without an extension or an empty one, `__len__`-like metadata.
     """
     slash = name.rfind("/") + 1
     dot = name.find(".", slash)
-    if dot <= slash:
+    if dot <= slash or dot == len(name) - 1:
         return None
     return name[:dot], name[dot + 1 :].lower()
 

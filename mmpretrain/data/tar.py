@@ -35,7 +35,10 @@ def _number(digits: bytes) -> int:
     """A tar number: octal text, or base 256 where the first bit is set. Raises ValueError."""
     if digits[0] & 0x80:
         return int.from_bytes(bytes([digits[0] & 0x7F]) + digits[1:], "big")
-    return int(digits.strip(b" \0") or b"0", 8)
+    number = int(digits.strip(b" \0") or b"0", 8)
+    if number < 0:  # a walk that goes back never ends
+        raise ValueError(f"a negative number, {number}")
+    return number
 
 
 def _pax(payload: bytes) -> dict[bytes, bytes]:
@@ -94,6 +97,8 @@ def _walk(data: mmap.mmap | bytes) -> tuple[list[Entry], list[int], Stop | None]
                     records = _pax(payload)
                     long_name = records.get(b"path", long_name)
                     long_size = int(records[b"size"]) if b"size" in records else long_size
+                    if long_size is not None and long_size < 0:
+                        raise ValueError(f"a pax record states {long_size} bytes")
             except ValueError as error:
                 return entries, headers, Stop(at, "corrupt_header", str(error))
         else:
@@ -101,12 +106,11 @@ def _walk(data: mmap.mmap | bytes) -> tuple[list[Entry], list[int], Stop | None]
             if kind in b"0\x007":
                 raw = block[:100].split(b"\0", 1)[0]
                 if long_name is not None:
-                    raw = long_name
+                    raw = long_name.split(b"\0", 1)[0]
                 elif block[345] and block[257:263] == b"ustar\0":
                     raw = block[345:500].split(b"\0", 1)[0] + b"/" + raw
                 name = raw.decode("utf-8", "surrogateescape")
-                if size < 0 or at + BLOCK + size > end:
-                    headers.pop() if size < 0 else None
+                if at + BLOCK + size > end:
                     found = max(end - at - BLOCK, 0)
                     return entries, headers, Stop(at, "cut", f"member {name!r} needs {size} bytes, {found} are left")
                 entries.append(Entry(name, at, at + BLOCK, size))

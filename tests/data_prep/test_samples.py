@@ -47,7 +47,7 @@ def test_reads_what_was_written(tmp_path: Path) -> None:
 
 
 def test_pickles_as_its_name(tmp_path: Path) -> None:
-    opened = Shard(str(foreign(tmp_path, pair(0) + [("big.png", b"x" * 100_000)])))
+    opened = Shard(str(foreign(tmp_path, [*pair(0), ("big.png", b"x" * 100_000)])))
     data = pickle.dumps(opened)
     assert len(data) < 1000
     assert pickle.loads(data).read(1).members == {"png": b"x" * 100_000}
