@@ -42,7 +42,10 @@ class Found:
         self.counts = np.zeros(len(self.names), np.int64)
         self.signatures = np.zeros(0, SIGNATURE)
         self.bad: dict[int, tuple[str, str]] = {}  # sample -> (reason, detail)
+        self.not_embedded: list[tuple[int, str]] = []
+        self.damage: list[str] = []  # shards that end early
         self.clusters = Clusters(0)
+        self._trained = self._held = np.zeros(0, bool)
         self._keys: tuple[str, list[str]] = ("", [])
 
     @cached_property
@@ -77,6 +80,20 @@ class Found:
         copies = self.kept != np.arange(self.training) if self.options.within else np.zeros(self.training, bool)
         return copies | (self.evaluated[: self.training] >= 0)
 
+    def take_sides(self) -> None:
+        """Note which samples, or their equals, are among the training and among the evaluation samples."""
+        roots = self.clusters.roots()
+        held = np.zeros(len(roots), bool)
+        held[roots[self.training :]] = True
+        self._trained, self._held = roots < self.training, held[roots]
+
+    def wanted(self, pairs: np.ndarray) -> np.ndarray:
+        """int64 [p,2] -> bool [p]: is it of interest whether these are copies? Not within the evaluation shards, nor, without `within`,
+        between two training samples."""
+        trained, held = self._trained[pairs], self._held[pairs]
+        across = (trained[:, 0] & held[:, 1]) | (trained[:, 1] & held[:, 0])
+        return across | (trained.any(1) & self.options.within)
+
     def place(self, sample: int) -> tuple[str, int]:
         """(shard, number in it)."""
         shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
@@ -105,7 +122,8 @@ def find(names: list[str], against: list[str], options: Options, *, engine_name:
     tasks = list(spans(found.names))
     of = {name: i for i, name in enumerate(found.names)}
     sign = engine.run(Sign(options.caption), tasks, engine=engine_name, processes=processes, title="signatures")
-    for span, (signatures, bad) in zip(tasks, sign, strict=True):
+    for span, (signatures, bad, damage) in zip(tasks, sign, strict=True):
+        found.damage += damage
         parts.append(signatures)
         found.counts[of[span.name]] += len(signatures)
         found.bad |= {start + sample - span.start: (reason, detail) for sample, reason, detail in bad}
@@ -115,28 +133,17 @@ def find(names: list[str], against: list[str], options: Options, *, engine_name:
     usable[list(found.bad)] = False
     found.clusters = Clusters(start)
     first = exact_groups(found.signatures, usable, found.clusters)
+    found.take_sides()
     if options.near is not None:
         _near(found, first, engine_name, processes)
     if options.embedding is not None:
         from data_prep.dedup_embedding import embedding_pairs
 
         for pairs, cosines in embedding_pairs(found, first, options.embedding, options.threshold):
-            mask = wanted(found, pairs)
+            mask = found.wanted(pairs)
             for (i, j), cosine in zip(pairs[mask].tolist(), cosines[mask].tolist()):
                 found.clusters.join(i, j, "embedding", cosine)
     return found
-
-
-def wanted(found: Found, pairs: np.ndarray) -> np.ndarray:
-    """int64 [p,2] samples -> bool [p]: is a copy among these of interest? Not within the evaluation shards, nor, without `within`,
-    between two training samples. (The first of equal samples stands for all, so both sides are asked of its cluster.)"""
-    held = (found.clusters.roots()[found.training :]) if len(found.signatures) > found.training else np.zeros(0, np.int64)
-    has_held = np.zeros(len(found.signatures), bool)
-    has_held[held] = True
-    roots = found.clusters.roots()[pairs]
-    trained, evaluated = roots < found.training, has_held[roots]
-    across = (trained[:, 0] & evaluated[:, 1]) | (trained[:, 1] & evaluated[:, 0])
-    return across | (trained.any(1) & found.options.within)
 
 
 def _candidates(found: Found, first: np.ndarray) -> np.ndarray:
@@ -155,7 +162,7 @@ def _candidates(found: Found, first: np.ndarray) -> np.ndarray:
         if size > PENDING:
             unique, pending, size = merged(), [], 0
     pairs = np.stack(np.divmod(merged(), max(len(found.signatures), 1)), 1)
-    return pairs[wanted(found, pairs)]
+    return pairs[found.wanted(pairs)]
 
 
 def _tasks(found: Found, samples: np.ndarray) -> Iterator[Wanted]:

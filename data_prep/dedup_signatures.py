@@ -14,6 +14,7 @@ import imagehash
 import numpy as np
 from PIL import Image
 
+from data_prep.filter_keep import damage_lines
 from data_prep.samples import Shard, captions, image_member, pixels
 from mmpretrain.data.cache import is_remote
 from mmpretrain.data.decode import ImageLimits
@@ -76,8 +77,9 @@ def signature(image: np.ndarray, caption: int = 0) -> np.ndarray:
     digest = hashlib.blake2b(f"{width} {height} ".encode(), digest_size=16)
     digest.update(image)
     found["digest"] = np.frombuffer(digest.digest(), "<u8")
-    picture = Image.fromarray(image)
-    if small(image).std((0, 1)).max() >= FLAT:
+    thumbnail = small(image)  # the hash shrinks to this side itself; from the thumbnail it costs one pass over the image less
+    picture = Image.fromarray(thumbnail)
+    if thumbnail.std((0, 1)).max() >= FLAT:
         found["hash"] = np.packbits(imagehash.phash(picture).hash.ravel()).view("<u8")[0]
     found["colour"] = np.asarray(picture.resize((GRID, GRID), Image.Resampling.BOX)).ravel()
     found["area"], found["caption"] = min(width * height, 2**32 - 1), min(caption, 2**16 - 1)
@@ -86,11 +88,11 @@ def signature(image: np.ndarray, caption: int = 0) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Sign:
-    """The stage: a span of samples -> (SIGNATURE [n], (sample, reason, detail) of those without a usable image)."""
+    """The stage: a span of samples -> SIGNATURE [n]; (sample, reason, detail) of those without a usable image; damage of the shard, with its first span."""
 
     caption: str = "txt"
 
-    def __call__(self, span: Span) -> tuple[np.ndarray, list[tuple[int, str, str]]]:
+    def __call__(self, span: Span) -> tuple[np.ndarray, list[tuple[int, str, str]], list[str]]:
         with Shard(span.name) as shard:
             stop = len(shard) if span.stop is None else span.stop
             found, bad = np.zeros(stop - span.start, SIGNATURE), []
@@ -99,7 +101,8 @@ class Sign:
                     found[sample - span.start] = signature(decoded(shard, sample), self._length(shard, sample))
                 except BadSample as error:
                     bad.append((sample, error.reason, error.detail))
-            return found, bad
+            damage = [] if span.start else damage_lines(shard)
+            return found, bad, damage
 
     def _length(self, shard: Shard, sample: int) -> int:
         try:

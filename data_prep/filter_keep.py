@@ -46,6 +46,11 @@ def keep(part: Part) -> Iterator[Record | Skipped]:
                 yield Skipped(where, error.reason, error.detail)
 
 
+def damage_lines(shard: Shard) -> list[str]:
+    """What of a shard cannot be read at all, for a report."""
+    return [f"{shard.name} at byte {d.offset}: {d.reason}: {d.detail}; about {d.lost} samples lost" for d in shard.index.damage]
+
+
 def carried(names: Iterable[str]) -> dict[str, str]:
     """Class names and templates that lie beside the input belong beside the output too, where the input is one folder."""
     folders = {name.rpartition("/")[0] or "." for name in names}

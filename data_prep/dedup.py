@@ -1,0 +1,137 @@
+"""`dedup`: find images that are copies of each other, or of evaluation images, and write the shards without them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from data_prep.options import Engine, JsonOutput, Processes
+
+
+def deduplicate(
+    shards: list[str],
+    out: str | None = None,
+    *,
+    against: list[str] | None = None,
+    options: Any = None,
+    page: str | None = None,
+    engine: str = "local",
+    processes: int | None = None,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Shard specs -> the report (dedup_report.report); with `out`, shards without the copies; with `page`, the clusters as an HTML file.
+
+    `options`: a dedup_find.Options. Raises ShardError, ValueError, OptionError, FileExistsError (see writer.build).
+    """
+    from data_prep import files
+    from data_prep.dedup_find import Options, find
+    from data_prep.dedup_report import named, parts, report
+    from data_prep.filter_keep import carried, keep
+    from data_prep.samples import expand
+    from data_prep.writer import build
+
+    options = options or Options()
+    names, held = expand(shards), expand(against) if against else []
+    twice = sorted(set(names) & set(held) | {name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{twice[0]} is named twice: every sample of it would be a copy of itself. Name each shard once.")
+    found = find(names, held, options, engine_name=engine, processes=processes)
+    known = named(found)
+    result = report(found, known)
+    if page is not None:
+        from data_prep.dedup_page import render
+
+        files.write_text(page, render(found, result, known))
+    if out is not None:
+        plan = {"dedup": result["options"], "against": held}
+        run = {"engine": engine, "processes": processes, "command": command, "texts": carried(names)}
+        manifest = build(out, keep, list(parts(found, known)), plan=plan, **run)
+        result["written"] = manifest["num_samples"]
+    return result
+
+
+def _table(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "samples")
+    for rule, count in result["dropped"].items():
+        table.add_row(rule, f"{count:,}")
+    table.add_row("good", f"{result['good']:,}")
+    table.add_row("all", f"{result['samples']:,}")
+    Console().print(table)
+    for line in result.get("damage", []):
+        typer.echo(f"damaged: {line}", err=True)
+    if "evaluation" in result:
+        held = result["evaluation"]
+        line = f"{held['in_training']} of {held['samples']} evaluation samples have a copy among the training samples"
+        typer.echo(line + (f"; not comparable: {held['unusable']}" if held["unusable"] else ""))
+    if "not_embedded" in result:
+        typer.echo(f"{len(result['not_embedded'])} samples were not compared by embedding, first {result['not_embedded'][0]}")
+
+
+def dedup(
+    shards: Annotated[list[str], typer.Argument(help="shards: paths, globs, brace ranges, folders, URLs")],
+    out: Annotated[
+        str | None, typer.Option("--out", help="write the shards without copies to this folder or URL; default: only report")
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option("--against", help="evaluation shards; training samples that are in them are dropped; may be repeated"),
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="only equal pixels, unless --near or --embedding is given too")] = False,
+    near: Annotated[
+        int | None, typer.Option("--near", min=0, max=32, help="perceptual hashes within so many of 64 bits, then compared; default: 10")
+    ] = None,
+    difference: Annotated[
+        float, typer.Option("--difference", min=0, max=255, help="how far near copies may differ where they differ most, of 255")
+    ] = 17.0,
+    embedding: Annotated[
+        str | None,
+        typer.Option("--embedding", metavar="MODEL", help="also by the cosine under a model: a run, an open_clip folder or name"),
+    ] = None,
+    threshold: Annotated[float, typer.Option("--threshold", min=0, max=1, help="cosine from which --embedding says copy")] = 0.95,
+    keep: Annotated[str, typer.Option("--keep", help="of copies, keep the: first, largest, or longest-caption")] = "first",
+    within: Annotated[bool, typer.Option(help="also find copies within the training shards")] = True,
+    caption: Annotated[
+        str, typer.Option("--caption", help="the member that holds the caption, or json:FIELD, for longest-caption")
+    ] = "txt",
+    report: Annotated[str | None, typer.Option("--report", help="write the clusters and counts to this JSON file")] = None,
+    page: Annotated[str | None, typer.Option("--page", help="write an HTML page that shows the clusters side by side")] = None,
+    engine: Engine = "local",
+    processes: Processes = None,
+    json_output: JsonOutput = False,
+) -> None:
+    """Find copies among images: equal pixels, the same picture re-encoded, resized or brightened, or alike under a model.
+
+    Equal pixels always count. Without --exact, --near and --embedding, near copies are found too. With --against, nothing of the
+    evaluation shards is removed: training samples that are in them are.
+    """
+    from data_prep import files
+    from data_prep.dedup_clusters import KEEP
+    from data_prep.dedup_find import Options
+    from data_prep.dedup_near import HASH_DISTANCE
+
+    if keep not in KEEP:
+        raise typer.BadParameter(f"--keep {keep!r}: expected {', '.join(KEEP)}")
+    if not within and not against:
+        raise typer.BadParameter("--no-within leaves nothing to compare without --against")
+    near = HASH_DISTANCE if near is None and not exact and embedding is None else near
+    options = Options(near, difference, embedding, threshold, keep, within, caption)
+    command = shlex.join(["python", "-m", "data_prep", *sys.argv[1:]])
+    run = {"against": against, "options": options, "page": page, "engine": engine, "processes": processes, "command": command}
+    try:
+        result = deduplicate(shards, out, **run)
+        if report is not None:
+            files.write_json(report, result)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    if json_output:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        _table(result)
