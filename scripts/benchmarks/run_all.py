@@ -1,0 +1,103 @@
+"""Run every benchmark and write docs/benchmarks.md. Under 30 minutes on two cores.
+
+    python scripts/benchmarks/run_all.py [--quick] [--only NAME ...] [--records FILE] [--page docs/benchmarks.md]
+
+Each benchmark is a process of its own, one after the other. Its rows are appended to the file of records as they come; the page is written
+from the last record of each row. A benchmark that fails or exceeds its time is reported on the page and in the exit status.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common import ROOT, machine, versions
+
+HERE = Path(__file__).resolve().parent
+# Benchmark -> minutes it is expected to take on two quiet cores. At most three times as many are allowed.
+MINUTES = {
+    "train_step": 7, "combined_step": 5.5, "loader": 4, "augment": 0.5, "contrastive_loss": 2.5, "accumulate": 2.5, "scaling": 4,
+    "order": 0.7, "startup": 1.5, "towers": 0.7, "gpu_train_step": 0.2,
+}  # fmt: skip
+
+
+def known() -> list[str]:
+    """Every benchmark here, in the table's order; those it does not know at the end."""
+    there = {path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py")}
+    return [name for name in MINUTES if name in there] + sorted(there - set(MINUTES))
+
+
+def run(name: str, records: Path, quick: bool) -> str | None:
+    """None, or what went wrong. A script that does not take part in the records (data_prep's own) only prints."""
+    script = HERE / f"bench_{name}.py"
+    recorded = "from common import" in script.read_text()
+    command = [sys.executable, str(script), *(["--out", str(records)] if recorded else []), *(["--quick"] if quick else [])]
+    print(f"\n== {name}", flush=True)
+    started = time.perf_counter()
+    try:
+        done = subprocess.run(command, cwd=ROOT, timeout=180 * MINUTES.get(name, 2), check=False)
+    except subprocess.TimeoutExpired as error:
+        return f"stopped after {error.timeout:.0f} s"
+    print(f"   {time.perf_counter() - started:.0f} s", flush=True)
+    return None if done.returncode == 0 else f"exit status {done.returncode}: see its output"
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def page(lines: list[dict], failures: dict[str, str]) -> str:
+    """The last record of each row as a Markdown page."""
+    last = {(line["benchmark"], line["row"]): line for line in lines}
+    order = known()
+    rows = sorted(last.values(), key=lambda line: order.index(line["benchmark"]) if line["benchmark"] in order else len(order))
+    places = sorted({(line["date"], line["machine"], ", ".join(f"{k} {v}" for k, v in line["versions"].items())) for line in rows})
+    judged = [line for line in rows if line["met"] is not None]
+    text = [
+        "# Benchmarks", "",
+        "Written by `python scripts/benchmarks/run_all.py` (`make bench`). Ours and the peer run alternately; a ratio is the median over rounds, with the",
+        "smallest and the largest, and above 1 ours is better. What each script does, and how it sees to it that both do the same work, stands at its top.", "",
+        *[f"- {date}: {where}; {what}" for date, where, what in places],
+        f"- targets met: {sum(line['met'] for line in judged)} of {len(judged)}", "",
+        "| row | ours | peer | ratio | target | met |", "| --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for line in rows:
+        spread = line["ratio"]
+        times = "" if spread is None else f"{spread['median']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})"
+        verdict = {True: "yes", False: "**no**", None: ""}[line["met"]]
+        title = line["row"] + (" (quick)" if line["quick"] else "")
+        text.append("| " + " | ".join(cell(part) for part in (title, line["ours"], line["peer"], times, line["target"], verdict)) + " |")
+    text += ["", "## Commands", ""]
+    text += [f"- {line}" for line in dict.fromkeys(f"`{line['command']}`" for line in rows)]
+    if failures:
+        text += ["", "## Failed", "", *[f"- {name}: {why}" for name, why in failures.items()]]
+    return "\n".join(text) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="every benchmark in its quick form: shows that they run")
+    parser.add_argument("--only", nargs="+", default=None, choices=known(), help="these alone")
+    parser.add_argument("--records", type=Path, default=ROOT / "runs" / "benchmarks.jsonl", help="where rows are appended")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md", help="the page to write")
+    parsed = parser.parse_args()
+    print(f"{machine()}; {versions()}")
+    parsed.records.parent.mkdir(parents=True, exist_ok=True)
+    failures = {}
+    for name in parsed.only or known():
+        why = run(name, parsed.records, parsed.quick)
+        if why:
+            failures[name] = why
+            print(f"   FAILED: {why}", flush=True)
+    found = [json.loads(line) for line in parsed.records.read_text().splitlines()] if parsed.records.exists() else []
+    lines = [line for line in found if parsed.quick or not line["quick"]]  # a quick run's figures never pass for measurements
+    if lines or failures:
+        parsed.page.write_text(page(lines, failures))
+        print(f"\n{parsed.page} written from {len(lines)} records")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
