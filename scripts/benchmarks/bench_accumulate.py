@@ -115,7 +115,18 @@ def main() -> None:
     record(parsed, Row(f"{title}, speed", texts["chunks"][0], texts["direct"][0], speed, "at least 0.75x", speed.median >= 0.75))
     record(parsed, Row(f"{title}, memory", texts["chunks"][1], texts["direct"][1], memory, "at least 6x less", memory.median >= 6))
     figures = {"fp32": exact, "bf16": rounded, "tensors": tensors}
-    record(parsed, Row(f"{title}, gradients", f"{exact:.1e} of the norm apart in fp32, {rounded:.1e} in bf16", "0", None, "equal: 1e-4 in fp32", exact < 1e-4, figures))
+    record(
+        parsed,
+        Row(
+            f"{title}, gradients",
+            f"{exact:.1e} of the norm apart in fp32, {rounded:.1e} in bf16",
+            "0",
+            None,
+            "equal: 1e-4 in fp32",
+            exact < 1e-4,
+            figures,
+        ),
+    )
 
 
 if __name__ == "__main__":

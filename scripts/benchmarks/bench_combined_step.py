@@ -30,7 +30,10 @@ def main() -> None:
         def train(name: str) -> float:
             run = train_ours(setting, OURS[name]) if name in OURS else train_peer(setting)
             runs[name].append(run)
-            print(f"{name}: {run.samples_per_s:.1f} pairs/s, CLIP's loss {run.losses[0]:.3f} -> {run.last:.3f}, {run.peak_mb:.0f} MB", flush=True)
+            print(
+                f"{name}: {run.samples_per_s:.1f} pairs/s, CLIP's loss {run.losses[0]:.3f} -> {run.last:.3f}, {run.peak_mb:.0f} MB",
+                flush=True,
+            )
             return run.samples_per_s
 
         found = alternate({name: lambda name=name: train(name) for name in runs}, parsed.rounds)
@@ -38,7 +41,9 @@ def main() -> None:
         times = ratio(found[name], found["peer"])
         rates = [f"{Spread.of(values)} pairs/s" for values in (found[name], found["peer"])]
         counts = name == "all views apart"
-        figures = {which: {"peak_mb": [r.peak_mb for r in runs[which]], "clip_loss": [r.last for r in runs[which]]} for which in (name, "peer")}
+        figures = {
+            which: {"peak_mb": [r.peak_mb for r in runs[which]], "clip_loss": [r.last for r in runs[which]]} for which in (name, "peer")
+        }
         target, met = ("at least 1x", times.median >= 1) if counts else ("", None)
         record(parsed, Row(f"combined_step, {name}", *rates, times, target, met, figures))
 

@@ -102,15 +102,36 @@ def main() -> None:
         at = size == judged
         record(
             parsed,
-            Row(f"contrastive_loss, B = {size:,}, speed", ours, theirs, faster, "at least 1.5x" if at else "", faster.median >= 1.5 if at else None),
+            Row(
+                f"contrastive_loss, B = {size:,}, speed",
+                ours,
+                theirs,
+                faster,
+                "at least 1.5x" if at else "",
+                faster.median >= 1.5 if at else None,
+            ),
         )
         record(
             parsed,
-            Row(f"contrastive_loss, B = {size:,}, memory", ours, theirs, leaner, "at least 20x less" if at else "", leaner.median >= 20 if at else None),
+            Row(
+                f"contrastive_loss, B = {size:,}, memory",
+                ours,
+                theirs,
+                leaner,
+                "at least 20x less" if at else "",
+                leaner.median >= 20 if at else None,
+            ),
         )
     small, large = sizes[-2:]
     growth = memory[large] / memory[small]
-    row = Row(f"contrastive_loss, memory {small:,} -> {large:,}", f"{memory[small]:.0f} -> {memory[large]:.0f} MB", "quadratic", None, "linear: at most 2.5x for 2x", growth <= 2.5)
+    row = Row(
+        f"contrastive_loss, memory {small:,} -> {large:,}",
+        f"{memory[small]:.0f} -> {memory[large]:.0f} MB",
+        "quadratic",
+        None,
+        "linear: at most 2.5x for 2x",
+        growth <= 2.5,
+    )
     record(parsed, row)
 
 

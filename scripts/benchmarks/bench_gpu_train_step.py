@@ -66,7 +66,9 @@ def main() -> None:
     gains = [p for n, p in theirs.named_parameters() if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n]
     known = {id(p) for p in gains}
     rest = [p for p in theirs.parameters() if id(p) not in known]
-    peer_optimizer = torch.optim.AdamW([{"params": gains, "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.2}], 5e-4, (0.9, 0.98), 1e-6)
+    peer_optimizer = torch.optim.AdamW(
+        [{"params": gains, "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.2}], 5e-4, (0.9, 0.98), 1e-6
+    )
     peer_loss = open_clip.loss.ClipLoss()
     pixels = torch.randint(0, 255, (256, 3, size, size)).float() / 128 - 1
 
@@ -155,7 +157,13 @@ def main() -> None:
     peak = parsed.peak_tflops or next((value for name, value in PEAK_TFLOPS.items() if name in title), 0.0)
     flops = {"ours": flops_per_pair(config, ids.shape[1]), "peer": flops_per_pair(config, padded.shape[1])}
     mfu = {name: Spread.of(found[name]).median * flops[name] / (peak * 1e12) if peak else 0.0 for name in sides}
-    figures = {"batch": batches, "mfu": mfu, "first_loss": first, "text_tokens": {"ours": ids.shape[1], "peer": padded.shape[1]}, "gpu": title}
+    figures = {
+        "batch": batches,
+        "mfu": mfu,
+        "first_loss": first,
+        "text_tokens": {"ours": ids.shape[1], "peer": padded.shape[1]},
+        "gpu": title,
+    }
     rates = [f"{Spread.of(found[name])} samples/s, batch {batches[name]:,}, MFU {mfu[name]:.0%}" for name in sides]
     met = times.median >= 1.5 and mfu["ours"] >= 0.4
     record(parsed, Row(f"gpu_train_step, {parsed.model} on {title}", *rates, times, "at least 1.5x, MFU at least 40%", met, figures))

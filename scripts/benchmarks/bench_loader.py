@@ -82,7 +82,12 @@ def check_pictures(folder: Path, size: int) -> None:
     batches, close = our_batches(folder, [CenterView(size=size)])
     found = next(batches)[0]
     close()
-    steps = [transforms.Resize(size, views.BICUBIC), transforms.CenterCrop(size), transforms.ToTensor(), transforms.Normalize(views.MEAN, views.STD)]
+    steps = [
+        transforms.Resize(size, views.BICUBIC),
+        transforms.CenterCrop(size),
+        transforms.ToTensor(),
+        transforms.Normalize(views.MEAN, views.STD),
+    ]
     plain = transforms.Compose(steps)
     files = webdataset.WebDataset(str(folder / "00000.tar"), shardshuffle=False).to_tuple("jpg")
     theirs = torch.stack([plain(Image.open(io.BytesIO(data)).convert("RGB")) for (data,), _ in zip(files, range(64))])
@@ -118,7 +123,9 @@ def main() -> None:
                 found = alternate({which: partial(run, which) for which in ("ours", "pil", "torchvision")}, parsed.rounds)
                 for which in ("pil", "torchvision"):
                     if not (moments["ours"] - moments[which]).abs().max() < 0.15:
-                        raise RuntimeError(f"batches differ: mean and deviation {moments['ours'].tolist()}, {which} {moments[which].tolist()}")
+                        raise RuntimeError(
+                            f"batches differ: mean and deviation {moments['ours'].tolist()}, {which} {moments[which].tolist()}"
+                        )
                 what = f"{width}x{height} -> {size}" + (", two SimCLR views" if simclr else "")
                 for which, least in (("pil", 3.5), ("torchvision", 1.3)):
                     times = ratio(found["ours"], found[which])

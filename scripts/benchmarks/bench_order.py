@@ -50,7 +50,12 @@ def case(which: str, shards: int, folder: str) -> None:
     assert (resumed.epoch == 3).all() and all((a == b).all() for a, b in zip(resumed, again)), "a resumed order must be the same"
     pairs = first.shard * per_shard + first.sample
     assert len(np.unique(pairs)) == batch, "no sample comes twice in an epoch"
-    print("RESULT" + json.dumps({"start_s": start_s, "resume_s": resume_s, "step_ms": step_ms, "mb": resident("VmHWM") - before, "mb_at_start": before}))
+    print(
+        "RESULT"
+        + json.dumps(
+            {"start_s": start_s, "resume_s": resume_s, "step_ms": step_ms, "mb": resident("VmHWM") - before, "mb_at_start": before}
+        )
+    )
 
 
 def main() -> None:

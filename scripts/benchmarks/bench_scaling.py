@@ -28,7 +28,15 @@ def train(setting: Setting, processes: int, batch: int, cores: set[int]) -> floa
     }  # fmt: skip
     path = setting.folder / "recipe.yaml"
     path.write_text(json.dumps(recipe))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(ROOT / "train.py"), str(path)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        str(ROOT / "train.py"),
+        str(path),
+    ]
     environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = measured(command, environment, folder / "metrics.jsonl", "samples_seen", cores)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

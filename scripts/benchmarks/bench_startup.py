@@ -53,7 +53,14 @@ def main() -> None:
     ):
         found = alternate(runs, parsed.rounds)
         mine = Spread.of(found["ours"])
-        row = Row(f"startup, {title}", f"{mine} s", f"{Spread.of(found['peer'])} s", ratio(*found.values(), less_is_better=True), f"under {least:g} s", mine.median < least)
+        row = Row(
+            f"startup, {title}",
+            f"{mine} s",
+            f"{Spread.of(found['peer'])} s",
+            ratio(*found.values(), less_is_better=True),
+            f"under {least:g} s",
+            mine.median < least,
+        )
         record(parsed, row)
     if parsed.quick:
         return

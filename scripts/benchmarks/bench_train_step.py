@@ -29,7 +29,9 @@ def main() -> None:
         def train(name: str) -> float:
             run = train_ours(setting, {"clip": {}}) if name == "ours" else train_peer(setting, switch=name == "switched")
             runs[name].append(run)
-            print(f"{name}: {run.samples_per_s:.1f} samples/s, loss {run.losses[0]:.3f} -> {run.last:.3f}, {run.peak_mb:.0f} MB", flush=True)
+            print(
+                f"{name}: {run.samples_per_s:.1f} samples/s, loss {run.losses[0]:.3f} -> {run.last:.3f}, {run.peak_mb:.0f} MB", flush=True
+            )
             return run.samples_per_s
 
         found = alternate({name: lambda name=name: train(name) for name in runs}, parsed.rounds)

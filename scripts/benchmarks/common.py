@@ -134,7 +134,11 @@ def _shared_once(pid: int) -> float:
 
 
 def measured(
-    command: Sequence[str], env: Mapping[str, str] | None = None, watch: Path | None = None, pattern: str = "", cores: set[int] | None = None
+    command: Sequence[str],
+    env: Mapping[str, str] | None = None,
+    watch: Path | None = None,
+    pattern: str = "",
+    cores: set[int] | None = None,
 ) -> Finished:
     """Run a command to its end. Its memory is sampled, and `watch`, a file it writes, is looked at for lines with `pattern`.
 

@@ -116,7 +116,16 @@ def ms(seconds: float) -> str:
 
 
 def steps(cases: list[tuple[int, int]]) -> str:
-    head = ["GPUs", "global batch", "towers, ms", "loss, ms", "gradients exposed, ms", "features, ms", "column sums, ms (MB held)", "step, ms"]
+    head = [
+        "GPUs",
+        "global batch",
+        "towers, ms",
+        "loss, ms",
+        "gradients exposed, ms",
+        "features, ms",
+        "column sums, ms (MB held)",
+        "step, ms",
+    ]
     head += ["of ideal", "pairs/s", "cores a GPU to decode"]
     rows = []
     for gpus, each in cases:
@@ -128,7 +137,14 @@ def steps(cases: list[tuple[int, int]]) -> str:
 
 
 def reads(cases: list[tuple[int, int]]) -> str:
-    head = ["GPUs", "nodes", "bytes trained on, GB/s", "a node, its own part, GB/s", "a node, whole shards, GB/s", "storage, whole shards, GB/s"]
+    head = [
+        "GPUs",
+        "nodes",
+        "bytes trained on, GB/s",
+        "a node, its own part, GB/s",
+        "a node, whole shards, GB/s",
+        "storage, whole shards, GB/s",
+    ]
     head += ["limit by the node's port"]
     rows = []
     for gpus, each in cases:
@@ -156,7 +172,16 @@ def index_bytes() -> tuple[float, float]:
 
 def sizes() -> str:
     with_sums, _ = index_bytes()
-    head = ["pairs", "shards", "shards, TB", "an index, MB", "all indexes, GB", "sizes.json, MB", "order, MB a process", "window and read-ahead, GB"]
+    head = [
+        "pairs",
+        "shards",
+        "shards, TB",
+        "an index, MB",
+        "all indexes, GB",
+        "sizes.json, MB",
+        "order, MB a process",
+        "window and read-ahead, GB",
+    ]
     head += ["epoch on 64 GPUs", "epoch on 1,024 GPUs"]
     rows = []
     for pairs in (10**7, 10**8, 10**9, 10**10):
