@@ -15,7 +15,7 @@ from mmpretrain.data.schema import ShardError
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "memory":
         yield f"memory://{tmp_path.name}"
-        fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
+        fsspec.filesystem("memory").store.clear()
     else:
         yield str(tmp_path) if request.param == "path" else f"file://{tmp_path}"
 
