@@ -251,9 +251,7 @@ def _shared(opened: dict[str, Source]) -> list[str]:
 def _recipe_warnings(config: Config, steps: int | None) -> list[str]:
     found = []
     if steps is not None and config.optim.warmup_steps >= steps:
-        found.append(
-            f"optim.warmup_steps is {config.optim.warmup_steps}, but there are only {steps} steps: the learning rate never gets to its peak."
-        )
+        found.append(f"optim.warmup_steps is {config.optim.warmup_steps} of only {steps} steps: the learning rate never gets to its peak.")
     return found
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 
 def percent(part: float, whole: float) -> str:
-    """Of few, never rounded to none or all: "under 0.1 %"."""
+    """A few are never rounded to none, and most never to all."""
     if not whole:
         return "–"
     share = 100 * part / whole
     if 0 < share < 0.1:
-        return "under 0.1 %"
+        return "< 0.1 %"
     if 99.9 < share < 100:
-        return "over 99.9 %"
+        return "> 99.9 %"
     return f"{share:.0f} %" if share >= 10 or share == int(share) else f"{share:.1f} %"
 
 
@@ -52,13 +52,13 @@ def notes(d: dict[str, Any]) -> list[str]:
         found.append(f"{n - captions['samples']:,} of {n:,} samples have no usable caption in {captions['member']}.")
     if captions["over_context"] > 0.001 * captions["captions"]:
         found.append(
-            f"{percent(captions['over_context'], captions['captions'])} of the captions are longer than the {captions['context']} tokens that "
-            "CLIP reads: their ends are never seen."
+            f"{percent(captions['over_context'], captions['captions'])} of the captions are longer than the {captions['context']} tokens "
+            "that CLIP reads: their ends are never seen."
         )
     if captions["captions"] and captions["in_repeats"] > 0.05 * captions["captions"]:
         found.append(
-            f"{percent(captions['in_repeats'], captions['captions'])} of the captions are shared by several samples. In one batch these are "
-            "counted as wrong answers for one another by contrastive losses."
+            f"{percent(captions['in_repeats'], captions['captions'])} of the captions are shared by several samples. In one batch these "
+            "are counted as wrong answers for one another by contrastive losses."
         )
     if captions["json_captions"] > 0.5 * n:
         found.append("The json members also hold `captions`: with --caption json:captions the page describes those.")
@@ -70,10 +70,10 @@ def notes(d: dict[str, Any]) -> list[str]:
     if images["misnamed"]:
         found.append(f"{images['misnamed']:,} images are of another format than their extension says; training goes by the content.")
     filled = [count for _, count in labels["counts"] if count]
-    if labels["samples"] and filled and filled[0] >= 10 * filled[-1] and labels["classes"] <= 1000:
+    if labels["samples"] and filled and filled[0] >= 10 * filled[-1] and len(filled) <= 1000:
         found.append(f"Classes are unbalanced: the largest has {filled[0]:,} samples, the smallest {filled[-1]:,}.")
     if labels["empty"]:
-        found.append(f"{len(labels['empty'])} classes of classnames.txt have no sample here, such as {labels['empty'][0]}.")
+        found.append(f"{len(labels['empty']):,} classes of classnames.txt have no sample here, such as {labels['empty'][0]}.")
     for line in d["licences"]:
         if not line["licence"]:
             found.append(
@@ -82,6 +82,7 @@ def notes(d: dict[str, Any]) -> list[str]:
             )
     if d["share"] < 1:
         found.append(
-            f"{n:,} of {d['samples']:,} samples were read, chosen by the hashes of their keys; only the counts of samples, members and bytes are of all."
+            f"{n:,} of {d['samples']:,} samples were read, chosen by the hashes of their keys; "
+            "only the counts of samples, members and bytes are of all."
         )
     return found

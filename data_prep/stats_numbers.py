@@ -119,6 +119,9 @@ def numbers(
     counted = class_counts(s.labels, classes)
     repeated = [(text, count) for _, count, text in s.captions.top(50) if count > 1]
     text_total = s.characters.total()
+    aspect = {name: None if v is None else round(2 ** (v / ASPECT_STEPS), 3) for name, v in spread(s.aspect).items() if name != "mean"}
+    file_bytes = {name: None if v is None else int(2 ** (v / BYTE_STEPS)) for name, v in spread(s.file_bytes).items() if name != "mean"}
+    top_words = [[word, n] for word, n, _ in s.words.top(60) if word not in STOP_WORDS][:30]
     data = {
         "shards": s.shards, "samples": s.samples, "looked_at": s.looked_at, "share": share, "tar_bytes": s.tar_bytes,
         "members": {name: {"samples": n, "bytes": s.member_bytes[name]} for name, n in ranked(s.members).items()},
@@ -128,8 +131,8 @@ def numbers(
         "images": {
             "found": s.formats.total(), "decoded": s.images, "formats": ranked(s.formats), "modes": ranked(s.modes), "misnamed": s.misnamed,
             "short_side": spread(s.short_side), "long_side": spread(s.long_side),
-            "aspect": {name: None if v is None else round(2 ** (v / ASPECT_STEPS), 3) for name, v in spread(s.aspect).items() if name != "mean"},
-            "bytes": {name: None if v is None else int(2 ** (v / BYTE_STEPS)) for name, v in spread(s.file_bytes).items() if name != "mean"},
+            "aspect": aspect,
+            "bytes": file_bytes,
             "common_sizes": [[size, n] for size, n, _ in s.sizes.top(12)], "sizes": _distinct(s.sizes), "blank": s.blanks,
         },
         "captions": {
@@ -141,12 +144,12 @@ def numbers(
         },
         "vocabulary": {
             **_distinct(s.words), "total": s.num_words, "once": sum(count == 1 for count, _, _ in s.words.items.values()),
-            "top": [[word, n] for word, n, _ in s.words.top(60) if word not in STOP_WORDS][:30], "growth": growth(s.words, s.captioned, share),
+            "top": top_words, "growth": growth(s.words, s.captioned, share),
         },
         "languages": ranked(s.languages) if can_tell_languages() else None, "scripts": ranked(s.scripts),
         "labels": {
-            "member": label, "samples": s.labelled, "classes": len(counted), "empty": [c for c, n in counted if not n],
-            "counts": counted[:1000], "names": classes,
+            "member": label, "samples": s.labelled, "classes": sum(n > 0 for _, n in counted), "empty": [c for c, n in counted if not n],
+            "counts": counted, "names": classes,
         },
         "duplicates": {
             "exact": _groups(duplicates["exact"], s.bytes_groups.cut), "alike": _groups(duplicates["alike"], s.look_groups.cut),

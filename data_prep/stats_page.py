@@ -58,7 +58,9 @@ def _chart(title: str, svg: str, beside: str = "") -> dict[str, str]:
 
 
 def _doublings(bins: Sequence[plots.Bin], text: Any) -> list[tuple[float, str]]:
-    return [(at, text(2.0**at)) for at in range(math.ceil(bins[0].low), math.floor(bins[-1].high) + 1)]
+    span = bins[-1].high - bins[0].low
+    step = 1 if span >= 4 else 0.5 if span >= 2 else 0.25
+    return [(i * step, text(2.0 ** (i * step))) for i in range(math.ceil(bins[0].low / step), math.floor(bins[-1].high / step) + 1)]
 
 
 def image_charts(s: Summary, data: dict[str, Any]) -> list[dict[str, str]]:
@@ -136,17 +138,25 @@ def ranking(items: Sequence[tuple[str, int]], total: int, most: int) -> dict[str
 
 
 def classes(counts: Sequence[tuple[str, int]], total: int, most: int = 40) -> list[dict[str, Any]]:
-    """The classes by size; of many, the largest and the smallest."""
+    """The classes by size; of many, the largest and the smallest that have a sample."""
     if len(counts) <= most:
         return [ranking(counts, total, most) | {"title": "", "left": 0}]
+    counts = [(name, n) for name, n in counts if n]
     largest, smallest = ranking(counts, total, most // 2), ranking(counts[-most // 2 :], total, most // 2)
     for row in smallest["rows"]:  # bars of one scale
         row["bar"] = round(100 * row["count"] / max(counts[0][1], 1), 1)
-    return [largest | {"title": f"The {most // 2} largest of {len(counts):,}"}, smallest | {"title": f"The {most // 2} smallest"}]
+    return [
+        largest | {"title": f"The {most // 2} largest of {len(counts):,}", "left": 0},
+        smallest | {"title": f"The {most // 2} smallest"},
+    ]
 
 
 def _cards(items: Sequence[tuple[Any, ...]], thumbs: dict[Ref, str]) -> list[dict[str, Any]]:
     return [{"image": thumbs.get(item[0]), "key": item[0].key, "shard": item[0].shard, "text": item[1], "label": ""} for item in items]
+
+
+def _strip(group: Group, thumbs: dict[Ref, str]) -> dict[str, Any]:
+    return {"count": group.count, "cards": _cards([(ref, "") for ref in group.refs], thumbs)}
 
 
 def render(
@@ -180,6 +190,10 @@ def render(
             return known[int(label)]
         return f"class {label}" if label and label.isdigit() else label or ""
 
+    languages = None if data["languages"] is None else [(k, n) for k, n in data["languages"].items() if k != "short"]
+    examples = _cards([(ref, text) for ref, text, _ in s.examples.sorted()], thumbs)
+    for card, (_, _, label) in zip(examples, s.examples.sorted()):
+        card["label"] = named(label)
     context = {
         "d": data,
         "notes": notes(data),
@@ -188,18 +202,15 @@ def render(
         "formats": ranking(list(data["images"]["formats"].items()), data["images"]["found"], 12),
         "modes": ranking(list(data["images"]["modes"].items()), sum(data["images"]["modes"].values()), 12),
         "sizes": ranking(data["images"]["common_sizes"], data["images"]["found"], 12),
-        "words": ranking(data["vocabulary"]["top"], data["captions"]["samples"], 30),
-        "languages": data["languages"] and ranking([(k, n) for k, n in data["languages"].items() if k != "short"], data["captions"]["captions"], 12),
+        "words": ranking(data["vocabulary"]["top"], data["captions"]["samples"], 20),
+        "languages": None if languages is None else ranking(languages, data["captions"]["captions"], 12),
         "scripts": ranking(list(data["scripts"].items()), data["captions"]["captions"], 12),
         "classes": classes(labels, data["labels"]["samples"]) if data["labels"]["samples"] else [],
-        "examples": [
-            {"image": thumbs.get(ref), "key": ref.key, "shard": ref.shard, "text": text, "label": named(label_)} for ref, text, label_ in s.examples.sorted()
-        ],
+        "examples": examples,
         "worst": {title: _cards(items, thumbs) for title, items in worst.items() if items},
         "texts": {title: _cards(items, thumbs) for title, items in texts.items() if items},
-        "shown": {
-            kind: [{"count": g.count, "cards": _cards([(ref, "") for ref in g.refs], thumbs)} for g in groups] for kind, groups in shown.items()
-        },
+        "shown": {kind: [_strip(group, thumbs) for group in groups] for kind, groups in shown.items()},
+        "name": ", ".join(dict.fromkeys(line["folder"].rstrip("/").rpartition("/")[2] or line["folder"] for line in data["licences"])),
         "near": NEAR, "max_items": MAX_ITEMS, "blank_below": BLANK, "min_letters": MIN_LETTERS,
     }  # fmt: skip
     environment = jinja2.Environment(

@@ -14,10 +14,9 @@ MIN_LETTERS = 20  # of a caption whose language is guessed; shorter ones are too
 _SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _WORD = re.compile(rf"[{_SPACELESS}]|(?:(?![{_SPACELESS}])\w)+(?:['’](?:(?![{_SPACELESS}])\w)+)*")
 
-STOP_WORDS = frozenset(
-    "a an and are as at be but by for from had has have he her his i in into is it its no not of off on or our out over she so than that the "
-    "their them then there these they this to up was we were what when which who will with you your".split()
-)
+_ENGLISH = """a an and are as at be but by for from had has have he her his i in into is it its no not of off on or our out over she so than
+that the their them then there these they this to up was we were what when which who will with you your"""
+STOP_WORDS = frozenset(_ENGLISH.split())
 
 _SCRIPTS = {
     "LATIN": "Latin", "CYRILLIC": "Cyrillic", "GREEK": "Greek", "CJK": "Han", "HIRAGANA": "Japanese kana", "KATAKANA": "Japanese kana",
