@@ -3,13 +3,22 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
+import fsspec
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from data_prep.build import app
+from data_prep.images import encode
+from data_prep.readers.base import extension_of
+from data_prep.readers.table import Table
+from data_prep.writer import InputError
+from mmpretrain.data.decode import sniff
 from mmpretrain.data.index import open_index
+from mmpretrain.data.order import in_part
 from mmpretrain.data.source import Source, SourceConfig
 from mmpretrain.data.views import CenterView, TextView
 
@@ -173,3 +182,208 @@ def test_folder_without_classes_is_image_only(folder: Path, tmp_path: Path) -> N
 def test_help_shows_an_example() -> None:
     for command in ("csv", "folder"):
         assert f"python -m data_prep build {command}" in run(command, "--help").output
+
+
+def photo(size: tuple[int, int], seed: int, kind: str = "PNG", **options: Any) -> bytes:
+    """Smooth, so that lossy formats keep it closely."""
+    y, x = np.mgrid[: size[1], : size[0]]
+    waves = [127 + 100 * np.sin(x / (9 + c + seed) + seed) * np.cos(y / (11 + c)) for c in range(3)]
+    out = io.BytesIO()
+    Image.fromarray(np.stack(waves, -1).astype(np.uint8)).save(out, kind, **options)
+    return out.getvalue()
+
+
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    root = tmp_path / "photos"
+    root.mkdir()
+    (root / "large.png").write_bytes(photo((400, 200), 1))
+    (root / "large.jpg").write_bytes(photo((1200, 600), 2, "JPEG", quality=95))
+    (root / "small.webp").write_bytes(photo((40, 60), 3, "WEBP"))
+    (root / "large.bmp").write_bytes(photo((300, 330), 4, "BMP"))
+    return root
+
+
+def images(out: Path) -> dict[str, bytes]:
+    """The image bytes by size in pixels and extension."""
+    found = {}
+    for members in samples(out).values():
+        for extension, data in members.items():
+            width, height = opened(data).size
+            found[f"{width}x{height}.{extension}"] = data
+    return found
+
+
+def difference(a: Image.Image, b: Image.Image) -> float:
+    return float(np.abs(np.asarray(a.convert("RGB"), float) - np.asarray(b.convert("RGB"), float)).mean())
+
+
+def test_resize_shrinks_the_shorter_side_and_touches_no_other_image(photos: Path, tmp_path: Path) -> None:
+    assert run("folder", photos, "--out", tmp_path / "s", "--resize", 100).exit_code == 0
+    found = images(tmp_path / "s")
+    assert sorted(found) == ["100x110.png", "200x100.jpg", "200x100.png", "40x60.webp"]  # a format without an encoder here becomes PNG
+    assert found["40x60.webp"] == (photos / "small.webp").read_bytes()
+    for name, source in (("200x100.png", "large.png"), ("200x100.jpg", "large.jpg")):
+        with opened((photos / source).read_bytes()) as original:
+            assert difference(opened(found[name]), original.resize((200, 100), Image.Resampling.LANCZOS)) < 2
+
+
+def test_reencode_changes_the_format_of_all(photos: Path, tmp_path: Path) -> None:
+    assert run("folder", photos, "--out", tmp_path / "w", "--reencode", "webp", "--quality", 90).exit_code == 0
+    found = images(tmp_path / "w")
+    assert sorted(found) == ["1200x600.webp", "300x330.webp", "400x200.webp", "40x60.webp"]
+    assert difference(opened(found["400x200.webp"]), opened((photos / "large.png").read_bytes())) < 3
+    assert run("folder", photos, "--out", tmp_path / "p", "--reencode", "png").exit_code == 0
+    assert difference(opened(images(tmp_path / "p")["300x330.png"]), opened((photos / "large.bmp").read_bytes())) == 0
+    small, large = (tmp_path / name for name in ("q30", "q95"))
+    run("folder", photos, "--out", small, "--reencode", "jpeg", "--quality", 30)
+    run("folder", photos, "--out", large, "--reencode", "jpeg")
+    assert len(images(small)["1200x600.jpg"]) < 0.6 * len(images(large)["1200x600.jpg"])
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def test_encoding_keeps_what_an_image_shows(tmp_path: Path) -> None:
+    half = Image.new("RGB", (60, 40), (200, 0, 0))
+    half.paste((0, 0, 200), (30, 0, 60, 40))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown a quarter turn clockwise
+    extension, data = encode(encoded(half, "JPEG", exif=turned, quality=95), None, "png", 95) or ("", b"")
+    upright = opened(data).convert("RGB")
+    assert (extension, upright.size) == ("png", (40, 60))
+    assert upright.getpixel((20, 10))[0] > 150  # red is at the top
+    assert upright.getpixel((20, 50))[2] > 150
+    clear = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
+    assert opened((encode(encoded(clear, "PNG"), None, "jpeg", 95) or ("", b""))[1]).getpixel((5, 5)) == (255, 255, 255)
+    assert opened((encode(encoded(clear, "PNG"), 10, None, 95) or ("", b""))[1]).getpixel((5, 5))[3] == 0
+    deep = Image.fromarray(np.full((20, 20), 128 * 257, np.uint16))
+    assert opened((encode(encoded(deep, "PNG"), None, "png", 95) or ("", b""))[1]).convert("L").getpixel((5, 5)) == 128
+    cmyk = Image.new("CMYK", (20, 20), (0, 255, 255, 0))
+    assert opened((encode(encoded(cmyk, "JPEG"), None, "png", 95) or ("", b""))[1]).convert("RGB").getpixel((5, 5))[0] > 200
+    assert encode(encoded(half, "PNG"), 40, None, 95) is None
+
+
+def test_images_that_cannot_be_decoded_are_listed(photos: Path, tmp_path: Path) -> None:
+    (photos / "cut.png").write_bytes((photos / "large.png").read_bytes()[:300])
+    refused = run("folder", photos, "--out", tmp_path / "a", "--resize", 100)
+    assert refused.exit_code == 2
+    assert "undecodable_image" in refused.output
+    assert run("folder", photos, "--out", tmp_path / "b", "--resize", 100, "--skip-bad").exit_code == 0
+    assert json.loads((tmp_path / "b" / "skipped.jsonl").read_text())["input"].startswith("cut_")
+    assert run("folder", photos, "--out", tmp_path / "c").exit_code == 0  # nobody asked to look inside
+
+
+def test_holdout_keeps_duplicates_on_one_side(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    root.mkdir()
+    for i in range(60):
+        (root / f"{i}.png").write_bytes(photo((24, 20), i))
+        (root / f"{i}-copy.bmp").write_bytes(photo((24, 20), i, "BMP"))  # the same pixels in other bytes
+    result = run("folder", root, "--out", tmp_path / "s", "--holdout", 0.3, "--max-count", 50, "--processes", 1)
+    assert result.exit_code == 0, result.output
+    parts = {part: set(samples(tmp_path / "s" / part)) for part in ("train", "holdout")}
+    assert len(parts["train"]) + len(parts["holdout"]) == 120
+    assert 15 <= len(parts["holdout"]) <= 60
+    for keys in parts.values():
+        stems = {key.rsplit("_", 1)[0] for key in keys}
+        assert {f"{stem}-copy" for stem in stems if "copy" not in stem} == {stem for stem in stems if "copy" in stem}
+    for part, keys in parts.items():
+        manifest = json.loads((tmp_path / "s" / part / "manifest.json").read_text())
+        assert manifest["num_samples"] == len(keys) == sum(json.loads((tmp_path / "s" / part / "sizes.json").read_text()).values())
+    assert run("folder", root, "--out", tmp_path / "s", "--holdout", 0.3, "--max-count", 50, "--processes", 1).exit_code == 0  # finished
+    assert run("folder", root, "--out", tmp_path / "s", "--holdout", 0.4, "--max-count", 50, "--processes", 1).exit_code == 1
+
+
+def test_holdout_by_key_is_the_split_of_a_source(tmp_path: Path, photos: Path) -> None:
+    for i in range(40):
+        (photos / f"n{i}.png").write_bytes(image((i, 0, 0)))
+    assert run("folder", photos, "--out", tmp_path / "whole").exit_code == 0
+    assert run("folder", photos, "--out", tmp_path / "s", "--holdout", 0.25, "--holdout-by", "key").exit_code == 0
+    keys = list(samples(tmp_path / "whole"))
+    held = in_part(keys, 0.25, "holdout")
+    assert set(samples(tmp_path / "s" / "holdout")) == {key for key, is_held in zip(keys, held) if is_held}
+    assert 0 < held.sum() < len(keys)
+
+
+def test_captions_are_nfc_and_bad_ones_are_listed(table: Path, tmp_path: Path) -> None:
+    rows = ["file,name", "images/0.img,cafe\u0301", "images/1.img,"]
+    table.write_bytes("\n".join(rows).encode() + b"\nimages/2.img,caf\xe9\n")
+    result = run("csv", table, "--out", tmp_path / "s", "--image-column", "file", "--caption", "{name}", "--skip-bad")
+    assert result.exit_code == 0, result.output
+    assert [m["txt"].decode() for m in samples(tmp_path / "s").values()] == ["caf\u00e9"]
+    lines = [json.loads(line) for line in (tmp_path / "s" / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["input"], line["reason"]) for line in lines] == [("t.csv, line 3", "empty_caption"), ("t.csv, line 4", "not_utf8")]
+    refused = run("csv", table, "--out", tmp_path / "r", "--image-column", "file", "--caption", "{name}")
+    assert refused.exit_code == 2
+    assert "t.csv, line 3: empty_caption" in refused.output
+
+
+def test_a_table_is_a_stream(table: Path, tmp_path: Path) -> None:
+    """The rows of the tasks that were not asked for are not read."""
+    with table.open("a") as file:
+        file.writelines(f"images/0.img,row {i},,a\n" for i in range(5000))
+        file.write("ragged\n")
+    tasks = Table.open(str(table), "file", ["{name}"]).tasks(100)
+    first = next(tasks)
+    assert [row[0] for row in first] == list(range(100))
+    with pytest.raises(InputError, match="line 5006: expected 4 fields"):
+        list(tasks)
+
+
+def test_urls_are_read_and_written(folder: Path, table: Path, tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for path in [*folder.rglob("*.png"), *(tmp_path / "images").iterdir(), table]:
+        memory.put_file(str(path), f"/in/{path.relative_to(tmp_path)}")
+    assert run("folder", "memory://in/photos", "--out", "memory://out/f", "--label-from-folder").exit_code == 0
+    assert run("folder", folder, "--out", tmp_path / "f", "--label-from-folder").exit_code == 0
+    assert run("csv", "memory://in/t.csv", "--out", f"file://{tmp_path}/c", *ARGS, "--processes", 1).exit_code == 0
+    assert run("csv", table, "--out", tmp_path / "d", *ARGS).exit_code == 0
+    assert memory.cat_file("/out/f/00000.tar") == (tmp_path / "f" / "00000.tar").read_bytes()
+    assert memory.cat_file("/out/f/classnames.txt") == b"cat\ndog\n"
+    assert (tmp_path / "c" / "00000.tar").read_bytes() == (tmp_path / "d" / "00000.tar").read_bytes()
+    memory.store.clear()
+
+
+def test_processes_make_no_difference(folder: Path, tmp_path: Path) -> None:
+    for processes in (1, 2):
+        options = ("--max-count", 2, "--resize", 8, "--holdout", 0.5, "--holdout-by", "key", "--processes", processes)
+        assert run("folder", folder, "--out", tmp_path / f"s{processes}", *options).exit_code == 0
+    files = sorted(path.relative_to(tmp_path / "s1") for path in (tmp_path / "s1").rglob("*.tar*"))
+    assert len(files) > 4
+    assert all((tmp_path / "s1" / name).read_bytes() == (tmp_path / "s2" / name).read_bytes() for name in files)
+
+
+def test_the_result_as_json(folder: Path, tmp_path: Path) -> None:
+    result = run("folder", folder, "--out", tmp_path / "s", "--json", "--licence", "CC0")
+    assert json.loads(result.stdout) == json.loads((tmp_path / "s" / "manifest.json").read_text())
+    assert json.loads(result.stdout)["licence"] == "CC0"
+
+
+def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "nothing in it" in run("folder", tmp_path / "empty", "--out", tmp_path / "a").output
+    (tmp_path / "empty" / "readme.md").write_text("no image")
+    result = run("folder", tmp_path / "empty", "--out", tmp_path / "b", "--skip-bad")
+    assert result.exit_code == 1
+    assert "no sample was written" in result.output
+
+
+@pytest.mark.parametrize(
+    ("kind", "extension"),
+    [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif"), ("BMP", "bmp"), ("TIFF", "tiff"), ("PPM", "ppm")],
+)
+def test_formats_are_told_as_training_tells_them(kind: str, extension: str) -> None:
+    data = image((1, 2, 3), kind)
+    assert extension_of(data) == extension
+    assert sniff(data) == kind.lower()
+    for other in (b"", b"<html>", b"RIFF1234WAVE", b"P9 ", data[:1]):
+        assert extension_of(other) is None
+        assert sniff(other) is None

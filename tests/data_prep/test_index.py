@@ -5,12 +5,14 @@ import json
 import tarfile
 from pathlib import Path
 
+import fsspec
 import pytest
 import typer
 from typer.testing import CliRunner, Result
 
 from data_prep.index import index
 from data_prep.writer import Record, write_shards
+from mmpretrain.data.cache import remote_index
 from mmpretrain.data.index import index_path, load
 
 app = typer.Typer()
@@ -78,3 +80,43 @@ def test_known_checksums_outlive_an_index_without_them(tmp_path: Path) -> None:
     assert refused.exit_code == 1
     assert "pass --replace" in refused.output
     assert (load(index_path(path))[0].sha256 == known).all()
+
+
+def test_processes_make_no_difference(foreign: Path) -> None:
+    assert run(foreign, "--processes", 1).exit_code == 0
+    before = [index_path(foreign / f"{s}.tar").read_bytes() for s in range(2)]
+    again = run(foreign, "--replace", "--processes", 2)
+    assert again.output.index("0.tar: 3 samples") < again.output.index("1.tar: 3 samples")
+    assert [index_path(foreign / f"{s}.tar").read_bytes() for s in range(2)] == before
+
+
+def test_remote_shards_get_their_index_beside_them(foreign: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for s in range(2):
+        memory.put_file(str(foreign / f"{s}.tar"), f"/theirs/{s}.tar")
+    memory.pipe_file("/theirs/sizes.json", b'{"9.tar": 5}')
+    result = run("memory://theirs/{0..1}.tar")
+    assert result.exit_code == 0, result.output
+    assert json.loads(memory.cat_file("/theirs/sizes.json")) == {"0.tar": 3, "1.tar": 3, "9.tar": 5}
+    run(foreign)
+    local = load(index_path(foreign / "1.tar"))[0]
+    remote = remote_index("memory://theirs/1.tar")
+    assert remote is not None
+    assert (remote.keys, remote.tar_bytes) == (local.keys, local.tar_bytes)
+    assert (remote.sha256 == local.sha256).all()
+    data = bytearray(memory.cat_file("/theirs/1.tar"))
+    data[600] ^= 1
+    memory.pipe_file("/theirs/1.tar", bytes(data))
+    refused = run("memory://theirs/1.tar")
+    assert refused.exit_code == 1
+    assert "memory://theirs/1.tar: the bytes at 512, of sample 0, are not those" in refused.output
+    assert run("memory://theirs/2.tar").exit_code == 1
+    memory.store.clear()
+
+
+def test_a_sizes_file_that_is_none_is_named(foreign: Path) -> None:
+    (foreign / "sizes.json").write_text("[1]")
+    result = run(foreign)
+    assert result.exit_code == 1
+    assert "sizes.json: expected" in result.output
+    assert (foreign / "sizes.json").read_text() == "[1]"
