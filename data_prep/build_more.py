@@ -25,6 +25,7 @@ Keys = Annotated[str, typer.Option("--keys", help="keep, or shard: put the shard
 def _class_names(file: str | None) -> tuple[str, ...] | None:
     if file is None:
         return None
+    _there(file)
     try:
         names = tuple(line.strip() for line in files.read_bytes(file).decode("utf-8-sig").splitlines() if line.strip())
     except UnicodeDecodeError as error:
@@ -81,8 +82,16 @@ def _with_columns(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def _folder_of(file: str) -> str:
-    return file.rpartition("/")[0] or "."
+def _folder_of(inputs: list[str]) -> str:
+    """The folder of the first table, once all are there. Raises InputError."""
+    _there(*inputs)
+    return inputs[0].rpartition("/")[0] or "."
+
+
+def _there(*inputs: str) -> None:
+    for name in inputs:
+        if not files.exists(name):
+            raise InputError(f"{name}: no such file or folder")
 
 
 @app.command(
@@ -95,7 +104,7 @@ def build_jsonl(file: Annotated[list[str], typer.Argument(help="JSON Lines, path
     from data_prep.readers.lines import json_lines
 
     with shared.input_errors():
-        reader = json_lines(file, columns(_folder_of(file[0])))
+        reader = json_lines(file, columns(_folder_of(file)))
     finish(reader, **common)
 
 
@@ -114,7 +123,7 @@ def build_tsv(
     from data_prep.readers.lines import tab_separated
 
     with shared.input_errors():
-        reader = tab_separated(file, columns(_folder_of(file[0])), column_names.split(",") if column_names else None)
+        reader = tab_separated(file, columns(_folder_of(file)), column_names.split(",") if column_names else None)
     finish(reader, **common)
 
 
@@ -126,7 +135,7 @@ def build_parquet(file: Annotated[list[str], typer.Argument(help="parquet files,
     from data_prep.readers.parquet import parquet_files
 
     with shared.input_errors():
-        reader = parquet_files(file, columns(_folder_of(file[0])))
+        reader = parquet_files(file, columns(_folder_of(file)))
     finish(reader, **common)
 
 
@@ -172,6 +181,7 @@ def build_sidecar(
     from data_prep.readers.sidecar import sidecar
 
     with shared.input_errors():
+        _there(folder)
         reader = sidecar(folder, tuple(caption), lines, label_column, label_from_folder, _class_names(classes))
     finish(reader, **common)
 
@@ -183,10 +193,11 @@ def build_coco(
     images: Annotated[str, typer.Argument(help="folder or URL of the images")],
     **common: Any,
 ) -> None:
-    """Shards from COCO annotations: boxes [x, y, width, height] and captions in the json member, the first caption in txt."""
+    """Shards from COCO annotations: boxes (x, y, width, height) and captions in the json member, the first caption in txt."""
     from data_prep.readers.coco import coco
 
     with shared.input_errors():
+        _there(*annotations, images)
         reader = coco(annotations, images)
     finish(reader, **common)
 
@@ -206,6 +217,7 @@ def build_voc(
     from data_prep.readers.voc import voc
 
     with shared.input_errors():
+        _there(folder)
         reader = voc(folder, split, zero_based, _class_names(classes))
     finish(reader, **common)
 
@@ -223,6 +235,7 @@ def build_img2dataset(
     from data_prep.readers.img2dataset import img2dataset
 
     with shared.input_errors():
+        _there(folder)
         reader = img2dataset(folder, tuple(members), tuple(require), keys)
     finish(reader, **common)
 

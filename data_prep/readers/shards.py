@@ -178,7 +178,7 @@ def shards(names: list[str], members: tuple[str, ...] = (), require: tuple[str, 
         raise InputError(f"{', '.join(twice[:3])} named more than once")
     unmet = [extension for extension in require if members and extension not in members]
     if unmet:
-        raise InputError(f"--require {', '.join(unmet)} is not among --members {', '.join(members)}")
+        raise InputError(f"--require {', '.join(unmet)} is not among --member {', '.join(members)}")
     stated = tuple((name, count, "sizes.json") for name, count in sorted(read_sizes(names).items()))
     depth = 1
     while len({tuple(name.split("/")[-depth:]) for name in names}) < len(names):
