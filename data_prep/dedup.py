@@ -55,17 +55,9 @@ def deduplicate(
 
 
 def _table(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from data_prep.filter_keep import print_table
 
-    table = Table("", "samples")
-    for rule, count in result["dropped"].items():
-        table.add_row(rule, f"{count:,}")
-    table.add_row("good", f"{result['good']:,}")
-    table.add_row("all", f"{result['samples']:,}")
-    Console().print(table)
-    for line in result.get("damage", []):
-        typer.echo(f"damaged: {line}", err=True)
+    print_table(result)
     if "evaluation" in result:
         held = result["evaluation"]
         line = f"{held['in_training']} of {held['samples']} evaluation samples have a copy among the training samples"

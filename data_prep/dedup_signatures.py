@@ -88,7 +88,7 @@ def signature(image: np.ndarray, caption: int = 0) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Sign:
-    """The stage: a span of samples -> SIGNATURE [n]; (sample, reason, detail) of those without a usable image; damage of the shard, with its first span."""
+    """The stage: a span of samples -> SIGNATURE [n]; (sample, reason, detail) of those without a usable image; the shard's damage."""
 
     caption: str = "txt"
 

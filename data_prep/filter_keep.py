@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from data_prep import files
 from data_prep.samples import Shard
@@ -58,3 +60,18 @@ def carried(names: Iterable[str]) -> dict[str, str]:
         return {}
     places = {name: files.join(next(iter(folders)), name) for name in CARRIED}
     return {name: files.read_bytes(place).decode("utf-8") for name, place in places.items() if files.exists(place)}
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """How many samples each rule dropped; good + dropped = all."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "samples")
+    for rule, count in result["dropped"].items():
+        table.add_row(rule, f"{count:,}")
+    table.add_row("good", f"{result['good']:,}")
+    table.add_row("all", f"{result['samples']:,}")
+    Console().print(table)
+    for line in result.get("damage", []):
+        print(f"damaged: {line}", file=sys.stderr)

@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image, ImageDraw, ImageFilter
 from typer.testing import CliRunner
 
 from data_prep import dedup, dedup_near
-from data_prep.__main__ import app
 from data_prep.dedup_clusters import Clusters, exact_groups, kept
 from data_prep.dedup_find import Options, find
 from data_prep.dedup_signatures import signature
 from data_prep.samples import Shard
 from data_prep.writer import Record, write_shards
+
+app = typer.Typer()
+app.command()(dedup.dedup)
 
 COLOURS = [(200, 40, 40), (40, 160, 60), (40, 60, 200), (230, 190, 40), (150, 60, 170)]
 SHAPES = ["ellipse", "rectangle", "triangle", "cross"]
@@ -142,7 +145,7 @@ def test_exact_finds_lossless_twins_alone(shards: tuple) -> None:
 def test_written_shards_lack_the_copies_and_say_why(shards: tuple, tmp_path: Path) -> None:
     folder, exact, near = shards
     out, json_file, page = tmp_path / "out", tmp_path / "r.json", tmp_path / "p.html"
-    arguments = ["dedup", str(folder), "--out", str(out), "--report", str(json_file), "--processes", "1", "--json", "--page", str(page)]
+    arguments = [str(folder), "--out", str(out), "--report", str(json_file), "--processes", "1", "--json", "--page", str(page)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     report = json.loads(json_file.read_text())
@@ -156,7 +159,7 @@ def test_written_shards_lack_the_copies_and_say_why(shards: tuple, tmp_path: Pat
     copied = Shard(str(out / "00000.tar")).read(3).members
     assert copied == records(distinct())[3].members
     text = page.read_text()
-    assert text.count("<img") == 2 * len(exact | near) - sum(len(c["dropped"]) - 1 for c in report["clusters"])
+    assert text.count("<img") == len(exact | near) + len(report["clusters"])
     assert "src='http" not in text
     assert 'src="http' not in text
 
@@ -277,7 +280,7 @@ class MeanColour:
 
         self.preprocess = Preprocess(size=32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
-    def images(self, pixels: torch.Tensor):  # noqa: ANN201
+    def images(self, pixels: torch.Tensor):
         from mmpretrain.types import Encoded
 
         return Encoded(features=None, pooled=pixels.mean((2, 3)))
@@ -309,11 +312,12 @@ def test_embeddings_join_what_a_model_finds_alike(tmp_path: Path, monkeypatch: p
 def test_bad_options_are_named(tmp_path: Path, arguments: list[str], message: str) -> None:
     write_shards(records(distinct()[:3]), tmp_path / "s")
     arguments = [argument.replace("{shards}", str(tmp_path / "s")) for argument in arguments]
-    result = CliRunner().invoke(app, ["dedup", str(tmp_path / "s"), "--processes", "1", *arguments])
+    result = CliRunner().invoke(app, [str(tmp_path / "s"), "--processes", "1", *arguments])
     assert result.exit_code != 0
     assert message in " ".join(result.output.split())
 
 
+@pytest.mark.slow
 def test_find_does_not_depend_on_processes(shards: tuple) -> None:
     names = sorted(str(path) for path in shards[0].glob("*.tar"))
     one = find(names, [], Options(), processes=1)

@@ -1,0 +1,212 @@
+"""`filter`: the samples of shards that pass stated rules, as DataComp's filters and a user's own."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from data_prep.options import Engine, JsonOutput, Licence, Processes
+
+
+class Judged:
+    """What is known of every sample, in order: whether it was dropped, and why. A byte a sample, and a line of each dropped one."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.counts = np.zeros(len(names), np.int64)
+        self.drops: dict[int, tuple[str, str]] = {}  # sample -> (rule, detail)
+        self.damage: list[str] = []
+
+    @property
+    def starts(self) -> np.ndarray:
+        return np.r_[0, np.cumsum(self.counts)]
+
+    def left(self) -> np.ndarray:
+        """int64: the samples not dropped, ascending."""
+        good = np.ones(int(self.counts.sum()), bool)
+        good[list(self.drops)] = False
+        return np.flatnonzero(good)
+
+    def places(self, samples: np.ndarray) -> Iterator[tuple[int, str, int]]:
+        """(sample, shard, number in it)."""
+        starts = self.starts
+        shards = np.searchsorted(starts, samples, side="right") - 1
+        for sample, shard in zip(samples.tolist(), shards.tolist()):
+            yield sample, self.names[shard], sample - int(starts[shard])
+
+
+def _judge(names: list[str], rules: Any, max_repeats: int | None, engine: str, processes: int | None) -> Judged:
+    """The rules on single samples, then repeats among those that passed them."""
+    from data_prep import engine as engines
+    from data_prep.dedup_signatures import spans
+    from data_prep.filter_rules import Judge
+    from data_prep.filter_set import repeated
+
+    judged, start, digests = Judged(names), 0, []
+    number, tasks = {name: i for i, name in enumerate(names)}, list(spans(names))
+    results = engines.run(Judge(rules, max_repeats is not None), tasks, engine=engine, processes=processes, title="judging")
+    for span, (count, dropped, part, damage) in zip(tasks, results, strict=True):
+        judged.counts[number[span.name]] += count
+        judged.drops |= {start + at - span.start: (rule, detail) for at, rule, detail in dropped}
+        judged.damage += damage
+        digests.append(part)
+        start += count
+    if max_repeats is not None:
+        left = judged.left()
+        for sample in left[repeated(np.concatenate([*digests, np.zeros(0, np.uint64)])[left], max_repeats)].tolist():
+            judged.drops[sample] = "max_repeats", f"its caption came {max_repeats} times before"
+    return judged
+
+
+def _score(judged: Judged, model: str, caption: str, least: float | None, fraction: float | None, save: str | None) -> None:
+    """Score what is left under a model, and drop the low ones.
+
+    In this process, in batches: see `score`. Samples that cannot be scored are dropped with the reason.
+    """
+    from data_prep.filter_set import save_scores, too_low
+    from data_prep.score import Encoder, Place
+
+    left = judged.left()
+    scores = np.full(len(left), np.nan, np.float32)
+    keys: dict[int, str] = {}  # only where they are saved
+    encoder = Encoder(model)
+    for batch in encoder.batches((Place(*place) for place in judged.places(left)), caption):
+        judged.drops |= {sample: (error.reason, error.detail) for sample, error in batch.bad}
+        if batch.samples:
+            scores[np.searchsorted(left, batch.samples)] = encoder.similarities(batch).numpy()
+            if save is not None:
+                keys |= dict(zip(batch.samples, batch.keys))
+    scored = ~np.isnan(scores)
+    left, scores = left[scored], scores[scored]
+    if save is not None:
+        save_scores(save, ((name, keys[sample], float(score)) for (sample, name, _), score in zip(judged.places(left), scores)))
+    if least is not None or fraction is not None:
+        dropped, limit = too_low(scores, least, fraction)
+        for sample, score in zip(left[dropped].tolist(), scores[dropped].tolist()):
+            judged.drops[sample] = "score", f"{score:.4f}; {limit}"
+
+
+def select(
+    shards: list[str],
+    out: str | None = None,
+    *,
+    rules: Any = None,
+    max_repeats: int | None = None,
+    score: str | None = None,
+    min_score: float | None = None,
+    keep_top: float | None = None,
+    save_scores: str | None = None,
+    engine: str = "local",
+    processes: int | None = None,
+    command: str | None = None,
+    licence: str | None = None,
+) -> dict[str, Any]:
+    """Shard specs -> counts: samples, good, and dropped by rule; with `out`, shards of the good ones and skipped.jsonl.
+
+    `rules`: a filter_rules.Rules. good + dropped = samples. Samples are judged first and written in a second pass over the shards, in which
+    their bytes pass through. Raises ShardError, InputError, OptionError, FileExistsError (see writer.build).
+    """
+    from data_prep import language
+    from data_prep.filter_keep import Part, carried, keep
+    from data_prep.filter_rules import Rules
+    from data_prep.samples import expand
+    from data_prep.writer import build
+
+    rules = rules or Rules()
+    if rules.languages:
+        language.check(rules.languages)
+    names = list(dict.fromkeys(expand(shards)))
+    judged = _judge(names, rules, max_repeats, engine, processes)
+    if score is not None:
+        _score(judged, score, rules.caption, min_score, keep_top, save_scores)
+    counts = Counter(rule for rule, _ in judged.drops.values())
+    samples = int(judged.counts.sum())
+    result: dict[str, Any] = {"samples": samples, "good": samples - counts.total(), "dropped": dict(sorted(counts.items()))}
+    if judged.damage:
+        result["damage"] = judged.damage
+    if out is not None:
+        drops: list[list[tuple[int, str, str]]] = [[] for _ in names]
+        ordered = np.array(sorted(judged.drops), np.int64)
+        number = {name: i for i, name in enumerate(names)}
+        for sample, name, at in judged.places(ordered):
+            drops[number[name]].append((at, *judged.drops[sample]))
+        parts = [Part(name, int(count), tuple(dropped)) for name, count, dropped in zip(names, judged.counts, drops)]
+        asked = {"max_repeats": max_repeats, "score": score, "min_score": min_score, "keep_top": keep_top}
+        plan = {"filter": repr(rules), **asked}
+        run = {"engine": engine, "processes": processes, "command": command, "licence": licence, "texts": carried(names)}
+        result["written"] = build(out, keep, parts, plan=plan, **run)["num_samples"]
+    return result
+
+
+def filter_(
+    shards: Annotated[list[str], typer.Argument(help="shards: paths, globs, brace ranges, folders, URLs")],
+    out: Annotated[str | None, typer.Option("--out", help="folder or URL for the shards of what passes; default: only count")] = None,
+    min_side: Annotated[int | None, typer.Option("--min-side", min=1, help="pixels of the shorter side, at least")] = None,
+    max_aspect: Annotated[float | None, typer.Option("--max-aspect", min=1, help="longer side over shorter side, at most")] = None,
+    min_words: Annotated[int | None, typer.Option("--min-words", min=0, help="words of a caption, at least")] = None,
+    max_words: Annotated[int | None, typer.Option("--max-words", min=1, help="words of a caption, at most")] = None,
+    min_chars: Annotated[int | None, typer.Option("--min-chars", min=0, help="characters of a caption, at least")] = None,
+    max_chars: Annotated[int | None, typer.Option("--max-chars", min=1, help="characters of a caption, at most")] = None,
+    language: Annotated[
+        str | None, typer.Option("--language", help="captions in one of these languages: en, or en,de (extra `prep`)")
+    ] = None,
+    max_repeats: Annotated[
+        int | None, typer.Option("--max-repeats", min=1, help="the first so many samples with the same caption, over the whole set")
+    ] = None,
+    where: Annotated[
+        str | None, typer.Option("--where", metavar="FILE.py:FUNCTION", help="your function of a sample: True keeps it. Its code is run")
+    ] = None,
+    score: Annotated[
+        str | None, typer.Option("--score", metavar="MODEL", help="image-text cosine under a model: a run, an open_clip folder or name")
+    ] = None,
+    min_score: Annotated[float | None, typer.Option("--min-score", help="keep scores of at least this")] = None,
+    keep_top: Annotated[float | None, typer.Option("--keep-top", min=0, max=1, help="keep this fraction, the best scores")] = None,
+    save_scores: Annotated[str | None, typer.Option("--save-scores", help="write shard, key, score to FILE.parquet or FILE.jsonl")] = None,
+    caption: Annotated[str, typer.Option("--caption", help="the member that holds the caption, or json:FIELD")] = "txt",
+    licence: Licence = None,
+    engine: Engine = "local",
+    processes: Processes = None,
+    json_output: JsonOutput = False,
+) -> None:
+    """Keep the samples that pass every rule given; each of the others has a line in OUT/skipped.jsonl with the rule that dropped it."""
+    from data_prep.filter_rules import Predicate, Rules
+
+    if (score is None) != (min_score is None and keep_top is None and save_scores is None) or (
+        min_score is not None and keep_top is not None
+    ):
+        raise typer.BadParameter("--score MODEL goes with one of --min-score and --keep-top, or with --save-scores alone")
+    try:
+        predicate = None if where is None else Predicate.read(where)
+        languages = () if language is None else tuple(code.strip() for code in language.split(","))
+        lengths = (min_side, max_aspect, min_words, max_words, min_chars, max_chars)
+        command = shlex.join(["python", "-m", "data_prep", *sys.argv[1:]])
+        result = select(
+            shards,
+            out,
+            rules=Rules(*lengths, languages, predicate, caption),
+            max_repeats=max_repeats,
+            score=score,
+            min_score=min_score,
+            keep_top=keep_top,
+            save_scores=save_scores,
+            engine=engine,
+            processes=processes,
+            command=command,
+            licence=licence,
+        )
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    if json_output:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        from data_prep.filter_keep import print_table
+
+        print_table(result)
