@@ -61,10 +61,10 @@ def notes(d: dict[str, Any]) -> list[str]:
             "are counted as wrong answers for one another by contrastive losses."
         )
     if captions["json_captions"] > 0.5 * n:
-        found.append("The json members also hold `captions`: with --caption json:captions the page describes those.")
+        found.append("The json members also hold “captions”: with --caption json:captions the page describes those.")
     exact = d["duplicates"]["exact"]
     if exact["superfluous"] > 0.001 * max(images["found"], 1):
-        found.append(f"{exact['superfluous']:,} images are byte-identical copies of others. `python -m data_prep dedup` removes them.")
+        found.append(f"{exact['superfluous']:,} images are byte-identical copies of others. The command dedup removes them.")
     if images["blank"] > 0.001 * max(images["found"], 1):
         found.append(f"{images['blank']:,} images are blank, or nearly.")
     if images["misnamed"]:

@@ -108,7 +108,7 @@ def caption_charts(s: Summary, data: dict[str, Any]) -> list[dict[str, str]]:
             f"median {c['characters']['median']:,}",
         ),
         _chart(
-            "CLIP tokens of a caption",
+            "CLIP tokens",
             plots.histogram(
                 plots.linear_bins(s.tokens), "tokens", "tokens, begin and end among them", marks=[(CONTEXT + 1, f"CLIP reads {CONTEXT}")]
             ),
