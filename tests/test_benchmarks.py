@@ -19,7 +19,7 @@ def _scripts(monkeypatch):
 def quick(name: str, out: Path, *words: str, timeout: float = 300) -> list[dict]:
     """The records of a benchmark's quick form."""
     command = [sys.executable, str(HERE / f"bench_{name}.py"), "--quick", "--out", str(out), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=None)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in out.read_text().splitlines()]
 
@@ -52,7 +52,8 @@ def test_measured_sees_memory_lines_and_failure(tmp_path):
     log = tmp_path / "log"
     code = (
         "import sys, time\nblock = bytearray(200 << 20)\nblock[::4096] = b'x' * len(block[::4096])\n"
-        "file = open(sys.argv[1], 'w', buffering=1)\nfor i in range(3):\n    print('step', i, file=file)\n    print('other', file=file)\n    time.sleep(0.3)\n"
+        "file = open(sys.argv[1], 'w', buffering=1)\n"
+        "for i in range(3):\n    print('step', i, file=file)\n    print('other', file=file)\n    time.sleep(0.3)\n"
     )
     done = measured([sys.executable, "-c", code, str(log)], watch=log, pattern="step")
     assert len(done.seen) == 3
@@ -95,8 +96,9 @@ def test_page_shows_the_last_record_of_each_row_and_failures():
     from run_all import page
 
     line = {
-        "benchmark": "augment", "row": "a | b", "ours": "1", "peer": "2", "ratio": {"median": 1.5, "low": 1, "high": 2}, "target": "at least 2x",
-        "met": False, "quick": False, "machine": "M", "date": "2030-01-02", "versions": {"torch": "9"}, "command": "python x",
+        "benchmark": "augment", "row": "a | b", "ours": "1", "peer": "2", "ratio": {"median": 1.5, "low": 1, "high": 2},
+        "target": "at least 2x", "met": False, "quick": False, "machine": "M", "date": "2030-01-02", "versions": {"torch": "9"},
+        "command": "python x",
     }  # fmt: skip
     text = page([line | {"ours": "old"}, line, line | {"row": "c", "met": True, "ratio": None}], {"loader": "stopped after 5 s"})
     assert "| a \\| b | 1 | 2 | 1.50 (1.00 to 2.00) | at least 2x | **no** |" in text

@@ -2,8 +2,9 @@
 
     python scripts/benchmarks/bench_augment.py [--quick] [--rounds 5] [--out FILE]
 
-500x375 to 224 and 128x128 to 64: crop, flip, colour jitter, greyscale, blur, normalisation, with SimCLR's probabilities on both sides. Mean,
-deviation and the share of grey images must agree: both draw the same distribution, but for hue in YIQ and one clamp rather than several.
+500x375 to 224 and 128x128 to 64: crop, flip, colour jitter, greyscale, blur, normalisation, with SimCLR's probabilities on both sides.
+Mean, deviation and the share of grey images must agree: both draw the same distribution, but for hue in YIQ and one clamp rather than
+several.
 """
 
 import time

@@ -47,7 +47,8 @@ def case(which: str, shards: int, folder: str) -> None:
     step_ms = (time.perf_counter() - started) / 20 * 1000
     again = order.locate(np.arange(slot, slot + batch))
     assert order.total == shards * per_shard
-    assert (resumed.epoch == 3).all() and all((a == b).all() for a, b in zip(resumed, again)), "a resumed order must be the same"
+    assert (resumed.epoch == 3).all()
+    assert all((a == b).all() for a, b in zip(resumed, again)), "a resumed order must be the same"
     pairs = first.shard * per_shard + first.sample
     assert len(np.unique(pairs)) == batch, "no sample comes twice in an epoch"
     print(

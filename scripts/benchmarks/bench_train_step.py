@@ -4,8 +4,8 @@
 
 Both train ViT-Ti/16 at 112 px with a text tower of 12 layers in bf16, from the same weights, on the same shards of demo scenes with their
 captions, in processes of their own, alternately. Beforehand both train a few steps on one and the same batch: parameter counts and the
-course of the loss must agree. At the end ours must stand at no worse a loss. Samples/s are read off the wall clock between the log lines of steps. Memory is that of the trainer's process; the peer's loader
-process is not held against it.
+course of the loss must agree. At the end ours must stand at no worse a loss. Samples/s are read off the wall clock between the log lines
+of steps. Memory is that of the trainer's process; the peer's loader process is not held against it.
 """
 
 import tempfile

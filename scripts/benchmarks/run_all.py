@@ -57,8 +57,9 @@ def page(lines: list[dict], failures: dict[str, str]) -> str:
     judged = [line for line in rows if line["met"] is not None]
     text = [
         "# Benchmarks", "",
-        "Written by `python scripts/benchmarks/run_all.py` (`make bench`). Ours and the peer run alternately; a ratio is the median over rounds, with the",
-        "smallest and the largest, and above 1 ours is better. What each script does, and how it sees to it that both do the same work, stands at its top.", "",
+        "Written by `python scripts/benchmarks/run_all.py` (`make bench`). Ours and the peer run alternately; a ratio is the median over",
+        "rounds, with the smallest and the largest, and above 1 ours is better. What each script does, and how it sees to it that both do",
+        "the same work, stands at its top.", "",
         *[f"- {date}: {where}; {what}" for date, where, what in places],
         f"- targets met: {sum(line['met'] for line in judged)} of {len(judged)}", "",
         "| row | ours | peer | ratio | target | met |", "| --- | --- | --- | --- | --- | --- |",

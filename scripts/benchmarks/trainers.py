@@ -133,7 +133,8 @@ def train_ours(setting: Setting, objectives: dict[str, Any]) -> Run:
         "init_from": str(setting.folder / "first.pt"), "precision": "bf16", "threads": threads(), "log_every": 1,
         "sources": {"pairs": {"shards": f"{setting.folder}/{setting.data}/*.tar", "batch_size": setting.batch}},
         "objectives": {name: {"source": "pairs"} | options for name, options in objectives.items()},
-        "optim": {"lr": setting.lr, "weight_decay": 0.2, "betas": [0.9, 0.98], "eps": 1e-6, "warmup_steps": setting.steps // 8, "clip_grad_norm": None},
+        "optim": {"lr": setting.lr, "weight_decay": 0.2, "betas": [0.9, 0.98], "eps": 1e-6,
+                  "warmup_steps": setting.steps // 8, "clip_grad_norm": None},
     }  # fmt: skip
     path = setting.folder / "recipe.yaml"
     path.write_text(json.dumps(recipe))
