@@ -146,6 +146,8 @@ def _classes(dataset: Any, label: str, stream: bool) -> tuple[str, ...] | None:
     if hasattr(feature, "names"):
         return tuple(feature.names)
     if stream:
+        if class_names((lookup(row, label) for row in dataset.take(100)), f"column {label}") is None:
+            return None
         raise InputError(f"column {label} of a stream has no class names of its own: give them in their order with --classes FILE.")
     holder = dataset.select_columns([label if label in dataset.features else label.partition(".")[0]])
     return class_names((lookup(row, label) for _, row in _rows(holder, 0, len(holder))), f"column {label}")

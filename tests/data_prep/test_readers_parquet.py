@@ -122,3 +122,13 @@ def test_streamed_rows_are_told_apart_by_content() -> None:
     one, two = Streamed(0, ({"image": b"a" * 10_000},)), Streamed(0, ({"image": b"b" * 10_000},))
     assert repr(one) != repr(two)
     assert len(repr(one)) < 200
+
+
+def test_labels_of_a_stream() -> None:
+    numbers = datasets.Dataset.from_dict({"image": IMAGES[:2], "kind": [1, 0]}).to_iterable_dataset()
+    assert [members["cls"] for members in collect(from_dataset(numbers, Columns(label="kind"), "s"))[0].values()] == [b"1", b"0"]
+    names = datasets.Dataset.from_dict({"image": IMAGES[:2], "kind": ["b", "a"]}).to_iterable_dataset()
+    with pytest.raises(InputError, match="--classes FILE"):
+        from_dataset(names, Columns(label="kind"), "s")
+    found, _ = collect(from_dataset(names, Columns(label="kind", classes=("a", "b")), "s"))
+    assert [members["cls"] for members in found.values()] == [b"1", b"0"]

@@ -3,9 +3,12 @@
 import io
 import json
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_prep.readers.img2dataset import img2dataset
 from data_prep.readers.shards import shards
@@ -150,3 +153,19 @@ def test_img2dataset_output_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "00000_stats.json").write_text('{"successes": "many"}')
     with pytest.raises(InputError, match="count of `successes`"):
         img2dataset(str(tmp_path))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_nothing_is_lost_silently_from_a_changed_tar(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "0.tar"
+        tar(path, *(sample(f"{i}") for i in range(4)))
+        whole, _ = collect(shards([str(path)]))
+        content = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 3))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        del content[data.draw(st.integers(0, len(content))) :]
+        path.write_bytes(content)
+        found, skipped = collect(shards([str(path)]))
+        assert skipped or {key: set(members) for key, members in found.items()} == {key: set(members) for key, members in whole.items()}
