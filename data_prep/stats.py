@@ -42,7 +42,9 @@ def report(
     for part in engines.run(Stage(caption, label, share), names, engine=engine, processes=processes, title="reading shards"):
         found.merge(part)
     data, duplicates = numbers(found, names, share, caption, label)
-    return data, render(found, data, duplicates, engine=engine, processes=processes) if page else ""
+    html = render(found, data, duplicates, engine=engine, processes=processes) if page else ""
+    # A lone surrogate in a key or caption cannot be written: a question mark in its place.
+    return json.loads(json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")), html
 
 
 def stats(

@@ -202,7 +202,7 @@ def render(
         "formats": ranking(list(data["images"]["formats"].items()), data["images"]["found"], 12),
         "modes": ranking(list(data["images"]["modes"].items()), sum(data["images"]["modes"].values()), 12),
         "sizes": ranking(data["images"]["common_sizes"], data["images"]["found"], 12),
-        "words": ranking(data["vocabulary"]["top"], data["captions"]["samples"], 20),
+        "words": ranking(data["vocabulary"]["top"], data["captions"]["samples"], 20) | {"left": 0},
         "languages": None if languages is None else ranking(languages, data["captions"]["captions"], 12),
         "scripts": ranking(list(data["scripts"].items()), data["captions"]["captions"], 12),
         "classes": classes(labels, data["labels"]["samples"]) if data["labels"]["samples"] else [],

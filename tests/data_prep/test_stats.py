@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import tarfile
 from functools import cache
 from pathlib import Path
 
@@ -183,6 +184,18 @@ def test_empty_shards_and_no_captions_still_make_a_page(tmp_path: Path) -> None:
     data, page = stats_module.report([str(tmp_path / "none")], processes=1)
     assert data["samples"] == 0
     assert "There is no sample" in page
+
+
+def test_a_key_that_is_no_text_does_not_stop_the_report(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w", encoding="utf-8", errors="surrogateescape") as tar:
+        for name, member in ((b"k\xff.png", picture(1)), (b"k\xff.txt", b"a caption")):
+            info = tarfile.TarInfo(name.decode("utf-8", "surrogateescape"))
+            info.size = len(member)
+            tar.addfile(info, io.BytesIO(member))
+    data, page = stats_module.report([str(tmp_path)], processes=1)
+    assert data["images"]["decoded"] == data["captions"]["captions"] == 1
+    json.dumps(data, ensure_ascii=False).encode()
+    page.encode()
 
 
 def test_histogram_quantiles_are_exact() -> None:

@@ -1,0 +1,67 @@
+"""What should be said of a mixture before a run is made of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmpretrain.config import Config
+    from mmpretrain.data.source import Source
+
+FEW_EPOCHS, MANY_EPOCHS = 1.0, 50.0
+
+
+def of_source(name: str, source: Source, line: dict[str, Any]) -> list[str]:
+    found = []
+    for part in line["parts"]:
+        where = f"source {name!r}" + (f", part {part['first']}" if len(line["parts"]) > 1 else "")
+        if part["epochs"] is not None and part["epochs"] < FEW_EPOCHS:
+            found.append(f"{where}: {part['epochs']:.2f} epochs: {1 - part['epochs']:.0%} of its samples are never seen.")
+        if part["epochs"] is not None and part["epochs"] > MANY_EPOCHS:
+            found.append(f"{where}: {part['epochs']:.0f} epochs: every sample comes so often that overfitting is likely.")
+        rows = line["rows_per_step"] * part["share"]
+        if rows > part["samples"]:
+            found.append(f"{where}: {rows:.0f} rows a step from {part['samples']} samples: the same sample comes twice in one batch.")
+    budget = source.config.max_bad_fraction
+    wanted = [(kind, str(getattr(source.config, option)).partition(":")[0]) for kind, option in (("text", "caption"), ("label", "label"))]
+    for kind, extension in wanted:
+        for shards in source.shard_sets if source._wants[kind] else ():
+            lacking = shards.looked_at - shards.found.get(extension, 0)
+            if lacking > 0:
+                end = (
+                    f" That is more than max_bad_fraction {budget:g}: the run will stop."
+                    if lacking > 10 + budget * shards.looked_at
+                    else ""
+                )
+                found.append(
+                    f"source {name!r}, {shards.names[0]}: {lacking} of {shards.looked_at} samples have no {extension}, which an objective "
+                    f"needs; others are read in their place.{end}"
+                )
+    sampled = line.get("captions_sampled", 0)
+    if bad := line.get("unusable_captions", 0):
+        found.append(f"source {name!r}: {bad} of the samples looked at have no usable caption in {source.config.caption}.")
+    if line.get("over_context", 0) > 0.01:
+        found.append(f"source {name!r}: {line['over_context']:.0%} of {sampled} captions are cut at {line['context_length']} tokens.")
+    return found
+
+
+def shared(opened: dict[str, Source]) -> list[str]:
+    """Shards that several sources read: seen more often than any single line of the table says."""
+    readers: dict[str, list[str]] = {}
+    for name, source in opened.items():
+        split = source.config.split
+        for shards in source.shard_sets:
+            for shard in shards.names:
+                readers.setdefault(shard + (f" ({split.part})" if split else ""), []).append(name)
+    groups: dict[tuple[str, ...], int] = {}
+    for names in readers.values():
+        if len(unique := tuple(dict.fromkeys(names))) > 1:
+            groups[unique] = groups.get(unique, 0) + 1
+    return [f"sources {' and '.join(names)} read the same {count} shards: their epochs add up." for names, count in groups.items()]
+
+
+def of_recipe(config: Config, steps: int | None) -> list[str]:
+    found = []
+    if steps is not None and config.optim.warmup_steps >= steps:
+        found.append(f"optim.warmup_steps is {config.optim.warmup_steps} of only {steps} steps: the learning rate never gets to its peak.")
+    return found
