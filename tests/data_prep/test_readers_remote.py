@@ -1,0 +1,70 @@
+"""Readers over an fsspec file system: the same samples as from local files."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from data_prep.readers.coco import coco
+from data_prep.readers.columns import Columns
+from data_prep.readers.img2dataset import img2dataset
+from data_prep.readers.lines import json_lines
+from data_prep.readers.parquet import parquet_files
+from data_prep.readers.sidecar import sidecar
+from data_prep.readers.voc import voc
+from tests.data_prep.readers_support import collect, image
+from tests.data_prep.test_readers_shards import downloads
+
+PNG = image()
+
+
+@pytest.fixture
+def remote() -> Iterator[str]:
+    system = fsspec.filesystem("memory")
+    yield "memory://readers"
+    system.rm("/readers", recursive=True)
+
+
+def put(url: str, data: bytes | str) -> None:
+    with fsspec.open(url, "wb") as file:
+        file.write(data if isinstance(data, bytes) else data.encode())
+
+
+def test_tables(remote: str) -> None:
+    put(f"{remote}/a.png", PNG)
+    put(f"{remote}/t.jsonl", "".join(json.dumps({"image": name, "caption": name}) + "\n" for name in ("a.png", "b.png", f"{remote}/a.png")))
+    found, skipped = collect(json_lines([f"{remote}/t.jsonl"], Columns(captions=("caption",), root=remote)))
+    assert {key: members["png"] for key, members in found.items()} == {"00000000": PNG, "00000002": PNG}
+    assert [item.reason for item in skipped] == ["missing_image"]
+
+
+def test_parquet(remote: str, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"image": [PNG] * 5}), tmp_path / "t", row_group_size=2)
+    put(f"{remote}/t.parquet", (tmp_path / "t").read_bytes())
+    assert len(collect(parquet_files([f"{remote}/t.parquet"], Columns()))[0]) == 5
+
+
+def test_folders(remote: str) -> None:
+    put(f"{remote}/s/x/a.png", PNG)
+    put(f"{remote}/s/x/a.txt", "one")
+    assert collect(sidecar(f"{remote}/s"))[0] == {"x/a": {"png": PNG, "txt": b"one"}}
+    put(f"{remote}/c.json", json.dumps({"images": [{"id": 1, "file_name": "x/a.png"}], "annotations": []}))
+    assert collect(coco([f"{remote}/c.json"], f"{remote}/s"))[0]["x/a"]["png"] == PNG
+    put(f"{remote}/v/JPEGImages/a.png", PNG)
+    put(f"{remote}/v/Annotations/a.xml", "<annotation/>")
+    put(f"{remote}/v/ImageSets/Main/train.txt", "a\n")
+    assert collect(voc(f"{remote}/v", "train"))[0]["a"]["png"] == PNG
+
+
+def test_shards(remote: str, tmp_path: Path) -> None:
+    downloads(tmp_path, 4)
+    for path in tmp_path.iterdir():
+        put(f"{remote}/w/{path.name}", path.read_bytes())
+    found, skipped = collect(img2dataset(f"{remote}/w"))
+    assert found == collect(img2dataset(str(tmp_path)))[0]
+    assert [(item.where, item.reason) for item in skipped] == [(f"{remote}/w/00001.tar", "count_disagrees")]
