@@ -71,6 +71,8 @@ def _dimensions(kind: str, data: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data), formats=[decode.PILLOW_FORMATS[kind]]) as image:
             return image.size
+    except Image.DecompressionBombError as error:
+        raise BadSample("too_many_pixels", str(error)) from error
     except (Exception, MemoryError) as error:  # decoders raise all sorts over hostile bytes
         raise BadSample("undecodable_image", f"{kind}: {' '.join(str(error).split())[:200]}") from error
 
@@ -127,6 +129,8 @@ def examine(members: Members, checks: Checks, size: int) -> Iterator[Found]:
         if (image if wanted == "image" else places.get(wanted)) is None:
             start = min((member.offset for member in places.values()), default=-1)
             yield "missing_member", start, f"{wanted}; it has {', '.join(sorted(places)) or 'nothing'}"
+    if not kept(places):
+        yield "missing_member", -1, f"nothing that may be kept; it has {', '.join(sorted(places))[:200] or 'nothing'}"
     for extension, member in places.items():
         last = extension.rpartition(".")[2]
         if last in EXECUTABLE:

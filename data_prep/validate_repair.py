@@ -44,8 +44,6 @@ class Repair:
                     data = {} if bad else {extension: members(extension) for extension in kept(unit.places)}
                 except BadSample as error:  # the disk failed since
                     bad = [(error.reason, unit.offset, error.detail)]
-                if not bad and not data:
-                    bad = [("missing_member", unit.offset, f"nothing that may be kept: {', '.join(sorted(unit.places))[:200]}")]
                 if bad:
                     kind, offset, detail = bad[0]
                     yield Skipped(f"{where}/{unit.name}".encode(errors="replace").decode(), kind, f"byte {offset}: {detail}"[:500])

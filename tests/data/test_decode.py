@@ -176,3 +176,14 @@ def test_json_captions_and_labels() -> None:
             decode.captions_from(value, "json:c")
     with pytest.raises(BadSample, match="bad_json"):
         decode.decode_json(b"[1")
+
+
+def test_a_png_that_libpng_gives_up_on_is_bad_and_no_crash() -> None:
+    rows = b"".join(b"\x09" + bytes(40 * 3) for _ in range(30))  # there is no filter 9; every checksum is right
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 40, 30, 8, 2, 0, 0, 0))
+    with pytest.raises(BadSample, match="undecodable_image"):
+        decode_image(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))

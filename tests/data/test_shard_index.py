@@ -211,3 +211,31 @@ def test_read_only_folder_keeps_the_index_in_the_cache(shard: Callable[..., Path
     assert len(list((tmp_path / "cache").iterdir())) == 1
     monkeypatch.setattr(shard_index, "scan", lambda _: pytest.fail("the saved index was not used"))
     assert open_index(path, cache=tmp_path / "cache").keys == ["1"]
+
+
+def test_a_header_that_points_back_does_not_hang_the_walk() -> None:
+    for kind in (b"g", b"L", b"x", b"0"):
+        block = bytearray(tar_bytes([("1.jpg", b"x")])[:512])
+        block[124:136], block[156:157] = b"-0000001000\0", kind
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+        with pytest.raises(ShardError, match="not a tar"):
+            scan_bytes(bytes(block) + bytes(1024), "x.tar")
+        index = scan_bytes(tar_bytes([("0.jpg", b"x")])[:1024] + bytes(block), "x.tar")
+        assert [(d.offset, d.reason) for d in index.damage] == [(1024, "corrupt_header")]
+
+
+def test_odd_names_survive_saving(tmp_path: Path) -> None:
+    """A NUL in a pax path, an empty extension, and more extensions than 16 bits count."""
+    members = [("a.", b"1"), ("b.\udcff.jpg", b"2"), *((f"frame.{i:05d}.jpg", b"") for i in range(70_000))]
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("n.txt")
+        info.pax_headers, info.size = {"path": "k.txt\0.exe"}, 1
+        tar.addfile(info, io.BytesIO(b"3"))
+    nul = out.getvalue().rstrip(b"\0")
+    index = scan_bytes(nul + bytes(-len(nul) % 512) + tar_bytes(members, tarfile.GNU_FORMAT), "x.tar")
+    shard_index.save(index, tmp_path / "i.npz")
+    again, _ = shard_index.load(tmp_path / "i.npz")
+    assert again.keys == index.keys == ["k", "b", "frame"]
+    assert list(again.members(2)) == [f"{i:05d}.jpg" for i in range(70_000)]
