@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "mix": ("data_prep.mix", "mix", "python -m data_prep mix configs/demo.yaml"),
     "demo": ("data_prep.demo", "demo", "python -m data_prep demo data/demo"),
 }
-REGISTERS: dict[str, tuple[str, ...]] = {"build": ()}
+REGISTERS = {"build": ("data_prep.build_more",)}
 
 
 class Commands(TyperGroup):

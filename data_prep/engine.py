@@ -82,7 +82,7 @@ def run(
     return _shown(results, title, total) if title and sys.stderr.isatty() else results
 
 
-def _shown(results: Generator[R, None, None], title: str, total: int | None) -> Iterator[R]:
+def _shown(results: Generator[R, None, None], title: str, total: int | None) -> Generator[R, None, None]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

@@ -98,24 +98,30 @@ def listing(url: str | Path) -> list[str]:
     return sorted(join(where, name.rstrip("/").rpartition("/")[2]) for name in retried(names, where))
 
 
-def walk(url: str | Path) -> list[str]:
-    """The names of all files below a folder, relative to it with /, sorted; those with a part that begins with a dot are left out.
+def walk(url: str | Path) -> Iterator[str]:
+    """The names of all files below a folder, relative to it with /, sorted by their parts; without those that have a part that begins
+    with a dot.
 
-    Only names are held, for a folder of any size, so that their order does not depend on the file system.
+    Locally the names of one folder at a time are held, for a URL all of them. Linked folders are followed, but not into themselves.
     """
     where = place(url)
     if isinstance(where, Path):
-        found = []
-        for folder, folders, files in os.walk(where):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            before = os.path.relpath(folder, where).replace(os.sep, "/")
-            found += [name if before == "." else f"{before}/{name}" for name in files if not name.startswith(".")]
-    else:
-        system, path = filesystem(where)
-        below = path.strip("/") + "/"
-        found = [name.lstrip("/").removeprefix(below) for name in retried(lambda: system.find(path), where)]
-        found = [name for name in found if not any(part.startswith(".") for part in name.split("/"))]
-    return sorted(found, key=lambda name: name.split("/"))
+        yield from _walk_local(str(where), "", {os.path.realpath(where)})
+        return
+    system, path = filesystem(where)
+    below = path.strip("/") + "/"
+    found = [name.lstrip("/").removeprefix(below) for name in retried(lambda: system.find(path), where)]
+    yield from sorted((name for name in found if not name.startswith(".") and "/." not in name), key=lambda name: name.replace("/", "\0"))
+
+
+def _walk_local(folder: str, before: str, above: set[str]) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        names = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    for name, is_folder in names:
+        if not is_folder:
+            yield before + name
+        elif (real := os.path.realpath(os.path.join(folder, name))) not in above:
+            yield from _walk_local(os.path.join(folder, name), f"{before}{name}/", above | {real})
 
 
 @contextmanager

@@ -50,8 +50,8 @@ def test_walk_is_the_same_everywhere_and_leaves_hidden_ones_out(base: str) -> No
             files.make_folder(files.join(base, name.rpartition("/")[0]))
         files.write_text(files.join(base, name), name)
     # By parts: a folder's files stay together, whatever characters its neighbours' names hold.
-    assert files.walk(base) == ["a/2.jpg", "a/deep/1.jpg", "a-b/1.jpg", "b.jpg"]
-    assert files.walk(files.join(base, "a")) == ["2.jpg", "deep/1.jpg"]
+    assert list(files.walk(base)) == ["a/2.jpg", "a/deep/1.jpg", "a-b/1.jpg", "b.jpg"]
+    assert list(files.walk(files.join(base, "a"))) == ["2.jpg", "deep/1.jpg"]
 
 
 def test_what_is_absent_is_named(base: str) -> None:
@@ -91,3 +91,14 @@ def test_file_names_that_are_not_utf8_survive_json(tmp_path: Path) -> None:
     name = b"caf\xe9".decode("utf-8", "surrogateescape")
     files.write_json(tmp_path / "x.json", [name])
     assert json.loads((tmp_path / "x.json").read_bytes()) == [name]
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "real" / "dogs").mkdir(parents=True)
+    (tmp_path / "real" / "dogs" / "1.jpg").touch()
+    (tmp_path / "real" / "dogs" / "up").symlink_to(tmp_path / "real")  # into itself
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "dogs").symlink_to(tmp_path / "real" / "dogs")
+    (tmp_path / "set" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    assert list(files.walk(tmp_path / "real")) == ["dogs/1.jpg"]
+    assert list(files.walk(tmp_path / "set")) == ["dogs/1.jpg", "gone.jpg"]  # a broken link is there to be reported
