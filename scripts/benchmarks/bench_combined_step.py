@@ -22,7 +22,7 @@ def main() -> None:
         if parsed.quick:
             setting = Setting(Path(folder), TINY, batch=16, steps=parsed.steps or 12, warmup=4, samples=512)
         else:
-            setting = Setting(Path(folder), SMALL, batch=64, steps=parsed.steps or 24, warmup=4, samples=4000)
+            setting = Setting(Path(folder), SMALL, batch=64, steps=parsed.steps or 16, warmup=4, samples=4000)
         setting.prepare()
         check_same_work(setting)
         runs: dict[str, list[Run]] = {"peer": [], **{name: [] for name in OURS}}

@@ -54,7 +54,7 @@ def main() -> None:
         print("skipped: two cores are needed, and a system that lets a process be tied to them")
         return
     with tempfile.TemporaryDirectory() as name:
-        size, batch, steps = (TINY, 16, 12) if parsed.quick else (SMALL, 64, 16)
+        size, batch, steps = (TINY, 16, 12) if parsed.quick else (SMALL, 64, 12)
         setting = Setting(Path(name), size, batch=batch, steps=steps, warmup=4, samples=512 if parsed.quick else 2000)
         setting.prepare()
         one, two = {mine[0]}, set(mine[:2])
