@@ -21,7 +21,6 @@ from mmpretrain.interrupts import Interrupts
 from mmpretrain.model import PretrainModel, freeze_unused, running_statistics
 from mmpretrain.objectives.base import source_encodes
 from mmpretrain.optim import build_optimizer, parameter_groups, set_learning_rate
-from mmpretrain.report import write_report
 from mmpretrain.tracking import Tracker, latest_results, read_jsonl, view_grid
 from mmpretrain.types import Batch
 
@@ -216,6 +215,8 @@ def finish(config: Config, tracker: Tracker, sources: dict[str, Source]) -> None
     """The results table and the report."""
     if not tracker.is_main:
         return
+    from mmpretrain.report.page import write_report  # draws with matplotlib: a second that the first step need not wait for
+
     folder = Path(config.run_dir)
     rows = latest_results(read_jsonl(folder / "results.jsonl"))
     if rows:

@@ -15,7 +15,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mmpretrain.report import load_extras, save_result_extras, write_report
+from mmpretrain.report.extras import load_extras, save_result_extras
+from mmpretrain.report.page import write_report
 from mmpretrain.report.plots import curves, heat_map, smooth, suits_log, thin
 from mmpretrain.report.tables import baselines_of, confusion, headline, predictions, thumbnail
 from mmpretrain.types import Result
