@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "index": ("data_prep.index", "index", "python -m data_prep index 'shards/theirs/{00000..00099}.tar'"),
     "validate": ("data_prep.validate", "validate", "python -m data_prep validate shards/pairs --repair shards/repaired"),
     "stats": ("data_prep.stats", "stats", "python -m data_prep stats shards/pairs --out pairs.html"),
+    "filter": ("data_prep.filter", "filter_", "python -m data_prep filter shards/pairs --out shards/kept --min-side 200"),
     "dedup": ("data_prep.dedup", "dedup", "python -m data_prep dedup shards/pairs --out shards/unique"),
     "mix": ("data_prep.mix", "mix", "python -m data_prep mix configs/demo.yaml"),
     "demo": ("data_prep.demo", "demo", "python -m data_prep demo data/demo"),

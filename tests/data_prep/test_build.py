@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from data_prep.__main__ import COMMANDS
+from data_prep.__main__ import app as commands
 from data_prep.build import app
 from data_prep.images import encode
 from data_prep.readers.base import extension_of
@@ -387,3 +392,17 @@ def test_formats_are_told_as_training_tells_them(kind: str, extension: str) -> N
     for other in (b"", b"<html>", b"RIFF1234WAVE", b"P9 ", data[:1]):
         assert extension_of(other) is None
         assert sniff(other) is None
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_is_found_and_explains_itself(name: str) -> None:
+    result = CliRunner().invoke(commands, [name, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 0, result.output
+    assert f"python -m data_prep {name}" in result.output or "Commands" in result.output
+    assert CliRunner().invoke(commands, [name + "s"]).exit_code == 2
+
+
+def test_commands_are_imported_when_they_run() -> None:
+    script = "import sys, data_prep.__main__, data_prep.build_more\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    assert done.stdout.strip() == "False", done.stderr
