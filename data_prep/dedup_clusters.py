@@ -1,69 +1,66 @@
-"""Pairs of copies -> clusters, and which member of each is kept."""
+"""Which sample stands for which: every dropped sample is a direct copy of a kept one.
+
+Chains are not followed: where a brightened copy lies between two distinct pictures, it is dropped for the one that is kept first, and the
+other picture stays. (Joining all that is linked would lose it.)
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
 KEEP = ("first", "largest", "longest-caption")
-RULES = ("", "exact", "near", "embedding")  # how a sample is linked to its cluster; the numbers in `Clusters.rule`
+RULES = ("", "exact", "near", "embedding")  # the numbers in `Copies.rule`
 
 
-class Clusters:
-    """Union-find over N samples, and by which rule, and to which other, each was linked first. 21 bytes a sample."""
-
-    def __init__(self, count: int) -> None:
-        self._parent = np.arange(count)
-        self.rule = np.zeros(count, np.uint8)
-        self.partner = np.full(count, -1)
-        self.value = np.zeros(count, np.float32)  # near: difference; embedding: cosine
-
-    def find(self, i: int) -> int:
-        parent = self._parent
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]  # halves the path
-            i = int(parent[i])
-        return i
-
-    def join(self, i: int, j: int, rule: str, value: float = 0.0) -> None:
-        a, b = self.find(i), self.find(j)
-        self._parent[max(a, b)] = min(a, b)
-        for one, other in ((i, j), (j, i)):
-            if not self.rule[one]:
-                self.rule[one], self.partner[one], self.value[one] = RULES.index(rule), other, value
-
-    def joined(self, i: int, j: int) -> bool:
-        return self.find(i) == self.find(j)
-
-    def roots(self) -> np.ndarray:
-        """int64 [N]: the lowest member of each sample's cluster."""
-        parent = self._parent
-        while not np.array_equal(parent, above := parent[parent]):
-            parent = above
-        self._parent = parent
-        return parent.copy()
-
-
-def exact_groups(signatures: np.ndarray, usable: np.ndarray, clusters: Clusters) -> np.ndarray:
-    """Join what has equal digests; -> int64 [R], the first of each group, ascending. O(N log N)."""
-    at = np.flatnonzero(usable)
-    digest = signatures["digest"][at]
-    order = at[np.lexsort((digest[:, 1], digest[:, 0]))]  # stable: equal digests stay in the order of the samples
-    same = (signatures["digest"][order[1:]] == signatures["digest"][order[:-1]]).all(1)
-    first = np.maximum.accumulate(np.where(np.r_[True, ~same], np.arange(len(order)), 0)) if len(order) else np.zeros(0, np.int64)
-    for place in np.flatnonzero(np.r_[False, same]) if len(order) else ():
-        clusters.join(int(order[first[place]]), int(order[place]), "exact")
-    return np.sort(order[np.r_[True, ~same]]) if len(order) else at
-
-
-def kept(roots: np.ndarray, signatures: np.ndarray, keep: str) -> np.ndarray:
-    """int64 [N]: for every sample, the member of its cluster that the rule keeps: the first in order, the one with the most pixels, or
-    with the longest caption; the first of equals. Raises ValueError for another rule."""
+def ranks(signatures: np.ndarray, training: int, keep: str) -> np.ndarray:
+    """int64 [N]: who is kept before whom: evaluation samples, then the first in order, the most pixels, or the longest caption; the first
+    of equals. Raises ValueError for another rule."""
     if keep not in KEEP:
         raise ValueError(f"--keep {keep!r}: expected {', '.join(KEEP)}")
-    none = np.zeros(len(roots), np.int64)
+    count = len(signatures)
+    none = np.zeros(count, np.int64)
     score = {"first": none, "largest": signatures["area"], "longest-caption": signatures["caption"]}[keep].astype(np.int64)
-    order = np.lexsort((np.arange(len(roots)), -score, roots))
-    best = np.empty(len(roots), np.int64)
-    leads = np.flatnonzero(np.r_[True, roots[order][1:] != roots[order][:-1]]) if len(roots) else none
-    best[roots[order[leads]]] = order[leads]
-    return best[roots]
+    order = np.lexsort((np.arange(count), -score, np.arange(count) < training))
+    result = np.empty(count, np.int64)
+    result[order] = np.arange(count)
+    return result
+
+
+class Copies:
+    """Of which kept sample each is a copy, and by which rule. 29 bytes a sample."""
+
+    def __init__(self, signatures: np.ndarray, usable: np.ndarray, training: int, keep: str = "first", within: bool = True) -> None:
+        """Equal digests are found here, in O(N log N). `within` false: only copies of evaluation samples (those from `training` on)."""
+        count = len(signatures)
+        self.training, self.within = training, within
+        self.rank = ranks(signatures, training, keep)
+        self.of = np.full(count, -1)  # the kept sample, or -1
+        self.rule = np.zeros(count, np.uint8)
+        self.value = np.zeros(count, np.float32)  # near: difference; embedding: cosine
+        self.twin = np.arange(count)  # the best-ranked sample with equal pixels
+        at = np.flatnonzero(usable)
+        digest = signatures["digest"]
+        order = at[np.lexsort((self.rank[at], digest[at, 1], digest[at, 0]))]
+        begins = np.r_[True, (digest[order[1:]] != digest[order[:-1]]).any(1)][: len(order)]
+        self.twin[order] = order[np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))]
+        first = order[begins]
+        self.first = first[np.argsort(self.rank[first])]  # one of each group of equals, best first: these are compared further
+
+    def wanted(self, pairs: np.ndarray) -> np.ndarray:
+        """int64 [p,2] of `first` -> bool [p]: is it of interest whether they are copies?"""
+        held = pairs >= self.training
+        return ~held.all(1) & (held.any(1) | self.within)
+
+    def drop(self, kept: int, sample: int, rule: str, value: float) -> None:
+        """Note a copy, unless either was dropped already. Pairs must come with `kept` ascending in rank."""
+        if self.of[kept] < 0 and self.of[sample] < 0:
+            self.of[sample], self.rule[sample], self.value[sample] = kept, RULES.index(rule), value
+
+    def settle(self) -> None:
+        """The equals of a dropped sample are copies of what it is a copy of; the others of the one that was compared for them."""
+        for sample in np.flatnonzero(self.twin[: self.training] != np.arange(self.training)).tolist():
+            first = int(self.twin[sample])
+            if self.of[first] >= 0:
+                self.of[sample], self.rule[sample], self.value[sample] = self.of[first], self.rule[first], self.value[first]
+            elif self.within or first >= self.training:
+                self.of[sample], self.rule[sample] = first, RULES.index("exact")

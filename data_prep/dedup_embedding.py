@@ -1,9 +1,8 @@
-"""Pairs of images that a model finds alike: cosines of their embeddings, tile by tile."""
+"""Images that a model finds alike: cosines of their embeddings, tile by tile."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -12,11 +11,10 @@ from data_prep.dedup_find import Found
 from data_prep.score import Encoder, Place
 
 TILE = 4096
-NEIGHBOURS = 64  # of one sample in one tile: of many equal ones these suffice to join them all
 
 
-def embedding_pairs(found: Found, samples: np.ndarray, model: str, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ascending samples -> (int64 [p,2] samples i < j, float32 [p] cosines) of those at least `threshold` alike.
+def drop_alike(found: Found, model: str, threshold: float) -> None:
+    """Drop what is at least `threshold` alike to a kept sample, over those that are not dropped yet.
 
     Embeddings lie as float16 in a temporary file, 2 E bytes a sample; in memory are two tiles and the table of their cosines (64 MB). Time
     is samples squared times E over what the device multiplies: some minutes for 100,000 on a few cores, for a million on one accelerator.
@@ -25,6 +23,7 @@ def embedding_pairs(found: Found, samples: np.ndarray, model: str, threshold: fl
     if not 0 < threshold <= 1:
         raise ValueError(f"--threshold {threshold}: expected a cosine above 0, at most 1")
     encoder = Encoder(model)
+    samples = np.sort(found.copies.first[found.copies.of[found.copies.first] < 0])
     places = (Place(sample, *found.place(sample)) for sample in samples.tolist())
     with tempfile.TemporaryFile() as file:
         rows, width = [], 0
@@ -39,13 +38,17 @@ def embedding_pairs(found: Found, samples: np.ndarray, model: str, threshold: fl
             return
         file.flush()
         stored = np.memmap(file, np.float16, "r", shape=(len(rows), width))
-        yield from _tiles(stored, np.array(rows), threshold, encoder.device)
+        _tiles(found, stored, np.array(rows), threshold, encoder.device)
         del stored
 
 
-def _tiles(stored: np.ndarray, rows: np.ndarray, threshold: float, device: torch.device) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _tiles(found: Found, stored: np.ndarray, rows: np.ndarray, threshold: float, device: torch.device) -> None:
+    """Tiles in the order of ranks, so that a sample is known to be kept before it drops others."""
+    copies = found.copies
+    order = np.argsort(copies.rank[rows])
+
     def tile(start: int) -> torch.Tensor:
-        part = torch.from_numpy(np.array(stored[start : start + TILE])).to(device).float()
+        part = torch.from_numpy(stored[order[start : start + TILE]]).to(device).float()
         return torch.nn.functional.normalize(part, dim=-1)
 
     for first in range(0, len(rows), TILE):
@@ -54,7 +57,13 @@ def _tiles(stored: np.ndarray, rows: np.ndarray, threshold: float, device: torch
             cosines = query @ tile(second).T
             if first == second:
                 cosines = cosines.triu(1)  # each pair once, none with itself
-            value, at = cosines.topk(min(NEIGHBOURS, cosines.shape[1]), dim=1)
-            i, k = torch.nonzero(value >= threshold, as_tuple=True)
-            pairs = torch.stack([i + first, at[i, k] + second], 1).cpu().numpy()
-            yield rows[pairs], value[i, k].float().cpu().numpy()
+            alike = cosines >= threshold
+            for row in torch.nonzero(alike.any(1)).flatten().tolist():
+                kept = int(rows[order[first + row]])
+                if copies.of[kept] >= 0:
+                    continue
+                columns = torch.nonzero(alike[row]).flatten().cpu()
+                others = rows[order[columns.numpy() + second]]
+                wanted = copies.wanted(np.stack([np.full(len(others), kept), others], 1))
+                for sample, cosine in zip(others[wanted].tolist(), cosines[row].cpu()[columns].numpy()[wanted].tolist()):
+                    copies.drop(kept, sample, "embedding", cosine)

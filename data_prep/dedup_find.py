@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from data_prep import engine
-from data_prep.dedup_clusters import Clusters, exact_groups, kept
+from data_prep.dedup_clusters import Copies
 from data_prep.dedup_near import DIFFERENCE, HASH_DISTANCE, alike_in_colour, differences, pairs_within
 from data_prep.dedup_signatures import SIGNATURE, THUMBNAIL, Sign, Wanted, spans, thumbnails
 from data_prep.samples import Shard
@@ -34,7 +34,7 @@ class Options:
 
 
 class Found:
-    """All samples in order, those of the evaluation shards last; what was found wrong with them, and the clusters of copies."""
+    """All samples in order, those of the evaluation shards last; what was found wrong with them, and what is a copy of what."""
 
     def __init__(self, names: list[str], against: list[str], options: Options) -> None:
         self.names, self.options = [*names, *against], options
@@ -44,8 +44,7 @@ class Found:
         self.bad: dict[int, tuple[str, str]] = {}  # sample -> (reason, detail)
         self.not_embedded: list[tuple[int, str]] = []
         self.damage: list[str] = []  # shards that end early
-        self.clusters = Clusters(0)
-        self._trained = self._held = np.zeros(0, bool)
+        self.copies = Copies(self.signatures, np.zeros(0, bool), 0)
         self._keys: tuple[str, list[str]] = ("", [])
 
     @cached_property
@@ -57,42 +56,10 @@ class Found:
         """Samples before those of the evaluation shards."""
         return int(self.counts[: self.training_shards].sum())
 
-    @cached_property
-    def roots(self) -> np.ndarray:
-        return self.clusters.roots()
-
-    @cached_property
-    def evaluated(self) -> np.ndarray:
-        """int64 [N]: the first evaluation sample of each sample's cluster, or -1."""
-        first = np.full(len(self.roots), -1)
-        held = np.arange(len(self.roots))[self.training :][::-1]
-        first[self.roots[held]] = held  # the last assignment, of the lowest sample, stays
-        return first[self.roots]
-
-    @cached_property
-    def kept(self) -> np.ndarray:
-        """int64 [T]: for every training sample, the one that stands for its cluster."""
-        return kept(self.roots[: self.training], self.signatures[: self.training], self.options.keep)
-
-    @cached_property
+    @property
     def dropped(self) -> np.ndarray:
-        """bool [T]: training samples that are copies of a kept one, or of an evaluation sample."""
-        copies = self.kept != np.arange(self.training) if self.options.within else np.zeros(self.training, bool)
-        return copies | (self.evaluated[: self.training] >= 0)
-
-    def take_sides(self) -> None:
-        """Note which samples, or their equals, are among the training and among the evaluation samples."""
-        roots = self.clusters.roots()
-        held = np.zeros(len(roots), bool)
-        held[roots[self.training :]] = True
-        self._trained, self._held = roots < self.training, held[roots]
-
-    def wanted(self, pairs: np.ndarray) -> np.ndarray:
-        """int64 [p,2] -> bool [p]: is it of interest whether these are copies? Not within the evaluation shards, nor, without `within`,
-        between two training samples."""
-        trained, held = self._trained[pairs], self._held[pairs]
-        across = (trained[:, 0] & held[:, 1]) | (trained[:, 1] & held[:, 0])
-        return across | (trained.any(1) & self.options.within)
+        """int64: training samples that are copies of a kept one, or of an evaluation sample; ascending."""
+        return np.flatnonzero(self.copies.of >= 0)
 
     def place(self, sample: int) -> tuple[str, int]:
         """(shard, number in it)."""
@@ -114,7 +81,7 @@ class Found:
 def find(names: list[str], against: list[str], options: Options, *, engine_name: str = "local", processes: int | None = None) -> Found:
     """Read every image once, and those of candidate pairs a second time.
 
-    Memory: 57 bytes of signature and 25 of bookkeeping a sample; small images of candidates, and embeddings, go to a temporary file.
+    Memory: 57 bytes of signature and 29 of bookkeeping a sample; small images of candidates, and embeddings, go to a temporary file.
     Raises ShardError, ValueError for an option out of range.
     """
     found = Found(names, against, options)
@@ -131,38 +98,33 @@ def find(names: list[str], against: list[str], options: Options, *, engine_name:
     found.signatures = np.concatenate(parts) if parts else found.signatures
     usable = np.ones(start, bool)
     usable[list(found.bad)] = False
-    found.clusters = Clusters(start)
-    first = exact_groups(found.signatures, usable, found.clusters)
-    found.take_sides()
+    copies = found.copies = Copies(found.signatures, usable, found.training, options.keep, options.within)
     if options.near is not None:
-        _near(found, first, engine_name, processes)
+        _near(found, engine_name, processes)
     if options.embedding is not None:
-        from data_prep.dedup_embedding import embedding_pairs
+        from data_prep.dedup_embedding import drop_alike
 
-        for pairs, cosines in embedding_pairs(found, first, options.embedding, options.threshold):
-            mask = found.wanted(pairs)
-            for (i, j), cosine in zip(pairs[mask].tolist(), cosines[mask].tolist()):
-                found.clusters.join(i, j, "embedding", cosine)
+        drop_alike(found, options.embedding, options.threshold)
+    copies.settle()
     return found
 
 
-def _candidates(found: Found, first: np.ndarray) -> np.ndarray:
-    """int64 [p,2]: pairs of samples whose hashes and mean colours allow that they are copies."""
-    options, colour = found.options, found.signatures["colour"]
+def _candidates(found: Found) -> np.ndarray:
+    """int64 [p,2]: pairs whose hashes and mean colours allow that they are copies, the better-ranked first, in the order of ranks."""
+    options, colour, first = found.options, found.signatures["colour"], found.copies.first
     unique, pending, size = np.zeros(0, np.int64), [], 0
 
     def merged() -> np.ndarray:
         return np.unique(np.concatenate([unique, *pending]))
 
-    for local in pairs_within(found.signatures["hash"][first].astype(np.uint64), options.near or 0):
-        pairs = first[local]
-        pairs = pairs[alike_in_colour(colour[pairs[:, 0]], colour[pairs[:, 1]], options.difference)]
-        pending.append(pairs[:, 0] * len(found.signatures) + pairs[:, 1])
-        size += len(pairs)
+    for places in pairs_within(found.signatures["hash"][first].astype(np.uint64), options.near or 0):
+        pairs = first[places]
+        passed = found.copies.wanted(pairs) & alike_in_colour(colour[pairs[:, 0]], colour[pairs[:, 1]], options.difference)
+        pending.append(places[passed, 0] * len(first) + places[passed, 1])
+        size += int(passed.sum())
         if size > PENDING:
             unique, pending, size = merged(), [], 0
-    pairs = np.stack(np.divmod(merged(), max(len(found.signatures), 1)), 1)
-    return pairs[found.wanted(pairs)]
+    return first[np.stack(np.divmod(merged(), max(len(first), 1)), 1)]
 
 
 def _tasks(found: Found, samples: np.ndarray) -> Iterator[Wanted]:
@@ -175,8 +137,8 @@ def _tasks(found: Found, samples: np.ndarray) -> Iterator[Wanted]:
             yield Wanted(found.names[number], tuple(inside[start : start + step]))
 
 
-def _near(found: Found, first: np.ndarray, engine_name: str, processes: int | None) -> None:
-    pairs = _candidates(found, first)
+def _near(found: Found, engine_name: str, processes: int | None) -> None:
+    pairs, copies, limit = _candidates(found), found.copies, found.options.difference
     if not len(pairs):
         return
     samples, places = np.unique(pairs, return_inverse=True)
@@ -189,8 +151,8 @@ def _near(found: Found, first: np.ndarray, engine_name: str, processes: int | No
             at += len(images)
         for start in range(0, len(pairs), BATCH):
             batch = np.arange(start, min(start + BATCH, len(pairs)))
-            batch = batch[[not found.clusters.joined(i, j) for i, j in pairs[batch].tolist()]]
-            value = differences(small[places[batch, 0]], small[places[batch, 1]], found.options.difference)
-            for pair, apart in zip(batch[value <= found.options.difference], value[value <= found.options.difference]):
-                found.clusters.join(int(pairs[pair, 0]), int(pairs[pair, 1]), "near", float(apart))
+            batch = batch[(copies.of[pairs[batch]] < 0).all(1)]
+            apart = differences(small[places[batch, 0]], small[places[batch, 1]], limit)
+            for pair, value in zip(batch[apart <= limit].tolist(), apart[apart <= limit].tolist()):
+                copies.drop(int(pairs[pair, 0]), int(pairs[pair, 1]), "near", value)
         del small

@@ -48,8 +48,8 @@ def render(found: Found, result: dict[str, Any], names: dict[int, str]) -> str:
     sample_of = {name: sample for sample, name in names.items()}
     clusters = []
     for cluster in result["clusters"][:CLUSTERS]:
-        members = [{"role": "kept", "sample": name, "detail": ""} for name in cluster["kept"]]
-        members += [{"role": "evaluation", "sample": name, "detail": ""} for name in cluster["evaluation"]]
+        role = "evaluation" if cluster["evaluation"] else "kept"
+        members = [{"role": role, "sample": cluster["kept"], "detail": ""}]
         members += [{"role": "dropped", "sample": each["sample"], "detail": each["detail"]} for each in cluster["dropped"]]
         shown = [member | {"image": _thumbnail(found, sample_of[member["sample"]])} for member in members[:MEMBERS]]
         clusters.append({"shown": shown, "more": len(members) - len(shown)})
