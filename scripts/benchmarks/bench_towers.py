@@ -72,7 +72,8 @@ def main() -> None:
 
     found = alternate({name: lambda name=name: timed(name) for name in both}, parsed.rounds)
     rates = [f"{Spread.of(values)} samples/s" for values in found.values()]
-    title = f"towers, {parsed.model or ('a tiny model' if parsed.quick else 'ViT-Ti/16 112 px')}, {device}, {trimmed.shape[1]} of {padded.shape[1]} tokens"
+    model = parsed.model or ("a tiny model" if parsed.quick else "ViT-Ti/16 112 px")
+    title = f"towers, {model}, {device}, {trimmed.shape[1]} of {padded.shape[1]} tokens"
     record(parsed, Row(title, *rates, ratio(found["ours"], found["open_clip"]), "", None, {"first_loss": first}))
 
 
