@@ -30,6 +30,7 @@ from mmpretrain.machine import cores
 Task = TypeVar("Task")
 R = TypeVar("R")
 ENGINES = ("local", "ray")
+START_ATTEMPTS = 3
 REPEATS = 3  # times that a task is given out again after its worker died
 _LENGTH = struct.Struct("<Q")
 
@@ -267,7 +268,14 @@ def _ray(function: Callable[[Any], Any], tasks: Iterator[Any], processes: int | 
     if ours:
         address = os.environ.get("RAY_ADDRESS")
         local = {} if address else {"num_cpus": processes or cores(), "include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, logging_level="error", **local)
+        for attempt in range(START_ATTEMPTS):
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level="error", **local)
+                break
+            except Exception as error:  # a busy machine exceeds Ray's 30 s for starting a node
+                ray.shutdown()
+                if attempt == START_ATTEMPTS - 1:
+                    raise OSError(f"Ray did not start ({address or 'on this machine'}): {error}") from error
     try:
         most = processes or int(ray.cluster_resources().get("CPU", 1))
         remote = ray.remote(max_retries=REPEATS, retry_exceptions=False, num_cpus=1)(_apply)
