@@ -30,7 +30,6 @@ from mmpretrain.machine import cores
 Task = TypeVar("Task")
 R = TypeVar("R")
 ENGINES = ("local", "ray")
-START_ATTEMPTS = 3
 REPEATS = 3  # times that a task is given out again after its worker died
 _LENGTH = struct.Struct("<Q")
 
@@ -39,7 +38,7 @@ class WorkerLostError(RuntimeError):
     """The process that worked on a task died, and so did those that tried it again."""
 
 
-def _lost(task: object, how: str) -> WorkerLostError:
+def lost(task: object, how: str) -> WorkerLostError:
     text = repr(task)
     text = text if len(text) <= 300 else text[:300] + " ..."
     return WorkerLostError(
@@ -74,7 +73,9 @@ def run(
     total = len(tasks) if isinstance(tasks, Sized) else None
     source = iter(tasks)
     if engine == "ray":
-        results = _ray(function, source, processes)
+        from data_prep.engine_ray import results_of
+
+        results = results_of(function, source, processes)
     else:
         most = processes or cores()
         first = list(itertools.islice(source, min(most, 2)))  # a process is not worth starting for a single task
@@ -95,7 +96,7 @@ def _shown(results: Generator[R, None, None], title: str, total: int | None) -> 
             progress.advance(bar)
 
 
-def _ahead(give: Callable[[Any], Any], take: Callable[[Any], Any], tasks: Iterator[Any], most: int) -> Generator[Any, None, None]:
+def ahead(give: Callable[[Any], Any], take: Callable[[Any], Any], tasks: Iterator[Any], most: int) -> Generator[Any, None, None]:
     """Give tasks out, `most` ahead of what is taken, and take the results in order."""
     given: deque[Any] = deque()
     for task in tasks:
@@ -151,7 +152,7 @@ class _Worker:
                     raise
                 how = f"exit status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
                 if attempt == REPEATS:
-                    raise _lost(task, how) from None
+                    raise lost(task, how) from None
                 self._start()
                 continue
             if good:
@@ -190,7 +191,7 @@ def _local(function: Callable[[Any], Any], tasks: Iterator[Any], processes: int)
         idle.put(None)
     pool = ThreadPoolExecutor(processes, thread_name_prefix="worker")
     try:
-        with closing(_ahead(lambda task: pool.submit(ask, task), Future.result, tasks, 2 * processes)) as results:
+        with closing(ahead(lambda task: pool.submit(ask, task), Future.result, tasks, 2 * processes)) as results:
             yield from results
     finally:
         stopped.set()
@@ -253,48 +254,3 @@ class _Raises:
 
     def __call__(self, task: object) -> None:
         raise self.error
-
-
-# ---- a Ray cluster
-
-
-def _ray(function: Callable[[Any], Any], tasks: Iterator[Any], processes: int | None) -> Generator[Any, None, None]:
-    try:
-        import ray
-        from ray.exceptions import RayTaskError, WorkerCrashedError
-    except ImportError as error:
-        raise ValueError("--engine ray needs Ray: pip install 'mmpretrain-clip[ray]'; or take --engine local") from error
-    ours = not ray.is_initialized()
-    if ours:
-        address = os.environ.get("RAY_ADDRESS")
-        local = {} if address else {"num_cpus": processes or cores(), "include_dashboard": False}
-        for attempt in range(START_ATTEMPTS):
-            try:
-                ray.init(address=address, log_to_driver=False, logging_level="error", **local)
-                break
-            except Exception as error:  # a busy machine exceeds Ray's 30 s for starting a node
-                ray.shutdown()
-                if attempt == START_ATTEMPTS - 1:
-                    raise OSError(f"Ray did not start ({address or 'on this machine'}): {error}") from error
-    try:
-        most = processes or int(ray.cluster_resources().get("CPU", 1))
-        remote = ray.remote(max_retries=REPEATS, retry_exceptions=False, num_cpus=1)(_apply)
-        shared = ray.put(function)
-
-        def take(given: tuple[Any, Any]) -> Any:
-            task, reference = given
-            try:
-                return ray.get(reference)
-            except WorkerCrashedError as error:
-                raise _lost(task, str(error).splitlines()[0]) from None
-            except RayTaskError as error:
-                raise error.cause from None
-
-        yield from _ahead(lambda task: (task, remote.remote(shared, task)), take, tasks, 2 * most)
-    finally:
-        if ours:
-            ray.shutdown()
-
-
-def _apply(function: Callable[[Any], Any], task: Any) -> Any:
-    return function(task)
