@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from typing import Annotated, Any
 
@@ -75,7 +76,7 @@ def finish(
             max_bytes=max_bytes,
             engine=engine,
             processes=processes,
-            command=" ".join(["python -m data_prep", *sys.argv[1:]]),
+            command=shlex.join(["python", "-m", "data_prep", *sys.argv[1:]]),
             licence=licence,
             allow_skipped=skip_bad,
             split=split,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from typing import Annotated
 
 import typer
 
-from data_prep.engine import run
+from data_prep.engine import WorkerLostError, run
 from data_prep.options import Engine, JsonOutput, Processes
 from data_prep.samples import Shard, expand, image_member
 from mmpretrain.data.cache import is_remote
@@ -53,7 +54,7 @@ def validate(
     engine: Engine = "local",
     processes: Processes = None,
 ) -> None:
-    """Check shards. Exit status 0: clean; 1: something loses or spoils samples; 2: bad arguments."""
+    """Check shards. Exit status 0: clean; 1: something loses or spoils samples; 2: it could not be told."""
     from rich.console import Console
 
     from data_prep.validate_members import Checks
@@ -73,10 +74,10 @@ def validate(
             from data_prep.validate_repair import repair as write
 
             tasks = [ToRepair(i, name, again) for i, (name, again) in enumerate(zip(names, clashes))]
-            command = " ".join(["python -m data_prep", *sys.argv[1:]])
+            command = shlex.join(["python", "-m", "data_prep", *sys.argv[1:]])
             manifest = write(repair, checks, tasks, engine=engine, processes=processes, command=command)
             verdict.repaired = repaired(verdict, repair, manifest)
-    except (ValueError, FileExistsError) as error:
+    except (ValueError, OSError, WorkerLostError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     if as_json:

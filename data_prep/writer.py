@@ -25,6 +25,7 @@ from mmpretrain.machine import hold
 __all__ = ["InputError", "Record", "Skipped", "Split", "build", "write_json", "write_shards"]
 
 SKIPPED = "skipped.jsonl"
+PLAN = "plan.json"
 
 
 def build(
@@ -67,7 +68,10 @@ def build(
     parts = split.parts if split else ("",)
     job = Job(out, produce, plan_digest, max_bytes, allow_skipped, split)
     if _finished(out, parts):
-        return _found(out, parts, job, tasks)
+        found = _found(out, parts, job, tasks)
+        if isinstance(files.place(out), Path):
+            shutil.rmtree(files.join(out, UNFINISHED), ignore_errors=True)  # what a kill in the last moment left
+        return found
     with _begun(out, plan_digest), tempfile.TemporaryFile("w+", encoding="utf-8", errors="surrogatepass") as skipped:
         with closing(run(job, enumerate(tasks), engine=engine, processes=processes, title="shards")) as results:
             manifests = _gather(results, out, parts, plan_digest, skipped, command, licence)
@@ -82,7 +86,7 @@ def build(
 
 
 def _finished(out: str, parts: tuple[str, ...]) -> bool:
-    if files.exists(files.join(out, UNFINISHED)):
+    if files.exists(files.join(files.join(out, UNFINISHED), PLAN)):
         return False
     return all(files.exists(files.join(files.join(out, part) if part else out, MANIFEST)) for part in parts)
 
@@ -112,7 +116,7 @@ def _begun(out: str, plan_digest: str) -> Iterator[None]:
     """OUT is ours while this holds. Raises FileExistsError where it holds something else, or another process builds there."""
     files.make_folder(out)
     state = files.join(out, UNFINISHED)
-    plan = files.join(state, "plan.json")
+    plan = files.join(state, PLAN)
     if files.exists(plan):
         if json.loads(files.read_bytes(plan))["plan"] != plan_digest:
             raise FileExistsError(f"{out} holds an unfinished build of other inputs or options. Choose another --out, or delete it.")
@@ -131,11 +135,11 @@ def _begun(out: str, plan_digest: str) -> Iterator[None]:
         _sweep(out)
         yield
         for name in files.listing(state):
-            if not name.endswith(("plan.json", "lock")):
+            if not name.endswith((PLAN, "lock")):
                 files.remove(name)
-        files.remove(plan)
+        files.remove(plan)  # from here on the build is finished
         if local:
-            shutil.rmtree(state)
+            shutil.rmtree(state, ignore_errors=True)
     finally:
         _sweep(out)
         if lock is not None:
@@ -178,6 +182,7 @@ def _gather(
             yield done.task
 
     build_digest = _total(plan_digest, tasks())
+    _check_alone(shards, out)
     _check_unique(keys, [files.join(files.join(out, part) if part else out, name) for part in parts for name in shards[part]])
     if left_out:
         skipped.seek(0)
@@ -189,6 +194,17 @@ def _gather(
             members.update(shard["members"])
         manifests[part] = manifest_of(shards[part], members, command, licence, skipped=left_out, build=build_digest)
     return manifests
+
+
+def _check_alone(shards: dict[str, dict[str, dict[str, Any]]], out: str) -> None:
+    """Raises FileExistsError where OUT holds a shard that is not of this build: readers would take it for one."""
+    for part, written in shards.items():
+        there = [name for name in files.listing(files.join(out, part) if part else out) if name.endswith(".tar")]
+        extra = [name for name in there if name.rpartition("/")[2] not in written]
+        if extra:
+            raise FileExistsError(
+                f"{extra[0]} is not of this build. Did an input change after the build had been stopped? Delete {out} and build again."
+            )
 
 
 def _check_unique(keys: list[np.ndarray], shards: list[str]) -> None:

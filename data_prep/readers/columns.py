@@ -174,7 +174,7 @@ class Columns:
         if metadata:
             members["json"] = json_member(metadata)
         extension, data = image_member(self.image_bytes(lookup(row, self.image)), f"column {self.image}")
-        suffix = safe(str(lookup(row, self.key) or "")) if self.key else ""
+        suffix = safe(_word(lookup(row, self.key), self.key, None)) if self.key else ""
         return Record(f"{number:08d}" + (f"_{suffix}" if suffix else ""), members | {extension: data})
 
 

@@ -1,4 +1,4 @@
-"""Parquet tables, row group by row group: a task is a span of rows. A worker holds no more than a row group or two of the columns it needs."""
+"""Parquet tables: a task is a span of rows. A worker holds no more than a row group or two of the columns that it needs."""
 
 from __future__ import annotations
 

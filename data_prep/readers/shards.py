@@ -120,7 +120,7 @@ class Shards:
                 with closing(Shard(part.shard)) as shard:
                     if shard.index.tar_bytes != part.tar_bytes:
                         raise InputError(f"{part.shard} changed while it was read. Start again when nothing writes to it.")
-                    repeated = set(part.repeated)
+                    repeated = set(part.repeated) | _come_again(shard.index)
                     for i in range(part.start, part.stop):
                         where = f"{part.shard}, sample {shard.key(i)}"
                         yield attempt(where, functools.partial(self._record, shard, i, part, repeated))
@@ -133,7 +133,7 @@ class Shards:
     def _record(self, shard: Shard, i: int, part: Part, repeated: set[int]) -> Record:
         """Raises BadSample."""
         key = shard.key(i)
-        if i in repeated or (shard.index.duplicates and "~" in key):
+        if i in repeated:
             raise BadSample("duplicate_key", "an earlier sample has it. Where each shard counts from 0, pass --keys shard")
         if part.partial and i == part.stop - 1:
             raise BadSample("missing_member", f"{part.partial}: the shard is damaged after its other members")
@@ -145,6 +145,13 @@ class Shards:
             raise BadSample("missing_member", f"{', '.join(lacking)}; it has {', '.join(sorted(found))}")
         check_members(found)
         return Record(self.key(part.shard, key), found)
+
+
+def _come_again(index: ShardIndex) -> set[int]:
+    """The samples whose key came before in the shard: the index calls them KEY~2, KEY~3 ..."""
+    keys = set(index.keys) if index.duplicates else set()
+    named = ((i, *key.rpartition("~")) for i, key in enumerate(index.keys if keys else []))
+    return {i for i, base, _, number in named if base in keys and number.isdecimal()}
 
 
 def check_members(members: Mapping[str, bytes]) -> None:
