@@ -11,12 +11,15 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from mmpretrain.data.index import SUFFIX, ShardIndex, load
+from mmpretrain.data.names import in_order
 from mmpretrain.data.schema import ShardError
 from mmpretrain.machine import hold
 
@@ -63,28 +66,37 @@ def _read(url: str) -> bytes | None:
     return retried(lambda: filesystem.cat_file(path) if filesystem.exists(path) else None, url)
 
 
-def read_sizes(names: list[str]) -> dict[str, int]:
-    """Sample counts stated beside the shards: sizes.json {"00000.tar": 8123}. Raises ShardError where one is not of that form."""
-    found: dict[str, int] = {}
-    by_folder: dict[str, list[str]] = {}
-    for name in names:
-        by_folder.setdefault(name.rpartition("/")[0], []).append(name)
-    for folder, members in by_folder.items():
-        place = f"{folder}/sizes.json" if folder or members[0].startswith("/") else "sizes.json"
+def stated_counts(names: Sequence[str]) -> np.ndarray:
+    """int64 [S]: sample counts stated beside the shards in sizes.json {"00000.tar": 8123}, -1 where none is.
+
+    Raises ShardError where one is not of that form.
+    """
+    counts = np.full(len(names), -1, np.int64)
+    folders = {name.rpartition("/")[0]: name.startswith("/") for name in names}
+    for folder, rooted in folders.items():
+        place = f"{folder}/sizes.json" if folder or rooted else "sizes.json"
         if is_remote(place):
             data = _read(place)
         else:
             data = Path(place).read_bytes() if Path(place).is_file() else None
         if data is None:
             continue
+        if len(folders) == 1 and (listed := in_order(data, names)) is not None:
+            return np.array(listed, np.int64)
         try:
             sizes = {str(key): int(value) for key, value in json.loads(data).items()}
         except (ValueError, AttributeError, TypeError) as error:
             raise ShardError(f'{place}: expected {{"00000.tar": count, ...}} ({error}). Correct or delete it.') from error
-        for name in members:
-            if (base := name.rpartition("/")[2]) in sizes:
-                found[name] = sizes[base]
-    return found
+        for i, name in enumerate(names):
+            parent, _, base = name.rpartition("/")
+            if parent == folder and base in sizes:
+                counts[i] = sizes[base]
+    return counts
+
+
+def read_sizes(names: Sequence[str]) -> dict[str, int]:
+    """The same by name, of those that are stated."""
+    return {name: count for name, count in zip(names, stated_counts(names).tolist()) if count >= 0}
 
 
 def remote_index(url: str) -> ShardIndex | None:

@@ -7,18 +7,20 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from mmpretrain.data.cache import ShardCache, is_remote, read_sizes, remote_index
+from mmpretrain.data.cache import ShardCache, is_remote, remote_index, stated_counts
 from mmpretrain.data.index import Damage, Member, ShardIndex, open_index
+from mmpretrain.data.names import Joined, Range
 from mmpretrain.data.order import Recent, in_part
 from mmpretrain.data.schema import BadSample, ShardError
 
 _BRACE = re.compile(r"\{([^{}]*)\}")
+LISTED = 10_000  # more names than these are not written out
 
 
 def expand_braces(text: str) -> list[str]:
@@ -39,7 +41,17 @@ def expand_braces(text: str) -> list[str]:
     return [text]
 
 
-def _expand_one(spec: str) -> list[str]:
+def _range(spec: str) -> Range | None:
+    """A remote spec of one brace range and nothing else to expand."""
+    spans = [match for match in _BRACE.finditer(spec) if re.fullmatch(r"\d+\.\.\d+", match[1]) or "," in match[1]]
+    if not is_remote(spec) or len(spans) != 1 or "," in spans[0][1]:
+        return None
+    first, last = spans[0][1].split("..")
+    width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+    return Range(spec[: spans[0].start()], int(first), max(0, int(last) - int(first) + 1), width, spec[spans[0].end() :])
+
+
+def _expand_one(spec: str) -> Sequence[str]:
     if os.path.isfile(spec):  # literal first: a path may contain # ? [ or {
         return [spec]
     if spec.startswith("pipe:"):
@@ -51,6 +63,8 @@ def _expand_one(spec: str) -> list[str]:
         if not found:
             raise ShardError(f"{spec}: a folder without *.tar. Give the folder that holds the shards.")
         return found
+    if (span := _range(spec)) is not None:
+        return span
     names: list[str] = []
     for name in expand_braces(spec):
         if is_remote(name) or os.path.isfile(name):
@@ -66,15 +80,14 @@ def _expand_one(spec: str) -> list[str]:
     return names
 
 
-def expand(spec: str | list[str]) -> list[str]:
+def expand(spec: str | list[str]) -> Sequence[str]:
     """A shard spec -> paths and URLs in order: literal paths, folders, globs, brace ranges, and several joined with `::` or in a list."""
     specs = [spec] if isinstance(spec, str) else list(spec)
-    names = [
-        name for item in specs for part in ([item] if os.path.exists(item) else item.split("::")) if part for name in _expand_one(part)
-    ]
+    parts = [_expand_one(part) for item in specs for part in ([item] if os.path.exists(item) else item.split("::")) if part]
+    names = Joined(parts)
     if not names:
         raise ShardError(f"shards: {spec!r} names no shard")
-    return names
+    return list(names) if len(names) <= LISTED else names
 
 
 def read_at(file: int, offset: int, size: int) -> bytes:
@@ -116,32 +129,36 @@ class ShardSet:
     def __init__(self, spec: str | list[str], split: tuple[float, str] | None, window: int, cache: ShardCache, verify: bool) -> None:
         self.names = expand(spec)
         self._split, self._cache, self._verify = split, cache, verify
-        self._sizes = read_sizes(self.names)
+        self._stated = stated_counts(self.names)
         self._opened = Recent(self._open, max(64, 2 * window + 8))
         self.damage: list[tuple[str, Damage]] = []
         self.duplicates = 0
         self.found: dict[str, int] = {}  # extension -> samples that have it, over the shards looked at
         self.looked_at = 0  # samples in them
-        counts = np.zeros(len(self.names), np.int64)
+        counts = self._stated.copy()
+        # A million remote shards are not opened one by one where their counts are stated.
+        trusted = np.fromiter((is_remote(name) for name in self.names), bool, len(self.names))
+        self.remote = bool(trusted.any())
+        trusted &= (counts >= 0) if split is None else False
         with ThreadPoolExecutor(min(8, len(self.names)), thread_name_prefix="preflight") as pool:
-            for shard, (count, index) in enumerate(pool.map(self._survey, range(len(self.names)))):
+            looked_at = np.flatnonzero(~trusted).tolist()
+            for shard, (count, index) in zip(looked_at, pool.map(self._survey, looked_at)):
                 counts[shard] = count
-                if index is not None:
-                    self.damage += [(self.names[shard], damage) for damage in index.damage]
-                    self.duplicates += index.duplicates
-                    self.looked_at += len(index)
-                    for extension, number in index.counts().items():
-                        self.found[extension] = self.found.get(extension, 0) + number
+                self.damage += [(self.names[shard], damage) for damage in index.damage]
+                self.duplicates += index.duplicates
+                self.looked_at += len(index)
+                for extension, number in index.counts().items():
+                    self.found[extension] = self.found.get(extension, 0) + number
         self.counts = counts
-        self.remote = any(is_remote(name) for name in self.names)
 
     def _index(self, shard: int, path: str | None = None) -> ShardIndex:
         name = self.names[shard]
+        stated = int(self._stated[shard]) if self._stated[shard] >= 0 else None
         if not is_remote(name):
-            return open_index(name, self._sizes.get(name), cache=self._cache.indexes)
+            return open_index(name, stated, cache=self._cache.indexes)
         index = remote_index(name)
         if index is None and path is not None:
-            index = open_index(path, self._sizes.get(name))
+            index = open_index(path, stated)
         if index is None:
             raise ShardError(
                 f"{name}: a remote shard needs its index, or a sizes.json beside it, before the first read. "
@@ -149,10 +166,7 @@ class ShardSet:
             )
         return index
 
-    def _survey(self, shard: int) -> tuple[int, ShardIndex | None]:
-        name = self.names[shard]
-        if is_remote(name) and self._split is None and name in self._sizes:
-            return self._sizes[name], None  # a million remote shards are not opened one by one
+    def _survey(self, shard: int) -> tuple[int, ShardIndex]:
         index = self._index(shard)
         return len(index) if self._split is None else int(in_part(index.keys, *self._split).sum()), index
 

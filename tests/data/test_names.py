@@ -1,0 +1,41 @@
+"""Names of many shards, and the counts beside them: quick and small, and equal to the plain way."""
+
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmpretrain.data.names import Joined, in_order
+from mmpretrain.data.shards import _range, expand_braces
+
+RANGES = st.builds(lambda first, count: (first, first + count), st.integers(0, 120), st.integers(0, 30))
+
+
+@given(RANGES, st.booleans(), st.sampled_from(["", "/x"]))
+def test_lazy_names_are_the_names(span, padded, tail):
+    """A remote brace range is not written out, and is what writing it out gives."""
+    width = 3 if padded else 0
+    spec = f"s3://bucket/a{{{span[0]:0{width}d}..{span[1]:0{width}d}}}{tail}.tar"
+    lazy, plain = _range(spec), expand_braces(spec)
+    assert list(lazy) == plain == [lazy[i] for i in range(len(lazy))]
+    both = Joined([lazy, [], ["b.tar"], lazy])
+    assert list(both) == [*plain, "b.tar", *plain] == [both[i] for i in range(len(both))]
+    assert both[-1] == plain[-1]
+    assert both[1:3] == list(both)[1:3]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["0.tar", "1.tar", "2.tar", 'q"']), st.integers(0, 9)), max_size=4),
+    st.sampled_from([None, 1]),
+    st.data(),
+)
+def test_counts_read_in_order_are_those_of_the_json(pairs, indent, data):
+    """The quick reading gives what json gives, or declines."""
+    text = json.dumps(dict(pairs), indent=indent).encode()
+    names = [f"memory://d/{name}" for name in data.draw(st.permutations(list(dict(pairs))))]
+    found = in_order(text, names)
+    assert found is None or found == [dict(pairs)[name.rpartition("/")[2]] for name in names]
+    if names and all(n.rpartition("/")[2] == k for n, k in zip(names, dict(pairs))) and 'q"' not in dict(pairs):
+        assert found is not None
+    assert in_order(text + b"x", names) is None
+    assert in_order(text[:-1], names) is None
