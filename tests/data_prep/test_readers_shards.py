@@ -41,6 +41,12 @@ def test_samples_pass_through_whatever_the_shard_size(tmp_path: Path, count: int
     assert not skipped
 
 
+def test_a_key_with_a_tilde_is_no_repetition(tmp_path: Path) -> None:
+    found, skipped = collect(shards([tar(tmp_path / "0.tar", sample("a"), sample("b~2"), sample("a"))]), 10)
+    assert [item.reason for item in skipped] == ["duplicate_key"]
+    assert [members["txt"] for members in found.values()] == [b"of a", b"of b~2"]
+
+
 def test_damaged_samples_are_counted(tmp_path: Path) -> None:
     good = [sample("a"), sample("b"), sample("c b"), sample("d#")]
     bad = {

@@ -302,10 +302,10 @@ def test_a_build_killed_five_times_ends_as_an_undisturbed_one(tmp_path: Path) ->
     assert tree(tmp_path / "s") == tree(tmp_path / "whole")
 
 
-def _stopped(real: Any, calls: Iterator[int], at: int, *arguments: Any) -> Any:
+def _stopped(real: Any, calls: Iterator[int], at: int, *arguments: Any, **options: Any) -> Any:
     if next(calls) == at:
         raise KeyboardInterrupt
-    return real(*arguments)
+    return real(*arguments, **options)
 
 
 def test_kills_at_the_end_are_resumed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,6 +324,22 @@ def test_kills_at_the_end_are_resumed_too(tmp_path: Path, monkeypatch: pytest.Mo
         numbers(tmp_path / f"s{at}")
         assert tree(tmp_path / f"s{at}") == tree(tmp_path / "whole")
     assert at > 20
+    with monkeypatch.context() as patched:
+        patched.setattr(writer.shutil, "rmtree", partial(_stopped, None, iter([1]), 1))
+        with pytest.raises(KeyboardInterrupt):
+            numbers(tmp_path / "last")
+    numbers(tmp_path / "last")
+    assert tree(tmp_path / "last") == tree(tmp_path / "whole")
+
+
+def test_a_shard_that_no_input_gives_is_not_left_among_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "write_json", partial(_stopped, files.write_json, iter(range(1, 9)), 3))
+        with pytest.raises(KeyboardInterrupt):
+            numbers(tmp_path / "s")
+    (tmp_path / "s" / "00000-07.tar").write_bytes(b"of an input that was longer then")
+    with pytest.raises(FileExistsError, match=r"00000-07\.tar is not of this build"):
+        numbers(tmp_path / "s")
 
 
 @pytest.mark.slow
