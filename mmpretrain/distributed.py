@@ -64,6 +64,25 @@ class _AllReduceSum(torch.autograd.Function):
         return grad
 
 
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        out = torch.empty_like(x)
+        dist.all_to_all_single(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        out = torch.empty_like(grad)
+        dist.all_to_all_single(out, grad.contiguous())
+        return out
+
+
+def exchange_with_grad(x: Tensor) -> Tensor:
+    """[world, ...] on each rank: row r goes to rank r, which puts it at the sender's number."""
+    return x if world_size() == 1 else _Exchange.apply(x)  # type: ignore[return-value]
+
+
 def all_gather_with_grad(x: Tensor) -> Tensor:
     """[B, ...] on each rank -> [world * B, ...], ranks in order. Every rank must hold the same number of rows."""
     return x if world_size() == 1 else _AllGather.apply(x)  # type: ignore[return-value]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmpretrain.distributed import all_gather_with_grad, rank
+from mmpretrain.distributed import all_gather_with_grad, exchange_with_grad, rank
 
 TILE = 2048  # rows and columns of one tile of similarities: 16 MB in fp32
 
@@ -87,15 +87,15 @@ def info_nce(a: Tensor, b: Tensor, scale: Tensor, symmetric: bool = True) -> Ten
     """
     with torch.autocast(a.device.type, enabled=False):
         a, b, scale = exact(a), exact(b), exact(scale.reshape(()))
-        n, here = len(a), slice(rank() * len(a), (rank() + 1) * len(a))
+        n = len(a)
         positive = (a * b).sum(1) * scale  # [n]
         row_lse, col_lse = _LogSumExp.apply(a, all_gather_with_grad(b), scale, None, symmetric)  # type: ignore[misc]
         loss = (row_lse - positive).mean()
         if not symmetric:
             return loss
-        # A column's sum runs over the rows of every rank: each rank holds a part of it.
-        parts = all_gather_with_grad(col_lse[None])  # [world, m]
-        return (loss + (parts[:, here].logsumexp(0) - positive).sum() / n) / 2
+        # A column's sum runs over the rows of every rank: each rank holds a part of it, and gives it to the column's owner.
+        parts = exchange_with_grad(col_lse.view(-1, n))  # [world, n]
+        return (loss + (parts.logsumexp(0) - positive).sum() / n) / 2
 
 
 def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:

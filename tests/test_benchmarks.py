@@ -79,7 +79,7 @@ def test_scaling_model_by_hand():
 
     step = Step(1024, 256)
     assert step.batch == 262_144
-    assert step.columns_bytes == 4 * 1024 * 262_144
+    assert step.columns_bytes == 4 * 262_144
     assert step.loss == pytest.approx(8 * 256 * 262_144 * EMBED / 33.5e12)
     assert Step(8, 256).bandwidth > step.bandwidth
     assert step.seconds > step.towers

@@ -86,8 +86,8 @@ class Step:
 
     @property
     def columns_bytes(self) -> float:
-        """The column sums: every rank gathers [world, batch] floats, of which it needs [world, rows]."""
-        return 4.0 * self.gpus * self.batch
+        """The column sums: an all-to-all of [world, rows] floats a rank."""
+        return 4.0 * self.batch
 
     @property
     def columns(self) -> float:
