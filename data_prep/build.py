@@ -110,13 +110,14 @@ def _report(manifest: dict[str, Any], out: str, json_output: bool) -> None:
 @shared.with_build_options
 def build_csv(
     file: Annotated[str, typer.Argument(help="the table, a path or URL; UTF-8, with a header line")],
-    image_column: Annotated[str, typer.Option(help="column of image paths, relative to the table")] = "filepath",
+    image_column: Annotated[str, typer.Option(help="column of image paths, or of data: URIs")] = "filepath",
+    root: Annotated[str, typer.Option(help="folder or URL that image paths are relative to; default: the table's")] = "",
     caption: Annotated[
         list[str],
-        typer.Option(help="template over columns, e.g. '{name}: {keywords}'; repeated: several captions, all in the json's captions"),
+        typer.Option(help="a column, or a template over columns, '{name}: {keywords}'; repeated: several captions, all in json's captions"),
     ] = [],  # noqa: B006
-    key_column: Annotated[str | None, typer.Option(help="column whose text is added to the keys")] = None,
-    label_column: Annotated[str | None, typer.Option(help="column of class names, written as indices to cls and to classnames.txt")] = None,
+    key_column: Annotated[str | None, typer.Option(help="column whose text is added to the keys, which are row numbers")] = None,
+    label_column: Annotated[str | None, typer.Option(help="column of class names or indices, for cls and classnames.txt")] = None,
     extra: Annotated[list[str], typer.Option(help="column to keep in the json member; may be repeated")] = [],  # noqa: B006
     join: Annotated[list[str], typer.Option(help="COLUMN=MARK: in captions, replace MARK in the column by ', ' (keywords='|')")] = [],  # noqa: B006
     where: Annotated[list[str], typer.Option(help="COLUMN=VALUE: keep only rows that hold it")] = [],  # noqa: B006
@@ -125,11 +126,21 @@ def build_csv(
     **common: Any,
 ) -> None:
     """Shards from a table with image paths and captions."""
+    from data_prep.readers.columns import Columns
     from data_prep.readers.table import Table
 
     marks, kept, dropped = pairs(join, "--join"), pairs(where, "--where"), pairs(exclude_regex, "--exclude-regex")
     with shared.input_errors():
-        table = Table.open(file, image_column, caption, key_column, label_column, extra, marks, kept, dropped, separator)
+        columns = Columns(
+            image=image_column,
+            captions=tuple(caption),
+            key=key_column,
+            label=label_column,
+            extra=tuple(extra),
+            join=tuple(marks.items()),
+            root=root,
+        )
+        table = Table.open(file, columns, kept, dropped, separator)
     finish(table, **common)
 
 

@@ -40,7 +40,8 @@ def read_bytes(url: str | Path) -> bytes:
     """Raises FileNotFoundError, or ShardError where a remote one stays out of reach."""
     where = place(url)
     if isinstance(where, Path):
-        return where.read_bytes()
+        with open(where, "rb", buffering=0) as file:
+            return file.readall()
     system, path = filesystem(where)
     if not retried(lambda: system.exists(path), where):
         raise FileNotFoundError(2, "no such file", where)

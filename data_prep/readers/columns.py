@@ -1,4 +1,4 @@
-"""Which columns of a row become which members of a sample: the part that tables of every kind (jsonl, tsv, parquet, datasets) share.
+"""Which columns of a row become which members of a sample: the part that tables of every kind (csv, jsonl, tsv, parquet, datasets) share.
 
 A caption is a column's name, whose text is taken as it is and whose list of texts gives several captions, or a template over columns in
 braces. `{a.b}` and `a.b` reach into a column `a` that holds an object.
@@ -69,7 +69,7 @@ class Caption:
         except ValueError as error:
             raise InputError(f"caption {text!r}: {error}. Name columns in braces, e.g. '{{name}}: {{keywords}}'.") from error
         if any(name == "" or form or conversion for _, name, form, conversion in parsed):
-            raise InputError(f"caption {text!r}: expected the names of columns alone in the braces, e.g. '{{name}}: {{keywords}}'.")
+            raise InputError(f"caption {text!r}: name columns in braces, and nothing else there, e.g. '{{name}}: {{keywords}}'.")
         return cls(tuple((literal, name) for literal, name, _, _ in parsed))
 
     @property

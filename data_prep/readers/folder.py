@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_prep import files
-from data_prep.readers.base import chunks, read_image, safe
+from data_prep.readers.base import chunks, safe
+from data_prep.readers.parts import attempt, read_image
 from data_prep.records import InputError, Record, Skipped
+from mmpretrain.data.schema import BadSample
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,19 @@ class Folder:
 
     def __call__(self, task: tuple[str, ...]) -> Iterator[Record | Skipped]:
         number = {name: i for i, name in enumerate(self.classes or ())}
-        base = files.join(self.folder, "")
-        base = base if base.endswith("/") else base + "/"
+        base = files.join(self.folder, "").rstrip("/") + "/"
         for relative in task:
-            members = read_image(base + relative, relative)
-            if isinstance(members, Skipped):
-                yield members
-                continue
-            if number:
-                if "/" not in relative:
-                    yield Skipped(relative, "no_class", "it lies in no class folder")
-                    continue
-                members["cls"] = str(number[relative.split("/", 1)[0]]).encode()
-            # Names may collide once dots and spaces are replaced: the path's digest keeps keys apart.
-            digest = hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest()[:10]
-            stem = safe(os.path.splitext(relative)[0].replace("/", "_")) or "image"
-            yield Record(f"{stem}_{digest}", members)
+            yield attempt(relative, lambda relative=relative: self._record(base, relative, number))
+
+    def _record(self, base: str, relative: str, number: dict[str, int]) -> Record:
+        """Raises BadSample."""
+        extension, data = read_image(base + relative)
+        members = {extension: data}
+        if number:
+            if "/" not in relative:
+                raise BadSample("no_class", "it lies in no class folder")
+            members["cls"] = str(number[relative.split("/", 1)[0]]).encode()
+        # Names may collide once dots and spaces are replaced: the path's digest keeps keys apart.
+        digest = hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest()[:10]
+        stem = safe(os.path.splitext(relative)[0].replace("/", "_")) or "image"
+        return Record(f"{stem}_{digest}", members)

@@ -83,9 +83,11 @@ def caption_members(texts: Iterable[str], several: bool, metadata: dict[str, Any
 
 
 def json_member(value: dict[str, Any]) -> bytes:
-    """Raises BadSample: bad_metadata for what JSON in UTF-8 cannot hold."""
+    """Raises BadSample: bad_metadata for what JSON in UTF-8 cannot hold, not_utf8 for text that is none."""
     try:
         return json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadSample("not_utf8", str(error)[:200]) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise BadSample("bad_metadata", str(error)[:200]) from error
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from data_prep import files
-from data_prep.readers.base import Template, caption_members, captions_of, chunks, need, read_image, safe
+from data_prep.readers.base import chunks
+from data_prep.readers.columns import Columns
+from data_prep.readers.parts import attempt, class_names
 from data_prep.records import InputError, Record, Skipped
 
 Row = tuple[int, int, tuple[str, ...]]  # number in the table, line, the values of `used`
@@ -19,98 +20,67 @@ csv.field_size_limit(1 << 24)
 
 @dataclass(frozen=True)
 class Table:
-    """One record a row, in the table's order. Keys are row numbers, followed by `key_column` where given.
-
-    Of several caption templates the first makes `txt`, all together `captions` in the json.
-    """
+    """One record a row, in the table's order."""
 
     file: str
     separator: str
+    columns: Columns
     used: tuple[str, ...]  # the columns that go to the workers
-    image_column: str
-    templates: tuple[Template, ...]
-    key_column: str | None
-    label_column: str | None
-    extra: tuple[str, ...]
     where: tuple[tuple[str, str], ...]  # column, value: rows kept
     exclude: tuple[tuple[str, str], ...]  # column, pattern: rows dropped
-    classes: tuple[str, ...] | None
 
     @staticmethod
     def open(
         file: str,
-        image_column: str,
-        captions: list[str],
-        key_column: str | None = None,
-        label_column: str | None = None,
-        extra: list[str] | None = None,
-        join: Mapping[str, str] | None = None,
+        columns: Columns,
         where: Mapping[str, str] | None = None,
         exclude: Mapping[str, str] | None = None,
         separator: str = ",",
     ) -> Table:
-        """Checks the columns; with `label_column` reads the table once for its classes. Raises InputError."""
+        """Checks the columns; where there is a label reads the table once for its classes. `columns.root` "": the table's folder.
+
+        Raises InputError.
+        """
         separator = "\t" if separator in ("\\t", "tab") else separator
         if len(separator) != 1:
             raise InputError(f"--separator {separator!r}: expected one character, or tab")
-        columns = _columns(file, separator)
-        join, where, exclude = dict(join or {}), dict(where or {}), dict(exclude or {})
-        templates = tuple(Template.parse(caption, join) for caption in captions)
-        need(columns, [image_column], file, "--image-column")
-        need(columns, [field for template in templates for field in template.fields], file, "--caption")
-        need(columns, [c for c in (key_column, label_column) if c], file, "--key-column, --label-column")
-        need(columns, [*(extra or []), *join, *where, *exclude], file, "--extra, --join, --where, --exclude-regex")
+        header, where, exclude = _header(file, separator), dict(where or {}), dict(exclude or {})
+        columns = replace(columns, root=columns.root or _folder(file))
+        columns.check(header, file)
+        for column in (*where, *exclude):
+            if column not in header:
+                raise InputError(f"{file} has no column {column!r} (--where, --exclude-regex); it has {', '.join(header)}")
         for column, pattern in exclude.items():
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise InputError(f"--exclude-regex {column}={pattern}: {error}") from error
-        fields = [image_column, *(field for t in templates for field in t.fields), key_column, label_column, *(extra or [])]
-        used = tuple(dict.fromkeys(field for field in fields if field))
         chosen = tuple(where.items()), tuple(exclude.items())
-        classes = None
-        if label_column is not None:
-            at = columns.index(label_column)
-            classes = tuple(sorted({row[at] for _, _, row in _chosen(file, separator, columns, *chosen)}))
-        return Table(file, separator, used, image_column, templates, key_column, label_column, tuple(extra or ()), *chosen, classes)
+        if columns.label is not None and columns.classes is None:
+            at = header.index(columns.label)
+            labels = (row[at] for _, _, row in _chosen(file, separator, header, *chosen))
+            columns = replace(columns, classes=class_names(labels, f"column {columns.label}"))
+        return Table(file, separator, columns, tuple(columns.top(header)), *chosen)
+
+    @property
+    def classes(self) -> list[str] | None:
+        return None if self.columns.classes is None else list(self.columns.classes)
 
     def tasks(self, max_count: int) -> Iterator[tuple[Row, ...]]:
-        columns = _columns(self.file, self.separator)
-        at = [columns.index(column) for column in self.used]
-        rows = _chosen(self.file, self.separator, columns, self.where, self.exclude)
+        header = _header(self.file, self.separator)
+        at = [header.index(column) for column in self.used]
+        rows = _chosen(self.file, self.separator, header, self.where, self.exclude)
         yield from chunks(((number, line, tuple([row[i] for i in at])) for number, line, row in rows), max_count)
 
     def __call__(self, task: tuple[Row, ...]) -> Iterator[Record | Skipped]:
-        folder = _folder(self.file)
         name = self.file.rpartition("/")[2]
-        number_of = {label: i for i, label in enumerate(self.classes or ())}
         for number, line, values in task:
             row = dict(zip(self.used, values))
-            at = f"{name}, line {line}"
-            members = read_image(_image_url(folder, row[self.image_column]), at)
-            texts = captions_of(self.templates, row, at)
-            if isinstance(members, Skipped) or isinstance(texts, Skipped):
-                yield members if isinstance(members, Skipped) else texts  # type: ignore[misc]
-                continue
-            metadata: dict[str, Any] = {column: row[column] for column in self.extra}
-            try:
-                members |= caption_members(texts, metadata, len(self.templates) > 1)
-            except UnicodeEncodeError as error:
-                yield Skipped(at, "not_utf8", f"columns {', '.join(self.extra)}: {error}")
-                continue
-            if self.label_column is not None:
-                members["cls"] = str(number_of[row[self.label_column]]).encode()
-            suffix = safe(row[self.key_column]) if self.key_column else ""
-            yield Record(f"{number:08d}_{suffix}" if suffix else f"{number:08d}", members)
+            yield attempt(f"{name}, line {line}", lambda number=number, row=row: self.columns.record(number, row))
 
 
 def _folder(file: str) -> str:
     return file.rpartition("/")[0] if files.is_remote(file) else str(Path(files.place(file)).parent)
-
-
-def _image_url(folder: str, value: str) -> str:
-    """An image as the table names it: relative to the table, absolute, or a URL."""
-    return value if "://" in value else files.join(folder, value)
 
 
 def _rows(file: str, separator: str) -> Iterator[tuple[int, list[str]]]:
@@ -125,25 +95,25 @@ def _rows(file: str, separator: str) -> Iterator[tuple[int, list[str]]]:
             raise InputError(f"{file}, line {reader.line_num}: {error}. Correct the table.") from error
 
 
-def _columns(file: str, separator: str) -> list[str]:
-    for _, columns in _rows(file, separator):
-        again = [column for column in columns if columns.count(column) > 1]
+def _header(file: str, separator: str) -> list[str]:
+    for _, header in _rows(file, separator):
+        again = [column for column in header if header.count(column) > 1]
         if again:
             raise InputError(f"{file}: column {again[0]!r} comes twice in its header. Rename one.")
-        return columns
+        return header
     raise InputError(f"{file}: an empty table, expected a header line that names the columns")
 
 
 def _chosen(
-    file: str, separator: str, columns: list[str], where: tuple[tuple[str, str], ...], exclude: tuple[tuple[str, str], ...]
+    file: str, separator: str, header: list[str], where: tuple[tuple[str, str], ...], exclude: tuple[tuple[str, str], ...]
 ) -> Iterator[tuple[int, int, list[str]]]:
     """(number in the table, line, fields) of the rows that --where and --exclude-regex leave."""
-    wanted = [(columns.index(column), value) for column, value in where]
-    excluded = [(columns.index(column), re.compile(pattern)) for column, pattern in exclude]
+    wanted = [(header.index(column), value) for column, value in where]
+    excluded = [(header.index(column), re.compile(pattern)) for column, pattern in exclude]
     rows = _rows(file, separator)
     next(rows)
     for number, (line, row) in enumerate(rows):
-        if len(row) != len(columns):
-            raise InputError(f"{file}, line {line}: expected {len(columns)} fields ({', '.join(columns)}), found {len(row)}")
+        if len(row) != len(header):
+            raise InputError(f"{file}, line {line}: expected {len(header)} fields ({', '.join(header)}), found {len(row)}")
         if all(row[i] == value for i, value in wanted) and not any(pattern.search(row[i]) for i, pattern in excluded):
             yield number, line, row

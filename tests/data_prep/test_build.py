@@ -19,6 +19,7 @@ from data_prep.__main__ import app as commands
 from data_prep.build import app
 from data_prep.images import encode
 from data_prep.readers.base import extension_of
+from data_prep.readers.columns import Columns
 from data_prep.readers.table import Table
 from data_prep.writer import InputError
 from mmpretrain.data.decode import sniff
@@ -92,6 +93,20 @@ def test_csv_labels_and_reading_back(table: Path, tmp_path: Path) -> None:
     source = Source("pairs", config, [CenterView(size=16), TextView(context_length=16)], labels=True)
     block = source.rows(range(4))
     assert sorted(block.labels["label"].tolist()) == [0, 0, 1, 1]
+
+
+def test_csv_reads_columns_as_the_other_tables_do(table: Path, tmp_path: Path) -> None:
+    """A caption may be a column's bare name, indices stay indices, and the folder of the images may be another."""
+    (tmp_path / "lists").mkdir()
+    rows = ["file,name,kind", "0.img,  a name ,10", "1.img,another,9"]
+    (tmp_path / "lists" / "t.csv").write_text("\n".join(rows))
+    options = ("--image-column", "file", "--root", tmp_path / "images", "--caption", "name", "--label-column", "kind")
+    assert run("csv", tmp_path / "lists" / "t.csv", "--out", tmp_path / "s", *options).exit_code == 0
+    assert [(m["txt"], m["cls"]) for m in samples(tmp_path / "s").values()] == [(b"a name", b"10"), (b"another", b"9")]
+    assert not (tmp_path / "s" / "classnames.txt").exists()
+    literal = run("csv", table, "--out", tmp_path / "l", "--image-column", "file", "--caption", "a photo")
+    assert literal.exit_code == 2
+    assert "has no column 'a photo' (--caption)" in literal.output
 
 
 def test_classes_are_those_of_the_rows_that_are_kept(table: Path, tmp_path: Path) -> None:
@@ -336,7 +351,7 @@ def test_a_table_is_a_stream(table: Path, tmp_path: Path) -> None:
     with table.open("a") as file:
         file.writelines(f"images/0.img,row {i},,a\n" for i in range(5000))
         file.write("ragged\n")
-    tasks = Table.open(str(table), "file", ["{name}"]).tasks(100)
+    tasks = Table.open(str(table), Columns("file", ("{name}",))).tasks(100)
     first = next(tasks)
     assert [row[0] for row in first] == list(range(100))
     with pytest.raises(InputError, match="line 5006: expected 4 fields"):
