@@ -6,16 +6,19 @@ import hashlib
 import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from data_prep import files
-from data_prep.writer import Record
-from mmpretrain.data import decode
+from data_prep.records import Record
 from mmpretrain.data import shards as training_shards
 from mmpretrain.data.cache import is_remote, retried
 from mmpretrain.data.index import SUFFIX, ShardIndex, index_path, open_index
 from mmpretrain.data.schema import BadSample, ShardError, image_extension
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmpretrain.data.decode import ImageLimits
 
 __all__ = ["LocalCopy", "Shard", "captions", "expand", "image_member", "pixels"]
 
@@ -151,6 +154,8 @@ def captions(record: Record, caption: str = "txt") -> list[str]:
 
     Raises BadSample: missing_field, empty_caption, not_utf8, bad_json, bad_caption.
     """
+    from mmpretrain.data import decode  # torch, which those that pass bytes through need not wait for
+
     extension, _, name = caption.partition(":")
     if extension not in record.members:
         raise BadSample("missing_field", f"{extension}; it has {', '.join(sorted(record.members))}")
@@ -162,6 +167,8 @@ def captions(record: Record, caption: str = "txt") -> list[str]:
     return decode.captions_from(fields[name], caption)
 
 
-def pixels(data: bytes, limits: decode.ImageLimits = decode.ImageLimits()) -> Tensor:
+def pixels(data: bytes, limits: ImageLimits | None = None) -> Tensor:
     """An image file -> uint8 [3,H,W], exactly as training decodes it. Raises BadSample."""
-    return decode.decode_image(data, limits)
+    from mmpretrain.data import decode
+
+    return decode.decode_image(data, limits or decode.ImageLimits())
