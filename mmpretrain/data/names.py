@@ -12,13 +12,13 @@ _ENTRY = re.compile(rb'\s*"([^"\\]+)"\s*:\s*(\d+)\s*([,}])')
 
 
 class Range(Sequence[str]):
-    """HEAD + number + TAIL, for `count` numbers from `first`, padded to `width` digits."""
+    """HEAD + number + TAIL, for `length` numbers from `first`, padded to `width` digits."""
 
-    def __init__(self, head: str, first: int, count: int, width: int, tail: str) -> None:
-        self.head, self.first, self.count, self.width, self.tail = head, first, count, width, tail
+    def __init__(self, head: str, first: int, length: int, width: int, tail: str) -> None:
+        self.head, self.first, self.length, self.width, self.tail = head, first, length, width, tail
 
     def __len__(self) -> int:
-        return self.count
+        return self.length
 
     @overload
     def __getitem__(self, at: int) -> str: ...
@@ -26,13 +26,13 @@ class Range(Sequence[str]):
     def __getitem__(self, at: slice) -> Sequence[str]: ...
     def __getitem__(self, at: int | slice) -> str | Sequence[str]:
         if isinstance(at, slice):
-            return [self[i] for i in range(*at.indices(self.count))]
-        if not -self.count <= at < self.count:
+            return [self[i] for i in range(*at.indices(self.length))]
+        if not -self.length <= at < self.length:
             raise IndexError(at)
-        return f"{self.head}{self.first + at % self.count:0{self.width}d}{self.tail}"
+        return f"{self.head}{self.first + at % self.length:0{self.width}d}{self.tail}"
 
     def __iter__(self) -> Iterator[str]:
-        return (f"{self.head}{n:0{self.width}d}{self.tail}" for n in range(self.first, self.first + self.count))
+        return (f"{self.head}{n:0{self.width}d}{self.tail}" for n in range(self.first, self.first + self.length))
 
 
 class Joined(Sequence[str]):

@@ -135,7 +135,7 @@ def shard_paths(data: str, split: str | None) -> list[str]:
     if split is not None and not Path(data).is_dir():
         raise OptionError(f"{data}: split={split!r} needs a folder with {split}/*.tar inside; name that split's shards instead")
     try:
-        return expand(data if split is None else str(Path(data) / split))
+        return list(expand(data if split is None else str(Path(data) / split)))
     except ShardError as error:
         raise OptionError(f"data={data!r}: {error}") from error
 
