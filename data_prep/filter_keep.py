@@ -27,7 +27,7 @@ class Part:
 def keep(part: Part) -> Iterator[Record | Skipped]:
     """The samples that stay, byte for byte, and for each of the others the rule that dropped it.
 
-    Raises ShardError where the shard is not the one that was judged.
+    Raises ShardError where the shard is not the one that was judged, or a key is none that can be written.
     """
     drops = {sample: (reason, detail) for sample, reason, detail in part.drops}
     with Shard(part.name) as shard:
@@ -43,9 +43,15 @@ def keep(part: Part) -> Iterator[Record | Skipped]:
                 yield Skipped(where, *drops[sample])
                 continue
             try:
-                yield shard.read(sample)
+                record = shard.read(sample)
             except BadSample as error:  # a member that no rule had to read
                 yield Skipped(where, error.reason, error.detail)
+                continue
+            try:
+                record.check()
+            except ValueError as error:
+                raise ShardError(f"{part.name}: {error} `python -m data_prep build shards` replaces such keys: run it first.") from error
+            yield record
 
 
 def damage_lines(shard: Shard) -> list[str]:

@@ -4,6 +4,7 @@ import builtins
 import io
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -258,6 +259,15 @@ def test_a_corrupt_member_that_no_rule_reads_is_listed(shards: str, tmp_path: Pa
 def test_a_shard_that_changes_between_judging_and_writing_is_refused(shards: str) -> None:
     with pytest.raises(ShardError, match="4 samples, but 5 when they were judged"):
         list(keep(Part(os.path.join(shards, "00000.tar"), 5)))
+
+
+def test_a_key_that_cannot_be_written_names_the_way_out(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "theirs.tar", "w") as file:
+        info = tarfile.TarInfo("a dog.png")
+        info.size = len(png((20, 20)))
+        file.addfile(info, io.BytesIO(png((20, 20))))
+    with pytest.raises(ShardError, match=r"key 'a dog'.*build shards"):
+        list(keep(Part(str(tmp_path / "theirs.tar"), 1)))
 
 
 def test_sample_reads_only_what_is_asked(shards: str) -> None:
