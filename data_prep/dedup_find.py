@@ -14,7 +14,8 @@ from data_prep.dedup_clusters import Copies
 from data_prep.dedup_near import DIFFERENCE, HASH_DISTANCE, alike_in_colour, differences, pairs_within
 from data_prep.dedup_signatures import SIGNATURE, THUMBNAIL, Sign, Wanted, spans, thumbnails
 from data_prep.samples import Shard
-from mmpretrain.data.cache import is_remote, remote_index
+from mmpretrain.data.cache import remote_index
+from mmpretrain.data.names import is_remote
 
 BATCH = 2048  # pairs compared at once: 50 MB
 PENDING = 1 << 22  # pairs found before those found twice are removed

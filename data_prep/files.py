@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from mmpretrain.data.cache import is_remote, retried
+from mmpretrain.data.cache import retried
+from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import ShardError
 
 

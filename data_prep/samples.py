@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from data_prep import files
 from data_prep.records import Record
-from mmpretrain.data import shards as training_shards
-from mmpretrain.data.cache import is_remote, retried
+from mmpretrain.data import names as training_names
+from mmpretrain.data.cache import retried
 from mmpretrain.data.index import SUFFIX, ShardIndex, index_path, open_index
+from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import BadSample, ShardError, image_extension
+from mmpretrain.data.tar import read_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +86,7 @@ class Shard:
         for extension, member in self.index.members(i).items():
             if extensions is not None and extension not in extensions:
                 continue
-            data = training_shards.read_at(self._file, member.offset, member.size)
+            data = read_at(self._file, member.offset, member.size)
             if member.sha256 is not None and hashlib.sha256(data).digest() != member.sha256:
                 raise BadSample("checksum", f"{extension}: the {member.size} bytes at {member.offset} are not those of the index")
             members[extension] = data
@@ -116,7 +118,7 @@ class Shard:
 def _remote(spec: str) -> list[str]:
     """The shards of a remote folder or glob; a remote file is itself."""
     found: list[str] = []
-    for name in training_shards.expand_braces(spec):
+    for name in training_names.expand_braces(spec):
         if name.endswith(".tar") and "*" not in name:
             found.append(name)
             continue
@@ -134,11 +136,11 @@ def expand(specs: list[str]) -> list[str]:
     names: list[str] = []
     for spec in specs:
         if spec.startswith("file://"):
-            names += training_shards.expand(spec.removeprefix("file://"))
+            names += training_names.expand(spec.removeprefix("file://"))
         elif is_remote(spec) and "::" not in spec:
             names += _remote(spec)
         else:
-            names += training_shards.expand(spec)
+            names += training_names.expand(spec)
     if not names:
         raise ShardError("no shards were named")
     return names

@@ -14,8 +14,8 @@ from mmpretrain.data import decode
 from mmpretrain.data.decode import ImageLimits
 from mmpretrain.data.index import Member
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, LABEL_EXTENSION, METADATA_EXTENSION, BadSample, image_extension
-from mmpretrain.data.shards import read_at
 from mmpretrain.data.source import MAX_CAPTION_BYTES
+from mmpretrain.data.tar import read_at
 
 # Members that readers' default decoders run as code (pickles), and those that have no business in a data set.
 EXECUTABLE = frozenset(

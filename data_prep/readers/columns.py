@@ -17,9 +17,9 @@ from typing import Any
 
 from data_prep import files
 from data_prep.readers.base import safe
-from data_prep.readers.parts import caption_members, image_member, json_member, label_member, read
+from data_prep.readers.parts import caption_members, image_member, json_member, label_member, read, some
 from data_prep.records import InputError, Record
-from mmpretrain.data.cache import is_remote
+from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import BadSample
 
 _DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
@@ -130,7 +130,7 @@ class Columns:
         """Raises InputError naming a column that is not there, and those that are."""
         for column, option in self.wanted().items():
             if column not in existing and column.partition(".")[0] not in existing:
-                raise InputError(f"{what} has no column {column!r} ({option}); it has {', '.join(map(str, existing)) or 'none'}")
+                raise InputError(f"{what} has no column {column!r} ({option}); it has {some(existing) or 'none'}")
 
     def image_bytes(self, value: Any) -> bytes:
         """The image file that a cell holds: bytes, {bytes, path}, base64 text or a path. Raises BadSample."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
+import stat
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_prep import files
 from data_prep.readers.base import caption_text, extension_of, safe
 from data_prep.records import InputError, Record, Skipped
-from mmpretrain.data.cache import is_remote
+from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import SAFE_KEY, BadSample, ShardError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
@@ -31,6 +32,12 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def some(names: Iterable[object], most: int = 50) -> str:
+    """Names for a message, which stays one that can be read; what is not UTF-8 in them is replaced."""
+    given = [printable(str(name)) for name in names]
+    return ", ".join(given[:most]) + (f" and {len(given) - most} more" if len(given) > most else "")
+
+
 def image_member(data: bytes, what: str) -> tuple[str, bytes]:
     """(extension by content, the bytes as they are). Raises BadSample: unknown_format."""
     extension = extension_of(data)
@@ -41,9 +48,16 @@ def image_member(data: bytes, what: str) -> tuple[str, bytes]:
 
 
 def read(url: str, reason: str = "missing_image") -> bytes:
-    """A file's bytes. Raises BadSample: `reason`."""
+    """A file's bytes. Raises BadSample: `reason`, also for a pipe or a device, which inputs may name and which has no end."""
     try:
+        where = files.place(url)
+        if isinstance(where, Path):
+            mode = where.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise BadSample(reason, f"{url}: a pipe, a device or a socket, expected a file")
         return files.read_bytes(url)
+    except MemoryError as error:
+        raise BadSample(reason, f"{url}: larger than the memory that is free") from error
     except (OSError, ShardError, ValueError) as error:
         raise BadSample(reason, f"{url}: {getattr(error, 'strerror', None) or error}") from error
 

@@ -20,8 +20,9 @@ from data_prep.readers.base import caption_text, extension_of, safe
 from data_prep.readers.parts import attempt
 from data_prep.records import InputError, Record, Skipped
 from data_prep.samples import Shard
-from mmpretrain.data.cache import is_remote, read_sizes, remote_index
+from mmpretrain.data.cache import read_sizes, remote_index
 from mmpretrain.data.index import ShardIndex
+from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import SAFE_KEY, BadSample, ShardError, image_extension
 
 KEYS = ("keep", "shard")

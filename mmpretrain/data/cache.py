@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mmpretrain.data.index import SUFFIX, ShardIndex, load
-from mmpretrain.data.names import in_order
+from mmpretrain.data.names import in_order, is_remote
 from mmpretrain.data.schema import ShardError
 from mmpretrain.machine import hold
 
@@ -27,10 +27,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 CHUNK = 1 << 22
 STALE_S = 3600.0  # a temporary file that nobody has written to for so long belongs to a dead process
-
-
-def is_remote(name: str) -> bool:
-    return "://" in name and not name.startswith("file://")
 
 
 def default_folder() -> Path:

@@ -1,13 +1,19 @@
-"""Shard names in order, and the counts stated beside them: a range of a million remote shards stays a range."""
+"""Shard specs -> names in order, and the counts stated beside them. A range of a million remote shards stays a range."""
 
 from __future__ import annotations
 
 import bisect
+import glob
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
+from mmpretrain.data.schema import ShardError
+
+_BRACE = re.compile(r"\{([^{}]*)\}")
+LISTED = 10_000  # more names than these are not written out
 _ENTRY = re.compile(rb'\s*"([^"\\]+)"\s*:\s*(\d+)\s*([,}])')
 
 
@@ -78,3 +84,74 @@ def in_order(data: bytes, names: Iterable[str]) -> list[int] | None:
         counts.append(int(entry[2]))
         at, more = entry.end(), entry[3]
     return counts if counts and more == b"}" and not data[at:].strip() else None
+
+
+def is_remote(name: str) -> bool:
+    return "://" in name and not name.startswith("file://")
+
+
+def expand_braces(text: str) -> list[str]:
+    """`a{00..02}.tar` -> three names, padded as written; `{a,b}` -> alternatives; anything else in braces is literal."""
+    for match in _BRACE.finditer(text):
+        inner = match.group(1)
+        span = re.fullmatch(r"(\d+)\.\.(\d+)", inner)
+        if span:
+            first, last = span.groups()
+            width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+            options = [str(n).zfill(width) for n in range(int(first), int(last) + 1)]
+        elif "," in inner:
+            options = inner.split(",")
+        else:
+            continue
+        head, tail = text[: match.start()], text[match.end() :]
+        return [head + option + rest for option in options for rest in expand_braces(tail)]
+    return [text]
+
+
+def _range(spec: str) -> Range | None:
+    """A remote spec of one brace range and nothing else to expand."""
+    spans = [match for match in _BRACE.finditer(spec) if re.fullmatch(r"\d+\.\.\d+", match[1]) or "," in match[1]]
+    if not is_remote(spec) or len(spans) != 1 or "," in spans[0][1]:
+        return None
+    first, last = spans[0][1].split("..")
+    width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+    return Range(spec[: spans[0].start()], int(first), max(0, int(last) - int(first) + 1), width, spec[spans[0].end() :])
+
+
+def _expand_one(spec: str) -> Sequence[str]:
+    if os.path.isfile(spec):  # literal first: a path may contain # ? [ or {
+        return [spec]
+    if spec.startswith("pipe:"):
+        raise ShardError(
+            f"{spec!r}: pipe: runs a shell command, which a recipe may not. Give the URL itself: fsspec opens s3://, gs://, https:// ..."
+        )
+    if os.path.isdir(spec):
+        found = sorted(glob.glob(os.path.join(glob.escape(spec), "*.tar")))
+        if not found:
+            raise ShardError(f"{spec}: a folder without *.tar. Give the folder that holds the shards.")
+        return found
+    if (span := _range(spec)) is not None:
+        return span
+    names: list[str] = []
+    for name in expand_braces(spec):
+        if is_remote(name) or os.path.isfile(name):
+            names.append(name)
+            continue
+        found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else []
+        if not found:
+            folder = os.path.dirname(name) or "."
+            there = sorted(os.listdir(folder))[:5] if os.path.isdir(folder) else None
+            holds = f"{folder} holds {', '.join(there) or 'nothing'}" if there is not None else f"there is no folder {folder}"
+            raise ShardError(f"{name}: no such shard ({holds}). Check `shards:` in the recipe.")
+        names += found
+    return names
+
+
+def expand(spec: str | list[str]) -> Sequence[str]:
+    """A shard spec -> paths and URLs in order: literal paths, folders, globs, brace ranges, and several joined with `::` or in a list."""
+    specs = [spec] if isinstance(spec, str) else list(spec)
+    parts = [_expand_one(part) for item in specs for part in ([item] if os.path.exists(item) else item.split("::")) if part]
+    names = Joined(parts)
+    if not names:
+        raise ShardError(f"shards: {spec!r} names no shard")
+    return list(names) if len(names) <= LISTED else names

@@ -6,11 +6,12 @@ Microseconds a member. Read are regular files, with GNU and pax long names; a he
 from __future__ import annotations
 
 import mmap
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmpretrain.data.schema import ShardError
+from mmpretrain.data.schema import BadSample, ShardError
 
 BLOCK = 512
 MAX_NAME_BYTES = 1 << 16  # a longer pax or GNU name record is an attack or corruption
@@ -162,3 +163,14 @@ def read_headers(data: Any, name: str) -> tuple[list[Entry], Stop | None]:
             what = f"a web page rather than a tar: it begins with {start[:24]!r}"
         raise ShardError(f"{name}: {what} ({len(data)} bytes). Fetch or build the shard again.")
     return entries, stop
+
+
+def read_at(file: int, offset: int, size: int) -> bytes:
+    """`size` bytes of an open file. pread rather than mmap: a file cut while it is read gives a short read, not a bus error."""
+    parts, at, left = [], offset, size
+    while left and (part := os.pread(file, left, at)):
+        parts.append(part)
+        at, left = at + len(part), left - len(part)
+    if left:
+        raise BadSample("cut", f"{left} of {size} bytes missing at byte {at}")
+    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -5,8 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmpretrain.data.names import Joined, in_order
-from mmpretrain.data.shards import _range, expand_braces
+from mmpretrain.data.names import Joined, _range, expand_braces, in_order
 
 RANGES = st.builds(lambda first, count: (first, first + count), st.integers(0, 120), st.integers(0, 30))
 

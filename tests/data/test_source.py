@@ -14,8 +14,8 @@ from PIL import Image
 
 from data_prep.writer import Record, write_shards
 from mmpretrain.data import shards as shards_module
+from mmpretrain.data.names import expand, expand_braces
 from mmpretrain.data.schema import BadSampleBudgetError, ShardError
-from mmpretrain.data.shards import expand, expand_braces
 from mmpretrain.data.source import ImageConfig, Source, SourceConfig, SplitConfig
 from mmpretrain.data.views import CenterView, ImageView, TextView
 from mmpretrain.options import OptionError
