@@ -10,4 +10,4 @@ test:
 	uv run --extra test pytest
 
 bench:
-	for script in scripts/benchmarks/bench_*.py; do uv run python $$script || exit 1; done
+	uv run python scripts/benchmarks/run_all.py

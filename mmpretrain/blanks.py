@@ -33,6 +33,9 @@ class Blank:
     def __getitem__(self, key: Any) -> Any:
         return self
 
+    def __iter__(self) -> Any:
+        return iter(())
+
     def __or__(self, other: Any) -> Any:
         return self
 

@@ -94,8 +94,10 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=220.0, help="CPU-seconds of each run, start-up not counted")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
-    parser.add_argument("--folder", type=Path, default=Path("runs/cheap"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/cheap"), help="new: runs that go on would be timed wrongly")
     arguments = parser.parse_args()
+    if arguments.folder.exists():
+        parser.error(f"{arguments.folder} exists: name a new --folder")
 
     def timed(job: tuple[str, Stage]) -> float:
         """CPU-seconds a step: the difference of a longer and a shorter run, so that start-up cancels."""

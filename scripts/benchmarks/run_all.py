@@ -90,8 +90,10 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="every benchmark in its quick form: shows that they run")
     parser.add_argument("--only", nargs="+", default=None, choices=known(), help="these alone")
     parser.add_argument("--records", type=Path, default=ROOT / "runs" / "benchmarks.jsonl", help="where rows are appended")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md", help="the page to write")
+    parser.add_argument("--page", type=Path, default=None, help="the page to write (default: docs/benchmarks.md; quick: none)")
     parsed = parser.parse_args()
+    if parsed.page is None and not parsed.quick:
+        parsed.page = ROOT / "docs" / "benchmarks.md"
     print(f"{machine()}; {versions()}")
     parsed.records.parent.mkdir(parents=True, exist_ok=True)
     failures = {}
@@ -102,7 +104,7 @@ def main() -> int:
             print(f"   FAILED: {why}", flush=True)
     found = [json.loads(line) for line in parsed.records.read_text().splitlines()] if parsed.records.exists() else []
     lines = [line for line in found if parsed.quick or not line["quick"]]  # a quick run's figures never pass for measurements
-    if lines or failures:
+    if parsed.page and (lines or failures):
         parsed.page.write_text(page(lines, failures))
         print(f"\n{parsed.page} written from {len(lines)} records")
     return 1 if failures else 0
