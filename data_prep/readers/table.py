@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from data_prep import files
 from data_prep.readers.base import chunks
 from data_prep.readers.columns import Columns
-from data_prep.readers.parts import attempt, class_names
+from data_prep.readers.parts import attempt, class_names, some
 from data_prep.records import InputError, Record, Skipped
 
 Row = tuple[int, int, tuple[str, ...]]  # number in the table, line, the values of `used`
@@ -49,7 +50,7 @@ class Table:
         columns.check(header, file)
         for column in (*where, *exclude):
             if column not in header:
-                raise InputError(f"{file} has no column {column!r} (--where, --exclude-regex); it has {', '.join(header)}")
+                raise InputError(f"{file} has no column {column!r} (--where, --exclude-regex); it has {some(header)}")
         for column, pattern in exclude.items():
             try:
                 re.compile(pattern)
@@ -86,18 +87,23 @@ def _folder(file: str) -> str:
 def _rows(file: str, separator: str) -> Iterator[tuple[int, list[str]]]:
     """(line, fields), the header's first. Bytes that are not UTF-8 stay apart as surrogates, and are found when they are used."""
     with files.open_text(file) as handle:
-        reader = csv.reader(handle, delimiter=separator)
+        reader = csv.reader(handle, delimiter=separator, strict=True)  # else a quote that nothing closes swallows the rows below it
+        last = 0
         try:
             for row in reader:
+                last = reader.line_num
                 if row:
-                    yield reader.line_num, row
+                    yield last, row
         except csv.Error as error:
-            raise InputError(f"{file}, line {reader.line_num}: {error}. Correct the table.") from error
+            raise InputError(
+                f"{file}, line {last + 1}: {error}. Close its quotes, and double those that are meant literally"
+                + (", or build it as `tsv`, which knows no quotes." if separator == "\t" else ".")
+            ) from error
 
 
 def _header(file: str, separator: str) -> list[str]:
     for _, header in _rows(file, separator):
-        again = [column for column in header if header.count(column) > 1]
+        again = [column for column, count in Counter(header).items() if count > 1]
         if again:
             raise InputError(f"{file}: column {again[0]!r} comes twice in its header. Rename one.")
         return header
@@ -114,6 +120,6 @@ def _chosen(
     next(rows)
     for number, (line, row) in enumerate(rows):
         if len(row) != len(header):
-            raise InputError(f"{file}, line {line}: expected {len(header)} fields ({', '.join(header)}), found {len(row)}")
+            raise InputError(f"{file}, line {line}: expected {len(header)} fields ({some(header)}), found {len(row)}")
         if all(row[i] == value for i, value in wanted) and not any(pattern.search(row[i]) for i, pattern in excluded):
             yield number, line, row
