@@ -146,11 +146,13 @@ def _train(config: Config, closing: ExitStack) -> int:
         save_due = save_due or step % config.checkpoint.every == 0
         saved = (save_due and not skipped_steps) or step == steps or stop is not None
         if saved:
+            check_weights(named, step, skipped_steps)
             snapshot.save(config, model, teacher, optimizer, state)
             save_due = False
         if not stop:
             stop = evaluations.run(evaluations.due(step), step, interrupts)
             if stop and not saved:
+                check_weights(named, step, skipped_steps)
                 snapshot.save(config, model, teacher, optimizer, state)
         batch = None
     if stop:
@@ -170,6 +172,20 @@ def refuse(tracker: Tracker, batch: Batch, logs: dict[str, torch.Tensor], step: 
             f"{count} updates in a row had a loss or gradient that is not finite ({values}). The last batch began with "
             f"{', '.join(keys[:8])}. None of these updates was made, so the run's checkpoints hold finite weights. Look at these samples, "
             "or lower optim.lr or lengthen optim.warmup_steps and go on with resume=force."
+        )
+
+
+def check_weights(named: list[tuple[str, torch.nn.Parameter]], step: int, skipped_steps: int) -> None:
+    """Before a save: finite weights, and at least one update that was made. A finite gradient can still be stepped on too far."""
+    if spoilt := [name for name, p in named if not bool(torch.isfinite(p).all())]:
+        raise TrainingError(
+            f"after step {step} {len(spoilt)} of {len(named)} parameters are not finite ({', '.join(spoilt[:4])}); nothing was saved. "
+            "Lower optim.lr and go on from the last checkpoint with resume=force, or begin in a new run_dir."
+        )
+    if skipped_steps == step:
+        raise TrainingError(
+            f"none of the {step} updates was made: each had a loss or gradient that is not finite (see metrics.jsonl). Nothing was saved. "
+            "Check the data's normalisation (image.mean, image.std) and the objectives' options."
         )
 
 

@@ -16,6 +16,7 @@ import torch
 from data_prep.writer import Record, write_shards
 from mmpretrain import config as recipes
 from mmpretrain.checkpoint import CheckpointError, checkpoints, find_checkpoint, load_json, load_tensors
+from mmpretrain.model import PretrainModel
 from mmpretrain.options import OptionError
 from mmpretrain.tracking import read_jsonl
 from mmpretrain.trainer import TrainingError, train
@@ -247,6 +248,21 @@ def test_nan_is_skipped_then_aborts_naming_the_batch(data, tmp_path, monkeypatch
     found = find_checkpoint(tmp_path / "run")
     assert load_json(found, "state")["step"] == 3
     assert all(torch.from_numpy(v).isfinite().all() for v in runs.weights(tmp_path / "run").values())
+
+
+def test_weights_that_a_step_has_spoilt_are_not_saved(data, tmp_path):
+    """The gradient is finite, the step is not."""
+    recipe = runs.recipe(data, tmp_path / "run", steps=2, optim={"lr": 1e38})
+    with pytest.raises(TrainingError, match=r"parameters are not finite .*Lower optim.lr"):
+        train(recipes.assemble(recipe))
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_a_run_without_one_update_fails(data, tmp_path, monkeypatch):
+    forward = PretrainModel.forward
+    monkeypatch.setattr(PretrainModel, "forward", lambda *a: tuple(x * float("nan") if i == 0 else x for i, x in enumerate(forward(*a))))
+    with pytest.raises(TrainingError, match="none of the 2 updates was made"):
+        train(recipes.assemble(runs.recipe(data, tmp_path / "run", steps=2)))
 
 
 def test_one_nan_is_survived(data, tmp_path, monkeypatch, capfd):
