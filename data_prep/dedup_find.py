@@ -11,14 +11,12 @@ import numpy as np
 
 from data_prep import engine
 from data_prep.dedup_clusters import Copies
-from data_prep.dedup_near import DIFFERENCE, HASH_DISTANCE, alike_in_colour, differences, pairs_within
+from data_prep.dedup_near import DIFFERENCE, HASH_DISTANCE
+from data_prep.dedup_settle import Neighbours, settle
 from data_prep.dedup_signatures import SIGNATURE, THUMBNAIL, Sign, Wanted, spans, thumbnails
 from data_prep.samples import Shard
 from mmpretrain.data.cache import remote_index
 from mmpretrain.data.names import is_remote
-
-BATCH = 2048  # pairs compared at once: 50 MB
-PENDING = 1 << 22  # pairs found before those found twice are removed
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Found:
 
 
 def find(names: list[str], against: list[str], options: Options, *, engine_name: str = "local", processes: int | None = None) -> Found:
-    """Read every image once, and those of candidate pairs a second time.
+    """Read every image once, and those that may be near copies a second time.
 
     Memory: 57 bytes of signature and 29 of bookkeeping a sample; small images of candidates, and embeddings, go to a temporary file.
     Raises ShardError, ValueError for an option out of range.
@@ -110,24 +108,6 @@ def find(names: list[str], against: list[str], options: Options, *, engine_name:
     return found
 
 
-def _candidates(found: Found) -> np.ndarray:
-    """int64 [p,2]: pairs whose hashes and mean colours allow that they are copies, the better-ranked first, in the order of ranks."""
-    options, colour, first = found.options, found.signatures["colour"], found.copies.first
-    unique, pending, size = np.zeros(0, np.int64), [], 0
-
-    def merged() -> np.ndarray:
-        return np.unique(np.concatenate([unique, *pending]))
-
-    for places in pairs_within(found.signatures["hash"][first].astype(np.uint64), options.near or 0):
-        pairs = first[places]
-        passed = found.copies.wanted(pairs) & alike_in_colour(colour[pairs[:, 0]], colour[pairs[:, 1]], options.difference)
-        pending.append(places[passed, 0] * len(first) + places[passed, 1])
-        size += int(passed.sum())
-        if size > PENDING:
-            unique, pending, size = merged(), [], 0
-    return first[np.stack(np.divmod(merged(), max(len(first), 1)), 1)]
-
-
 def _tasks(found: Found, samples: np.ndarray) -> Iterator[Wanted]:
     """Ascending samples -> what to read of each shard, at most a few hundred at a time."""
     shard = np.searchsorted(found.starts, samples, side="right") - 1
@@ -139,21 +119,15 @@ def _tasks(found: Found, samples: np.ndarray) -> Iterator[Wanted]:
 
 
 def _near(found: Found, engine_name: str, processes: int | None) -> None:
-    pairs, copies, limit = _candidates(found), found.copies, found.options.difference
-    if not len(pairs):
+    neighbours = Neighbours(found.copies, found.signatures, found.options.near or 0, found.options.difference)
+    samples = np.sort(neighbours.involved)
+    if not len(samples):
         return
-    samples, places = np.unique(pairs, return_inverse=True)
-    places = places.reshape(pairs.shape)
     with tempfile.TemporaryFile() as file:
         small = np.memmap(file, np.uint8, "w+", shape=(len(samples), THUMBNAIL, THUMBNAIL, 3))
         at = 0
         for images in engine.run(thumbnails, list(_tasks(found, samples)), engine=engine_name, processes=processes, title="candidates"):
             small[at : at + len(images)] = images
             at += len(images)
-        for start in range(0, len(pairs), BATCH):
-            batch = np.arange(start, min(start + BATCH, len(pairs)))
-            batch = batch[(copies.of[pairs[batch]] < 0).all(1)]
-            apart = differences(small[places[batch, 0]], small[places[batch, 1]], limit)
-            for pair, value in zip(batch[apart <= limit].tolist(), apart[apart <= limit].tolist()):
-                copies.drop(int(pairs[pair, 0]), int(pairs[pair, 1]), "near", value)
+        settle(neighbours, samples, small)
         del small

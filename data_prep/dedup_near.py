@@ -94,9 +94,13 @@ def difference(first: np.ndarray, second: np.ndarray) -> float:
     return float(min(_pooled(a - b), _pooled(best)))
 
 
-def differences(first: np.ndarray, second: np.ndarray, limit: float = DIFFERENCE) -> np.ndarray:
-    """uint8 [p,32,32,3] twice -> float32 [p]: `difference`, without the search for a gain where none can bring it to `limit`."""
+def differences(first: np.ndarray, second: np.ndarray, limit: float = DIFFERENCE, *, brightened: bool = True) -> np.ndarray:
+    """uint8 [p,32,32,3] twice -> float32 [p]: `difference`, without the search for a gain where none can bring it to `limit`.
+
+    `brightened` false: without that search at all. `second` may be one picture, [1,32,32,3].
+    """
     found = _pooled(first.astype(np.float32) - second.astype(np.float32)).astype(np.float32)
-    for at in np.flatnonzero((found > limit) & (found <= limit + (GAIN - 1) * 255)):
+    second = np.broadcast_to(second, first.shape)
+    for at in np.flatnonzero((found > limit) & (found <= limit + (GAIN - 1) * 255)) if brightened else ():
         found[at] = difference(first[at], second[at])
     return found

@@ -2,6 +2,8 @@
 
 import io
 import json
+import tracemalloc
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
@@ -12,10 +14,10 @@ import typer
 from PIL import Image, ImageDraw, ImageFilter
 from typer.testing import CliRunner
 
-from data_prep import dedup, dedup_near
+from data_prep import dedup, dedup_near, dedup_settle
 from data_prep.dedup_clusters import Copies, ranks
 from data_prep.dedup_find import Options, find
-from data_prep.dedup_signatures import signature
+from data_prep.dedup_signatures import SIGNATURE, signature
 from data_prep.samples import Shard
 from data_prep.writer import Record, write_shards
 
@@ -230,6 +232,68 @@ def test_pairs_within_misses_none(distance: int) -> None:
     assert len(expected) >= 3
     found = {tuple(pair) for pairs in dedup_near.pairs_within(hashes, distance) for pair in pairs.tolist()}
     assert found == expected
+
+
+def _settled(signatures: np.ndarray, small: np.ndarray, training: int, within: bool = True) -> Copies:
+    copies = Copies(signatures, np.ones(len(signatures), bool), training, within=within)
+    neighbours = dedup_settle.Neighbours(copies, signatures, 10, dedup_near.DIFFERENCE)
+    dedup_settle.settle(neighbours, np.arange(len(signatures)), small)
+    return copies
+
+
+@pytest.mark.parametrize("pending", [dedup_settle.PENDING, 1])
+@pytest.mark.parametrize("within", [True, False])
+def test_settling_drops_what_comparing_all_pairs_in_order_drops(pending: int, within: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the neighbours of hashes are too many to hold."""
+    monkeypatch.setattr(dedup_settle, "PENDING", pending)
+    monkeypatch.setattr(dedup_settle, "NEIGHBOURS", 0)
+    rng = np.random.default_rng(0)
+    small = rng.choice([0, 12, 24, 60, 72], (120, 1, 1, 3)).astype(np.uint8) + np.zeros((1, 32, 32, 1), np.uint8)
+    signatures = np.zeros(120, SIGNATURE)
+    signatures["digest"] = np.arange(240).reshape(120, 2)
+    signatures["hash"] = np.uint64(1) << rng.integers(0, 40, 120).astype(np.uint64)  # 2 bits apart, or equal
+    signatures["hash"][::3] ^= np.uint64((1 << 56) - (1 << 44))  # 12 bits away from the others
+    signatures["colour"] = np.tile(small[:, 0, 0], (1, 9))
+    copies = _settled(signatures, small, 100, within)
+    kept: list[int] = []
+    for sample in [*range(100, 120), *range(100)]:
+        near = [k for k in kept if int(signatures["hash"][k] ^ signatures["hash"][sample]).bit_count() <= 10]
+        alike = sample < 100 and any(dedup_near.difference(small[k], small[sample]) <= dedup_near.DIFFERENCE for k in near)
+        assert (copies.of[sample] >= 0) == alike
+        assert not alike or copies.of[sample] in kept
+        if not alike and (within or sample >= 100):
+            kept.append(sample)
+    assert 10 < (copies.of >= 0).sum() < 90
+
+
+def test_many_samples_of_one_hash_take_no_pair_each() -> None:
+    """16,000 flat images and 4,000 encodings of one picture, whose hashes differ in a few bits."""
+    rng = np.random.default_rng(0)
+    count, flat = 20_000, 16_000
+    signatures = np.zeros(count, SIGNATURE)
+    signatures["digest"] = rng.integers(0, 2**63, (count, 2))
+    signatures["hash"][flat:] = np.uint64(0x5555_5555_5555_5555) ^ (np.uint64(1) << rng.integers(0, 8, count - flat).astype(np.uint64))
+    signatures["colour"][::2] = 100
+    small = np.broadcast_to(np.uint8([100, 0]).reshape(2, 1, 1, 1), (2, 32, 32, 3))[np.arange(count) % 2]
+    copies = Copies(signatures, np.ones(count, bool), count)
+    tracemalloc.start()
+    neighbours = dedup_settle.Neighbours(copies, signatures, 10, dedup_near.DIFFERENCE)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 200 * count
+    assert max(len(near) for _, near in _dropping(neighbours)) <= 2
+    copies.of[:] = -1
+    dedup_settle.settle(neighbours, np.arange(count), small)
+    assert np.flatnonzero(copies.of < 0).tolist() == [0, 1, flat, flat + 1]
+    assert copies.of[2:flat].tolist() == [0, 1] * (flat // 2 - 1)
+
+
+def _dropping(neighbours: dedup_settle.Neighbours) -> Iterator[tuple[int, np.ndarray]]:
+    """The candidates, where all of them are copies."""
+    for sample, near in neighbours.candidates():
+        yield sample, near
+        if len(near):
+            neighbours.copies.drop(int(near[0]), sample, "near", 0.0)
 
 
 def test_difference_knows_brightness_from_colour() -> None:
