@@ -6,9 +6,12 @@ then are older ones removed. At any moment a kill leaves at least one valid chec
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 MANIFEST = "manifest.json"
+REQUIRED = ("model.safetensors", "optimizer.pt", "state.json")
+STATE = {"step": int, "positions": dict, "skipped_steps": int}  # what a run goes on from
 
 
 class CheckpointError(RuntimeError):
@@ -41,16 +46,24 @@ def _flush(path: Path) -> None:
 def problem(folder: Path) -> str | None:
     """Why `folder` is not a valid checkpoint; None if it is. Reads every byte."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"its {MANIFEST} cannot be read ({error})"
+        files = dict(json.loads((folder / MANIFEST).read_text())["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    unlisted = [name for name in REQUIRED if name not in files]
+    if unlisted:
+        return f"its {MANIFEST} does not list {', '.join(unlisted)}"
     for name, expected in files.items():
         path = folder / Path(name).name
         if not path.is_file():
             return f"{name} is missing"
         if _sha256(path) != expected:
             return f"{name} does not match its sha256: it changed after it was written"
-    return None
+    try:
+        state = load_json(folder, "state")
+    except CheckpointError as error:
+        return str(error)
+    wrong = [name for name, kind in STATE.items() if not isinstance(state.get(name), kind)]
+    return f"state.json lacks {', '.join(wrong)}" if wrong else None
 
 
 def save(
@@ -133,15 +146,44 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def load_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
-    return load_file(folder / f"{stem}.safetensors")
+    with _reading(folder / f"{stem}.safetensors") as path:
+        return load_file(path)
 
 
 def load_optimizer(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    with _reading(folder / "optimizer.pt") as path:
+        state = load_pickled(path)
+        if not isinstance(state, dict) or not all(isinstance(values, dict) for values in state.values()):
+            raise ValueError("expected each parameter's state by its name")
+        return state
 
 
 def load_json(folder: Path, stem: str) -> dict[str, Any]:
-    return json.loads((folder / f"{stem}.json").read_text())
+    with _reading(folder / f"{stem}.json") as path:
+        document = json.loads(path.read_text())
+        if not isinstance(document, dict):
+            raise ValueError(f"expected an object, found {str(document)[:60]!r}")
+        return document
+
+
+def load_pickled(path: Path) -> Any:
+    """A torch file, of tensors and plain data alone. Raises ValueError, without torch's advice to let the file run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"(Unsupported|Trying to load|Can only)[^\n]*", str(error))
+        raise ValueError(
+            f"it holds more than tensors and plain data, and is not unpickled ({refused[0] if refused else 'refused'})"
+        ) from None
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    """Whatever a damaged file makes its reader raise becomes a CheckpointError that names the file."""
+    try:
+        yield path
+    except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, EOFError, ..., by the kind of damage
+        raise CheckpointError(f"{path} cannot be read ({error}): remove {path.parent}, and an earlier checkpoint is used") from error
 
 
 def optimizer_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:

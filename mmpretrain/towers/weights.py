@@ -6,12 +6,12 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-import torch
 from open_clip.model import convert_to_custom_text_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmpretrain.checkpoint import load_pickled
 from mmpretrain.towers.vision import resize_grid
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(path) if path.suffix == ".safetensors" else load_pickled(path)
     except Exception as error:
         raise ValueError(
             f"{path} is not a readable checkpoint ({error}): expected safetensors, or a torch file of tensors alone"

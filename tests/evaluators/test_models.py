@@ -14,6 +14,7 @@ from tests.evaluators.fake import colour_folder, picture, write
 from tests.tiny import MODEL, towers
 
 CONFIG = {"model_cfg": MODEL, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}}
+STATE = {"step": 1, "positions": {}, "skipped_steps": 0}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_a_run_gives_its_newest_valid_checkpoint_and_its_teacher(tmp_path):
     student, teacher = towers(1), towers(2)
     for step, dual in ((1, towers(3)), (2, student), (3, towers(4))):
         tensors = {"model": dual.state_dict(), "teacher": teacher.state_dict()}
-        checkpoint.save(tmp_path / "checkpoints", step, tensors, {}, {"open_clip_config": CONFIG}, keep=9)
+        checkpoint.save(tmp_path / "checkpoints", step, tensors, {}, {"open_clip_config": CONFIG, "state": STATE}, keep=9)
     damaged = tmp_path / "checkpoints" / "step-00000003" / "model.safetensors"
     data = bytearray(damaged.read_bytes())
     data[-1] ^= 1
@@ -189,7 +190,7 @@ def test_bad_training_images_are_counted(coloured, tmp_path):
 
 def test_a_run_without_a_contrastive_objective_gives_no_joint_features(tmp_path, coloured):
     weights = {name: value for name, value in towers().state_dict().items() if name.startswith("visual.")}
-    documents = {"open_clip_config": CONFIG}
+    documents = {"open_clip_config": CONFIG, "state": STATE}
     checkpoint.save(tmp_path / "a" / "checkpoints", 1, {"model": weights, "teacher": weights}, {}, documents, keep=1)
     whole = towers().state_dict() | {"logit_scale": torch.tensor(1.0)}
     checkpoint.save(tmp_path / "b" / "checkpoints", 1, {"model": whole, "teacher": towers().state_dict()}, {}, documents, keep=1)

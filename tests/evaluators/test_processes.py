@@ -52,9 +52,9 @@ def test_two_processes_find_what_one_finds(tmp_path):
 
 def trained(tmp_path) -> tuple[Path, Path]:
     """A run folder with one checkpoint, and data."""
-    document = {"model_cfg": MODEL, "preprocess_cfg": {}}
+    documents = {"open_clip_config": {"model_cfg": MODEL, "preprocess_cfg": {}}, "state": {"step": 7, "positions": {}, "skipped_steps": 0}}
     tensors = {"model": towers().state_dict() | {"logit_scale": torch.tensor(1.0)}}
-    checkpoint.save(tmp_path / "run" / "checkpoints", 7, tensors, {}, {"open_clip_config": document}, keep=1)
+    checkpoint.save(tmp_path / "run" / "checkpoints", 7, tensors, {}, documents, keep=1)
     return tmp_path / "run", colour_folder(tmp_path / "data", ["red", "green"], 2)
 
 
