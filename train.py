@@ -54,13 +54,14 @@ def run(config, demo) -> int:
     from data_prep.demo_background import DemoError
     from mmpretrain.checkpoint import CheckpointError
     from mmpretrain.data.schema import BadSampleBudgetError, ShardError
+    from mmpretrain.tracking import LogError
     from mmpretrain.trainer import TrainingError, train
 
     try:
         if demo is not None:
             demo.prepare(config)
         return train(config)
-    except (BadSampleBudgetError, CheckpointError, DemoError, ShardError, TrainingError) as error:
+    except (BadSampleBudgetError, CheckpointError, DemoError, LogError, ShardError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

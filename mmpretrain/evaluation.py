@@ -81,7 +81,7 @@ class Evaluations:
     def missing(self, step: int) -> list[str]:
         """Due at the checkpoint that was loaded, but not in its results: the run ended between saving and evaluating."""
         lines = read_jsonl(Path(self.config.run_dir) / "results.jsonl")
-        done = distributed.broadcast_object([line["name"] for line in lines if line["step"] == step])
+        done = distributed.broadcast_object([line.get("name") for line in lines if line.get("step") == step])
         return [name for name in self.due(step) if name not in done]
 
     def run(self, names: Iterable[str], step: int, interrupts: Interrupts) -> str | None:

@@ -50,8 +50,8 @@ def export_open_clip(dual: DualEncoder, leftovers: Mapping[str, Tensor], folder:
             f"open_clip's format needs both towers in its own config format, and this is {lacks}: train with a model of vision_cfg and "
             "text_cfg, or use the checkpoint's model.safetensors directly (`visual.*` are the image tower's weights)"
         )
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: choose a new folder")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} is {'not empty' if folder.is_dir() else 'no folder'}: choose a new folder")
     scale = leftovers.get("logit_scale", torch.tensor(math.log(1 / 0.07)))
     bias = leftovers.get("logit_bias")
     state = {key: value.detach().cpu().contiguous() for key, value in dual.state_dict().items()}

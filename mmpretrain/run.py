@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,9 +41,12 @@ def claim(config: Config, found: Path | None, skipped: list[str]) -> list[str]:
     stored = folder / RECIPE
     if not stored.exists():
         return messages
-    old = yaml.safe_load(stored.read_text())
-    old.pop("environment", None)
-    changed = differences(old, plain(config))
+    try:
+        old = dict(yaml.safe_load(stored.read_text(encoding="utf-8")).items())
+        old.pop("environment", None)
+        changed = differences(old, plain(config))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:  # empty, cut, or not a mapping
+        changed = [f"{stored} is damaged and cannot be compared: {error}"]
     if changed and (found is not None or messages):
         if config.resume != "force":
             raise OptionError(
@@ -62,12 +66,14 @@ def lock(config: Config) -> IO[str]:
     """Hold the run folder while the returned file is open; the system lets go of it when the process ends, however it ends.
 
     Raises:
-        OptionError: another process trains in this folder.
+        OptionError: another process trains in this folder, or it cannot be written.
     """
     try:
         return hold(Path(config.run_dir) / ".lock", wait=False)
     except BlockingIOError:
         raise OptionError(f"another process is training in {config.run_dir}: wait for it, stop it, or choose another run_dir") from None
+    except (OSError, ValueError) as error:
+        raise OptionError(f"run_dir {config.run_dir!r} cannot be written: {error}. Choose another run_dir") from error
 
 
 def write_recipe(config: Config, environment: dict[str, Any]) -> None:
@@ -76,5 +82,8 @@ def write_recipe(config: Config, environment: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(plain(config) | {"environment": environment}, sort_keys=False, allow_unicode=True)
     temporary = folder / f"{RECIPE}.tmp"
-    temporary.write_text(text)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(folder / RECIPE)

@@ -48,6 +48,10 @@ def jsonable(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
+class LogError(ValueError):
+    """A line of a run's own files that says nothing. The message names file, line and remedy."""
+
+
 class JsonLines:
     """A file of JSON objects, one a line, written so that a crash can tear the last line only."""
 
@@ -78,7 +82,10 @@ class JsonLines:
         """Keep the lines whose `step` is null or at most `step`; drop the rest, and a torn last line. For resuming."""
         if not self.path.exists():
             return
-        kept = [r for r in read_jsonl(self.path) if r.get("step") is None or r["step"] <= step]
+        records = read_jsonl(self.path)
+        if wrong := [r for r in records if not isinstance(r.get("step"), int | None)]:
+            raise LogError(f"{self.path}: a line's step is {wrong[0]['step']!r:.60}, expected a number. Delete that line to go on.")
+        kept = [r for r in records if r.get("step") is None or r["step"] <= step]
         temporary = self.path.with_name(self.path.name + ".tmp")
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
@@ -114,7 +121,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 def read_jsonl(path: str | Path, strict: bool = True) -> list[dict[str, Any]]:
     """The records of a JSON lines file; [] if it does not exist. A torn last line is left out.
 
-    Any other line that is not a JSON object raises ValueError naming file and line, or is left out with a warning if not `strict`.
+    Any other line that is not a JSON object raises LogError naming file and line, or is left out with a warning if not `strict`.
     """
     path = Path(path)
     if not path.exists():
@@ -130,7 +137,7 @@ def read_jsonl(path: str | Path, strict: bool = True) -> list[dict[str, Any]]:
         elif number < len(lines):  # the last piece has no newline behind it: torn by a crash
             problem = f"{path}, line {number}: expected a JSON object, found {line[:60]!r}"
             if strict:
-                raise ValueError(f"{problem}. Delete that line to go on.")
+                raise LogError(f"{problem}. Delete that line to go on.")
             warnings.warn(f"{problem}; left out", stacklevel=2)
     return records
 
@@ -238,7 +245,7 @@ class Tracker:
             if stamp and int(stamp[1]) > keep:
                 path.unlink()
         if before := read_jsonl(self.run_dir / "metrics.jsonl"):
-            self._last = (before[-1]["step"], before[-1]["samples_seen"])
+            self._last = (before[-1].get("step") or 0, before[-1].get("samples_seen") or 0)
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the main rank needs it
 
         self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=keep + 1)

@@ -39,7 +39,7 @@ def main(
         checkpoint = newest_checkpoint(source)
         dual, leftovers = load_model(checkpoint)
         export_open_clip(dual, leftovers, out)
-    except (ValueError, CheckpointError) as error:
+    except (OSError, ValueError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     print(f'{checkpoint} -> {out}: open_clip.create_model_and_transforms("local-dir:{out}")')

@@ -87,6 +87,11 @@ def test_script(tmp_path):
     again = run(folder, "--out", tmp_path / "out")
     assert again.exit_code == 1
     assert "is not empty" in again.stderr
+    (tmp_path / "file").touch()
+    for out, message in ((tmp_path / "file", "is no folder"), (tmp_path / "file" / "x", "Not a directory")):
+        refused = run(folder, "--out", out)
+        assert refused.exit_code == 1
+        assert message in refused.stderr
 
 
 def test_a_model_without_text_is_refused_with_a_remedy(tmp_path):
@@ -108,6 +113,7 @@ def test_what_open_clip_would_build_otherwise_is_refused(tmp_path):
 def test_script_takes_a_run_and_refuses_a_folder_without_checkpoints(tmp_path):
     dual = build_towers(CONFIG)
     documents = {"open_clip_config": {"model_cfg": dual.model_cfg, "preprocess_cfg": {}}}
+    documents["state"] = {"step": 1, "positions": {}, "skipped_steps": 0}
     for step in (1, 2):
         weights = {**dual.state_dict(), "logit_scale": torch.tensor(float(step))}
         save(tmp_path / "run" / "checkpoints", step, {"model": weights}, {}, documents, keep=2)
