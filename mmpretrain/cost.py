@@ -34,7 +34,8 @@ class CostProbe:
         return self.every > 0 and step % self.every == 0
 
     def measure(self, step: int, batch: Batch) -> dict[str, float]:
-        """NAME/cost_alone_s, cost_alone, cost_added (fractions of the step with all objectives), cost_memory_mb (activations kept, alone).
+        """cost_s, the seconds of all objectives; NAME/cost_alone_s and cost_without_s; cost_alone and cost_added, the same as fractions of
+        cost_s; NAME/cost_memory_mb, activations kept alone.
 
         Every rank calls it at the same step: objectives gather.
         """
@@ -44,7 +45,8 @@ class CostProbe:
         alone = self._seconds(part, [name])
         others = [other for other in self.names if other != name]
         without = self._seconds(part, others) if others else 0.0
-        found = {"cost_alone_s": alone * self.chunks, "cost_alone": alone / whole, "cost_added": 1 - without / whole}
+        found = {"cost_alone_s": alone * self.chunks, "cost_without_s": without * self.chunks}
+        found |= {"cost_alone": alone / whole, "cost_added": 1 - without / whole}
         for key, names in ((f"{name}/cost_memory_mb", [name]), ("cost_memory_mb", self.names)):
             if tuple(names) not in self._memory:  # shapes hardly change: once is enough
                 self._memory[tuple(names)] = self._kept_bytes(part, names)

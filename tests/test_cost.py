@@ -56,11 +56,11 @@ def test_measuring_leaves_no_trace():
 
 def test_the_report_shows_medians():
     lines = [
-        {"step": step, "clip/cost_alone_s": s, "clip/cost_alone": 0.5, "clip/cost_added": 0.25, "clip/cost_memory_mb": 3.0,
+        {"step": step, "clip/cost_alone_s": s, "clip/cost_without_s": 0.75, "clip/cost_alone": 0.9, "clip/cost_memory_mb": 3.0,
          "cost_memory_mb": 4.0, "cost_s": 1.0}
         for step, s in ((1, 0.1), (2, 0.9), (3, 0.2))
     ]  # fmt: skip
     table = costs([{"step": 1, "loss": 3.0}, *lines])
-    assert table["rows"][0] == ["clip", "0.2", "50 %", "25 %", "3"]
+    assert table["rows"][0] == ["clip", "0.2", "20 %", "25 %", "3"]
     assert table["rows"][1][0] == "all together"
     assert costs([{"step": 1, "loss": 3.0}]) is None

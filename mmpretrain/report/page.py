@@ -127,7 +127,8 @@ def _notes(metrics: Sequence[Mapping[str, Any]], headline: Sequence[Mapping[str,
     for group in headline:
         for row in group["rows"]:
             for mark in row["baselines"]:
-                if row["bar"] is not None and mark["at"] is not None and row["bar"] <= mark["at"]:
+                ceiling = mark["name"].startswith(("supervised", "ceiling"))  # what cannot be expected to be reached
+                if not ceiling and row["bar"] is not None and mark["at"] is not None and row["bar"] <= mark["at"]:
                     notes.append(f"{group['name']}: {row['metric']} of {row['text']} is no better than {mark['name']} ({mark['text']}).")
     if skipped:
         notes.append(f"{len(skipped):,} samples were skipped; the reasons are under “Skipped samples”.")
