@@ -5,47 +5,22 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 
 from data_prep.options import Engine, JsonOutput, Licence, Processes
 
-
-class Judged:
-    """What is known of every sample, in order: whether it was dropped, and why. A byte a sample, and a line of each dropped one."""
-
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
-        self.counts = np.zeros(len(names), np.int64)
-        self.drops: dict[int, tuple[str, str]] = {}  # sample -> (rule, detail)
-        self.damage: list[str] = []
-
-    @property
-    def starts(self) -> np.ndarray:
-        return np.r_[0, np.cumsum(self.counts)]
-
-    def left(self) -> np.ndarray:
-        """int64: the samples not dropped, ascending."""
-        good = np.ones(int(self.counts.sum()), bool)
-        good[list(self.drops)] = False
-        return np.flatnonzero(good)
-
-    def places(self, samples: np.ndarray) -> Iterator[tuple[int, str, int]]:
-        """(sample, shard, number in it)."""
-        starts = self.starts
-        shards = np.searchsorted(starts, samples, side="right") - 1
-        for sample, shard in zip(samples.tolist(), shards.tolist()):
-            yield sample, self.names[shard], sample - int(starts[shard])
+if TYPE_CHECKING:
+    from data_prep.filter_judged import Judged
 
 
 def _judge(names: list[str], rules: Any, max_repeats: int | None, engine: str, processes: int | None) -> Judged:
     """The rules on single samples, then repeats among those that passed them."""
     from data_prep import engine as engines
     from data_prep.dedup_signatures import spans
+    from data_prep.filter_judged import Judged
     from data_prep.filter_rules import Judge
     from data_prep.filter_set import repeated
 
@@ -54,14 +29,15 @@ def _judge(names: list[str], rules: Any, max_repeats: int | None, engine: str, p
     results = engines.run(Judge(rules, max_repeats is not None), tasks, engine=engine, processes=processes, title="judging")
     for span, (count, dropped, part, damage) in zip(tasks, results, strict=True):
         judged.counts[number[span.name]] += count
-        judged.drops |= {start + at - span.start: (rule, detail) for at, rule, detail in dropped}
+        for at, rule, detail in dropped:
+            judged.drop(start + at - span.start, rule, detail)
         judged.damage += damage
         digests.append(part)
         start += count
     if max_repeats is not None:
         left = judged.left()
         for sample in left[repeated(np.concatenate([*digests, np.zeros(0, np.uint64)])[left], max_repeats)].tolist():
-            judged.drops[sample] = "max_repeats", f"its caption came {max_repeats} times before"
+            judged.drop(sample, "max_repeats", f"its caption came {max_repeats} times before")
     return judged
 
 
@@ -78,7 +54,8 @@ def _score(judged: Judged, model: str, caption: str, least: float | None, fracti
     keys: dict[int, str] = {}  # only where they are saved
     encoder = Encoder(model)
     for batch in encoder.batches((Place(*place) for place in judged.places(left)), caption):
-        judged.drops |= {sample: (error.reason, error.detail) for sample, error in batch.bad}
+        for sample, error in batch.bad:
+            judged.drop(sample, error.reason, error.detail)
         if batch.samples:
             scores[np.searchsorted(left, batch.samples)] = encoder.similarities(batch).numpy()
             if save is not None:
@@ -90,7 +67,7 @@ def _score(judged: Judged, model: str, caption: str, least: float | None, fracti
     if least is not None or fraction is not None:
         dropped, limit = too_low(scores, least, fraction)
         for sample, score in zip(left[dropped].tolist(), scores[dropped].tolist()):
-            judged.drops[sample] = "score", f"{score:.4f}; {limit}"
+            judged.drop(sample, "score", f"{score:.4f}; {limit}")
 
 
 def select(
@@ -114,7 +91,7 @@ def select(
     their bytes pass through. Raises ShardError, InputError, OptionError, FileExistsError (see writer.build).
     """
     from data_prep import language
-    from data_prep.filter_keep import Part, carried, keep
+    from data_prep.filter_keep import carried, keep
     from data_prep.filter_rules import Rules
     from data_prep.samples import expand
     from data_prep.writer import build
@@ -126,22 +103,15 @@ def select(
     judged = _judge(names, rules, max_repeats, engine, processes)
     if score is not None:
         _score(judged, score, rules.caption, min_score, keep_top, save_scores)
-    counts = Counter(rule for rule, _ in judged.drops.values())
-    samples = int(judged.counts.sum())
-    result: dict[str, Any] = {"samples": samples, "good": samples - counts.total(), "dropped": dict(sorted(counts.items()))}
+    counts, samples = judged.dropped_by(), int(judged.counts.sum())
+    result: dict[str, Any] = {"samples": samples, "good": samples - sum(counts.values()), "dropped": counts}
     if judged.damage:
         result["damage"] = judged.damage
     if out is not None:
-        drops: list[list[tuple[int, str, str]]] = [[] for _ in names]
-        ordered = np.array(sorted(judged.drops), np.int64)
-        number = {name: i for i, name in enumerate(names)}
-        for sample, name, at in judged.places(ordered):
-            drops[number[name]].append((at, *judged.drops[sample]))
-        parts = [Part(name, int(count), tuple(dropped)) for name, count, dropped in zip(names, judged.counts, drops)]
         asked = {"max_repeats": max_repeats, "score": score, "min_score": min_score, "keep_top": keep_top}
         plan = {"filter": repr(rules), **asked}
         run = {"engine": engine, "processes": processes, "command": command, "licence": licence, "texts": carried(names)}
-        result["written"] = build(out, keep, parts, plan=plan, **run)["num_samples"]
+        result["written"] = build(out, keep, judged.parts(), plan=plan, **run)["num_samples"]
     return result
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from data_prep import filter as filters
+from data_prep.filter_judged import Judged
 from data_prep.filter_keep import Part, keep
 from data_prep.filter_rules import Predicate, Rules, Sample
 from data_prep.filter_set import repeated, too_low
@@ -101,6 +102,20 @@ def test_repeats_count_over_shards_and_only_what_passed(shards: str, tmp_path: P
     assert dropped(tmp_path / "b") == {"k4": "max_repeats"}
     filters.select([shards], str(tmp_path / "c"), rules=Rules(max_aspect=1.4), max_repeats=2, processes=1)
     assert dropped(tmp_path / "c") == {"k1": "max_aspect", "k2": "max_aspect"}  # without k1, k4 is the second
+
+
+def test_what_was_dropped_is_told_by_shard_whatever_the_order_it_came_in() -> None:
+    judged = Judged(["a", "b", "c"])
+    judged.counts[:] = 3, 0, 4
+    drops = {6: ("score", "0.1"), 1: ("min_side", "ein Löwe, \ud800"), 3: ("score", ""), 5: ("cut", "x" * 70_000)}
+    for sample, told in drops.items():
+        judged.drop(sample, *told)
+    assert judged.left().tolist() == [0, 2, 4]
+    assert judged.dropped_by() == {"cut": 1, "min_side": 1, "score": 2}
+    for _ in range(2):
+        assert list(judged.parts()) == [
+            Part("a", 3, ((1, *drops[1]),)), Part("b", 0), Part("c", 4, ((0, *drops[3]), (2, *drops[5]), (3, *drops[6])))
+        ]  # fmt: skip
 
 
 def test_repeated_against_a_count() -> None:
