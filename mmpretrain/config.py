@@ -13,6 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mmpretrain.data.options import MAX_IMAGE_SIZE
 from mmpretrain.data.source import SourceConfig
 from mmpretrain.evaluators import EVALUATORS
 from mmpretrain.objectives import OBJECTIVES, ObjectiveConfig
@@ -46,7 +47,7 @@ class Config:
     steps: int | None = None  # updates to make
     epochs: EpochsConfig | None = None  # instead of steps: so many epochs of one source
     accumulate: int = 1  # chunks a step is split into; the result equals one batch
-    model: Any = "ViT-B-32"  # an open_clip model name, a JSON file of that format, its fields, or an image tower (timm:resnet50)
+    model: str | dict = "ViT-B-32"  # an open_clip model name, a JSON file of that format, its fields, or an image tower (timm:resnet50)
     init_from: str | None = None  # a run, an open_clip checkpoint or folder whose weights to start from
     image_size: int | None = None  # pixels a side; default: the model's own
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device computes in it
@@ -97,6 +98,22 @@ LIMITS: dict[str, tuple[str, float]] = {
     "optim.decay_fraction": (">", 0), "optim.layer_decay": (">", 0), "optim.head_lr": (">=", 0), "optim.clip_grad_norm": (">", 0),
     "sources.*.batch_size": (">=", 1), "sources.*.shuffle_window": (">=", 1), "sources.*.max_bad_fraction": (">=", 0),
     "sources.*.max_consecutive_bad": (">=", 1), "sources.*.cache_bytes": (">=", 0), "sources.*.image.size": (">=", 1),
+    "sources.*.image.background.*": (">=", 0), "sources.*.max_pixels": (">=", 1), "sources.*.min_side": (">=", 1),
+    "sources.*.max_aspect": (">=", 1), "sources.*.max_member_bytes": (">=", 1),
+    "objectives.*.temperature": (">", 0), "objectives.*.init_temperature": (">", 0), "objectives.*.max_logit_scale": (">=", 1),
+    "objectives.*.init_scale": (">", 0), "objectives.*.mask_ratio": (">", 0), "objectives.*.mask_patch": (">=", 1),
+    "objectives.*.keep": (">=", 0), "objectives.*.replace": (">=", 0), "objectives.*.view_index": (">=", 0),
+    "objectives.*.hidden": (">=", 0), "objectives.*.projection": (">=", 1), "objectives.*.layers": (">=", 1),
+    "optim.betas.*": (">=", 0), "optim.eps": (">", 0), "optim.momentum": (">=", 0), "teacher.momentum": (">=", 0),
+    "teacher.final_momentum": (">=", 0),
+}  # fmt: skip
+UPPER: dict[str, tuple[str, float]] = {
+    "image_size": ("<=", MAX_IMAGE_SIZE), "sources.*.image.size": ("<=", MAX_IMAGE_SIZE), "sources.*.image.background.*": ("<=", 255),
+    "objectives.*.mask_ratio": ("<", 1), "objectives.*.keep": ("<=", 1), "objectives.*.replace": ("<=", 1),
+    "optim.betas.*": ("<", 1), "optim.momentum": ("<", 1), "teacher.momentum": ("<=", 1), "teacher.final_momentum": ("<=", 1),
+}  # fmt: skip
+_SIGNS = {
+    ">=": (operator.ge, "at least"), ">": (operator.gt, "more than"), "<=": (operator.le, "at most"), "<": (operator.lt, "less than"),
 }  # fmt: skip
 
 
@@ -118,8 +135,8 @@ def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         # In place of a list a mapping cannot be merged: an override replaces what it names.
         merged = OmegaConf.merge(OmegaConf.create(data), OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(merged, resolve=False)
-    except OmegaConfBaseException as error:
-        raise OptionError(f"cannot merge {' '.join(overrides)}: {error}") from error
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+        raise OptionError(f"cannot merge {' '.join(overrides)} into {recipe or 'an empty recipe'}: {error}") from error
     _refuse_interpolation(plain, "")
 
     typed = {override.partition("=")[0] for override in overrides}
@@ -138,15 +155,15 @@ def assemble(data: Any, place: Callable[[str], str] = lambda path: "") -> Config
     """Plain data -> Config, with each objective's and evaluator's own options checked by its own dataclass."""
     config: Config = build(Config, data, "", place)
     if not config.objectives:
-        raise OptionError(f"the recipe names no objective.{nearest('', OBJECTIVES)}")
+        raise OptionError(f"the recipe names no objective (one set to null is left out).{nearest('', OBJECTIVES)}")
     if (config.steps is None) == (config.epochs is None):
         raise OptionError("say either steps: N or epochs: {source: NAME, count: N}")
     for name, options in config.objectives.items():
         path = f"objectives.{name}"
         options = _mapping(options, path, place)
         kind = options.get("kind") or name
-        if kind not in OBJECTIVES:
-            raise OptionError(f"unknown objective {kind!r}{place(path)}{nearest(kind, OBJECTIVES)}")
+        if not isinstance(kind, str) or kind not in OBJECTIVES:
+            raise OptionError(f"unknown objective {kind!r}{place(path)}{nearest(str(kind), OBJECTIVES)}")
         objective: ObjectiveConfig = build(OBJECTIVES[kind].Config, options | {"kind": kind}, path, place)
         if objective.source not in config.sources:
             raise OptionError(
@@ -158,13 +175,13 @@ def assemble(data: Any, place: Callable[[str], str] = lambda path: "") -> Config
         options = dict(_mapping(options, path, place))
         own = {key: options.pop(key) for key in ("kind", "every", "weights", "baselines") if key in options}
         kind = own.setdefault("kind", name)
-        if kind not in EVALUATORS:
-            raise OptionError(f"unknown evaluator {kind!r}{place(path)}{nearest(kind, EVALUATORS)}")
+        if not isinstance(kind, str) or kind not in EVALUATORS:
+            raise OptionError(f"unknown evaluator {kind!r}{place(path)}{nearest(str(kind), EVALUATORS)}")
         own["options"] = build(EVALUATORS[kind].Config, options, path, place)
         config.evaluators[name] = build(EvaluationConfig, own, path, place)
         if config.evaluators[name].weights == "teacher" and config.teacher is None:
             raise OptionError(f"{path}.weights is teacher{place(path)}, but the recipe has no teacher: add teacher: {{momentum: 0.996}}")
-    for path, limit in LIMITS.items():
+    for path, limit in [*LIMITS.items(), *UPPER.items()]:
         _check(config, path.split("."), "", *limit, place)
     used = {objective.source for objective in config.objectives.values()}
     if idle := set(config.sources) - used:
@@ -213,16 +230,15 @@ def help_text() -> str:
 
 
 def _check(value: Any, path: list[str], done: str, sign: str, limit: float, place: Callable[[str], str]) -> None:
-    """Hold the number at `path` below `value` against a limit; null passes."""
+    """Hold the number at `path` below `value` against a limit; null, and what has no such option, passes."""
     if value is None:
         return
     if path:
-        mapping = value if isinstance(value, dict) else vars(value)
+        mapping = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list | tuple) else vars(value)
         for name in mapping if path[0] == "*" else path[:1]:
-            _check(mapping[name], path[1:], f"{done}.{name}" if done else name, sign, limit, place)
-    elif not {">=": operator.ge, ">": operator.gt}[sign](value, limit):
-        wanted = f"at least {limit:g}" if sign == ">=" else f"more than {limit:g}"
-        raise OptionError(f"option {done}={value!r}{place(done)}: expected {wanted}")
+            _check(mapping.get(name), path[1:], f"{done}.{name}" if done else name, sign, limit, place)
+    elif not _SIGNS[sign][0](value, limit):
+        raise OptionError(f"option {done}={value!r}{place(done)}: expected {_SIGNS[sign][1]} {limit:g}")
 
 
 def _mapping(value: Any, path: str, place: Callable[[str], str]) -> dict[str, Any]:
@@ -245,12 +261,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """A YAML file -> its data, and the line of every dotted key."""
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from error
     try:
-        data = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text.strip() else {}
         node = yaml.compose(text, yaml.SafeLoader)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+        if node is not None and not isinstance(node, yaml.CollectionNode):
+            raise OptionError(f"{path} must hold a mapping of options, found {text.strip()[:60]!r}")
+        data = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text.strip() else {}
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, RecursionError, TypeError) as error:
         raise OptionError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise OptionError(f"{path} must hold a mapping of options, found {type(data).__name__}")

@@ -8,6 +8,7 @@ import difflib
 import functools
 import inspect
 import io
+import math
 import tokenize
 import types
 import typing
@@ -79,7 +80,7 @@ def convert(value: Any, hint: Any, path: str, place: typing.Callable[[str], str]
             return None
         for choice in arguments:
             if isinstance(choice, type) and type(value) is choice:
-                return value
+                return convert(value, choice, path, place)
         for choice in arguments:
             if choice is not type(None):
                 try:
@@ -96,7 +97,8 @@ def convert(value: Any, hint: Any, path: str, place: typing.Callable[[str], str]
             return {}
         if not isinstance(value, Mapping):
             raise wrong
-        return {str(k): convert(v, arguments[1], f"{path}.{k}", place) for k, v in value.items()}
+        # `objectives.simclr=null` takes an entry out.
+        return {str(k): convert(v, arguments[1], f"{path}.{k}", place) for k, v in value.items() if v is not None}
     if origin is list:
         if isinstance(value, str) or not isinstance(value, typing.Sequence):
             raise wrong
@@ -119,8 +121,10 @@ def convert(value: Any, hint: Any, path: str, place: typing.Callable[[str], str]
             raise wrong
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise wrong from None
+        if not math.isfinite(number) or (hint is int and abs(number) >= 2**63):
+            raise OptionError(f"option {path}={value}{place(path)}: expected a finite number, a whole one of at most 63 bits")
         if hint is int and number != int(number):
             raise wrong
         return int(value) if hint is int and isinstance(value, int | str) and str(value).lstrip("+-").isdigit() else hint(number)
@@ -129,7 +133,7 @@ def convert(value: Any, hint: Any, path: str, place: typing.Callable[[str], str]
             return str(value)
         if not isinstance(value, str):
             raise wrong
-    if hint is dict and not isinstance(value, Mapping):
+    if (hint is dict and not isinstance(value, Mapping)) or (hint is list and not isinstance(value, list | tuple)):
         raise wrong
     return value
 

@@ -27,12 +27,44 @@ def recipe(tmp_path, **changes):
         ("optim.clip_grad_norm=0", r"optim\.clip_grad_norm=0\.0: expected more than 0"),
         ("optim.lr=nan", r"optim\.lr=nan"),
         ("objectives.clip.weight=-1", r"objectives\.clip\.weight=-1"),
+        ("optim.betas=[1,2]", r"optim\.betas\.0=1\.0.*expected less than 1"),
+        ("objectives.simmim.mask_ratio=0", "expected more than 0"),
+        ("objectives.simmim.mask_ratio=1", "expected less than 1"),
+        ("objectives.masked_text.mask_ratio=2", "expected less than 1"),
+        ("objectives.simclr.temperature=0", r"simclr\.temperature=0\.0: expected more than 0"),
+        ("teacher.momentum=5", "expected at most 1"),
+        ("sources.pairs.image.size=100000", r"image\.size=100000: expected at most 4096"),
+        ("sources.pairs.image.background=[300,0,0]", r"background\.0=300.*expected at most 255"),
+        ("seed=99999999999999999999999999", "seed=9999.*expected a finite number"),
+        ("model=null", r"model=None: expected str \| dict"),
+        ("model=[]", "cannot merge model=.*Cannot merge incompatible"),
+        ("sources.pairs.shards=null", r"shards=None: expected str \| list"),
+        ("sources.pairs.shards={path: 3}", r"expected str \| list"),
+        ("steps={", "cannot merge steps="),
+        ("steps=[1", "cannot merge steps="),
+        ("objectives.clip.kind={a: 1}", r"unknown objective {'a': 1}"),
+        ("evaluators.z.kind=[1]", r"unknown evaluator \[1\]"),
     ],
 )
 def test_numbers_that_cannot_be_meant_are_refused(tmp_path, override, message):
     path = runs.write_recipe(tmp_path / "r.yaml", recipe(tmp_path))
     with pytest.raises(OptionError, match=message):
         recipes.load(path, [override])
+
+
+@pytest.mark.parametrize("content", [b"5", b"steps: \xff", b"- 1", b"a: [", b"text", b"[" * 5000])
+def test_a_file_that_is_no_recipe_is_named(tmp_path, content):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content)
+    with pytest.raises(OptionError, match=r"r\.yaml"):
+        recipes.load(path)
+
+
+def test_null_removes_an_objective(tmp_path):
+    path = runs.write_recipe(tmp_path / "r.yaml", recipe(tmp_path))
+    config = recipes.load(path, ["objectives.simclr=null", "objectives.simmim=null", "sources.photos=null"])
+    assert list(config.objectives) == ["clip", "masked_text"]
+    assert list(config.sources) == ["pairs"]
 
 
 def test_the_line_of_the_recipe_is_named(tmp_path):

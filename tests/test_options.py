@@ -53,11 +53,20 @@ def test_a_preset_may_stand_for_its_options():
         ({"inner": 3}, "must be a mapping"),
         ({"names": "abc"}, "expected list"),
         ([], "must be a mapping"),
+        ({"rate": float("inf")}, "option rate=inf: expected a finite number"),
+        ({"rate": "1e999"}, "option rate=1e999: expected a finite number"),
+        ({"rate": 10**400}, "expected float, found int"),
+        ({"count": 10**26}, "option count=1000.*: expected a finite number"),
+        ({"inner": {"size": float("nan")}}, "option inner.size=nan: expected a finite number"),
     ],
 )
 def test_refusals_name_the_option(data, message):
     with pytest.raises(OptionError, match=message.replace("|", r"\|")):
         build(Outer, data)
+
+
+def test_null_takes_an_entry_out():
+    assert build(Outer, {"many": {"a": None, "b": {}}}).many == {"b": Inner()}
 
 
 def test_documentation_is_the_comment_behind_the_field():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from mmpretrain.data.views import NORMALISATION
+
+MAX_IMAGE_SIZE = 4096  # pixels a side of what a tower sees
 
 
 @dataclass
@@ -23,8 +26,10 @@ class ImageConfig:
                 if value not in NORMALISATION:
                     raise ValueError(f"image normalisation {value!r}: expected {', '.join(NORMALISATION)} or three numbers")
                 value = NORMALISATION[value][which]
-            if len(value) != 3:
-                raise ValueError(f"image normalisation {list(value)}: expected three numbers")
+            if not isinstance(value, list | tuple) or len(value) != 3 or not all(isinstance(v, int | float) and isfinite(v) for v in value):
+                raise ValueError(f"image normalisation {value!r}: expected three numbers")
+            if which == 1 and min(value) <= 0:
+                raise ValueError(f"image.std {list(value)}: expected three numbers above 0")
             found.append(tuple(float(v) for v in value))
         return found[0], found[1]
 
@@ -43,7 +48,7 @@ class Part:
 
 @dataclass
 class SourceConfig:
-    shards: Any = ""  # glob, brace range, folder, several joined with ::, a list of these, or a list of {path, weight}
+    shards: str | list = ""  # glob, brace range, folder, several joined with ::, a list of these, or a list of {path, weight}
     batch_size: int = 256  # global rows per update
     image: ImageConfig | None = field(default_factory=ImageConfig)  # how images are made into views
     caption: str = "txt"  # the member that holds the caption, or json:FIELD (a text or a list of texts)
