@@ -55,6 +55,8 @@ def build_model(config: Config, resumed: bool = False) -> tuple[PretrainModel, T
         towers.visual = None
     if "text" not in modalities:
         towers.text = None
+    else:
+        check_vocabulary(towers)
     with blaming("model"):
         if config.activation_checkpointing:
             towers.set_grad_checkpointing(True)
@@ -77,11 +79,23 @@ def build_model(config: Config, resumed: bool = False) -> tuple[PretrainModel, T
     return PretrainModel(towers, objectives, weights, teacher.module if teacher is not None else None), teacher
 
 
+def check_vocabulary(towers: DualEncoder) -> None:
+    """An id that the text tower does not know would be found in the middle of a step."""
+    size = getattr(getattr(towers.text, "module", towers.text), "vocab_size", None)
+    wanted = get_tokenizer(towers.tokenizer).vocab_size
+    if isinstance(size, int) and size < wanted:
+        raise OptionError(
+            f"model: text_cfg.vocab_size is {size}, but the tokenizer {towers.tokenizer!r} has {wanted} ids: give at least that"
+        )
+
+
 def context(config: Config, source: str, towers: DualEncoder) -> Context:
     """What an objective on `source` may know."""
     image = config.sources[source].image or ImageConfig()
     visual, text, preprocess = towers.visual, towers.text, towers.preprocess
-    mean, std = image.normalisation(preprocess.mean, preprocess.std)
+    with blaming(f"sources.{source}"):
+        mean, std = image.normalisation(preprocess.mean, preprocess.std)
+        classes = load_classes(config.sources[source].classes)
     return Context(
         image_size=image.size or preprocess.size,
         mean=mean,
@@ -94,7 +108,7 @@ def context(config: Config, source: str, towers: DualEncoder) -> Context:
         context_length=towers.context_length,
         vocab_size=get_tokenizer(towers.tokenizer).vocab_size if text is not None else 0,
         trim_text=text is not None and text.trimmable,
-        classes=tuple(load_classes(config.sources[source].classes) or ()),
+        classes=tuple(classes or ()),
     )
 
 

@@ -29,12 +29,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def blaming(what: str) -> Iterator[None]:
-    """A ValueError of what a recipe names (a model, an evaluator) is the recipe's fault: it becomes an OptionError that says of what."""
+    """A ValueError or OSError of what a recipe names (a model, a file) is the recipe's fault: an OptionError that says of what."""
     try:
         yield
     except OptionError:
         raise
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise OptionError(f"{what}: {error}") from error
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from mmpretrain import config as recipes
+from mmpretrain.assembly import build_model
 from mmpretrain.options import OptionError
 from tests import runs
 
@@ -58,6 +59,40 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(OptionError, match=r"r\.yaml"):
         recipes.load(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("image_size=15", r"objectives\.simmim: images of 15 pixels are no multiple of the tower's patches of 4"),
+        ("model.vision_cfg.patch_size=5", "no multiple of the tower's patches of 5"),
+        ("model.vision_cfg.patch_size=17", "patch_size 17 of image_size 16"),
+        ("model.vision_cfg.width=0", r"vision_cfg\.width is 0, expected a whole number from 1"),
+        ("model.vision_cfg.width=x", r"vision_cfg\.width is 'x'"),
+        ("model.vision_cfg.layers=-1", r"vision_cfg\.layers is -1"),
+        ("model.vision_cfg.head_width=5", "width 16 is not a multiple of 3 heads"),
+        ("model.vision_cfg.head_width=17", "head_width 17 of width 16"),
+        ("model.vision_cfg.image_size=100000", "from 1 to 4096"),
+        ("model.vision_cfg.mlp_ratio=x", r"vision_cfg\.mlp_ratio.*expected float"),
+        ("model.vision_cfg.mlp_ratio=-1", r"vision_cfg\.mlp_ratio is -1, expected 0 or more"),
+        ("model.vision_cfg=5", "vision_cfg is 5"),
+        ("model.embed_dim=0", "embed_dim \\(1 or more\\)"),
+        ("model.text_cfg.vocab_size=10", r"vocab_size is 10, but the tokenizer 'clip' has 49408 ids"),
+        ("model.text_cfg.hf_model_name=evil/x", r"hf_model_name is 'evil/x', which is no folder here"),
+        ("model=5", "unknown model '5'"),
+        ("sources.pairs.image.size=3", "images of 3 pixels are smaller"),
+        ("sources.pairs.image.std=[0,0,0]", r"sources\.pairs: image\.std \[0, 0, 0\]: expected three numbers above 0"),
+        ("sources.pairs.image.mean=5", "sources.pairs: image normalisation 5"),
+        ("sources.pairs.classes=/nope", r"sources\.pairs: .*No such file.*/nope"),
+        ("objectives.clip.augment={scale: [3,1]}", r"objectives\.clip: augment\.scale is \[3\.0, 1\.0\]"),
+        ("objectives.clip.augment.hue=2", r"augment\.hue is 2\.0: expected 0 to 0\.5"),
+        ("objectives.masked_text.keep=0.95", "together at most 1"),
+    ],
+)
+def test_models_and_views_that_cannot_be_built_are_refused(tmp_path, override, message):
+    path = runs.write_recipe(tmp_path / "r.yaml", recipe(tmp_path))
+    with pytest.raises(OptionError, match=message):
+        build_model(recipes.load(path, [override]))
 
 
 def test_null_removes_an_objective(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,6 +35,15 @@ class Augment:
     grayscale: float | None = None  # probability
     blur: float | None = None  # probability of Gaussian blur
     solarize: float | None = None  # probability
+
+    def check(self) -> None:
+        """Raise ValueError for numbers that cannot be meant."""
+        if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"augment.scale is {list(self.scale)}: expected shares of the picture, 0 < low <= high <= 1")
+        most = {"hue": 0.5, "brightness": math.inf, "contrast": math.inf, "saturation": math.inf}
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and not 0 <= value <= most.get(name, 1):
+                raise ValueError(f"augment.{name} is {value}: expected 0 to {most.get(name, 1)}")
 
 
 # weak: open_clip's default. crop: Xie et al. 2022, section 4.1. simclr: Chen et al. 2020, appendix A, strength 0.5.
@@ -74,6 +84,9 @@ class Context:
     def image_view(self, augment: Augment, index: int = 0) -> ImageView:
         if augment.preset not in PRESETS:
             raise ValueError(f"augment preset {augment.preset!r} is unknown; known: {', '.join(PRESETS)}")
+        augment.check()
+        if self.patch_size and self.image_size < self.patch_size:
+            raise ValueError(f"images of {self.image_size} pixels are smaller than the tower's patches of {self.patch_size}")
         changes = {k: v for k, v in vars(augment).items() if k != "preset" and v is not None}
         options = PRESETS[augment.preset] | changes
         if {"brightness", "contrast", "saturation", "hue"} & set(changes):

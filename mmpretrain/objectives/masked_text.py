@@ -64,6 +64,8 @@ class MaskedText(Objective):
 
     def __init__(self, config: MaskedTextConfig, context: Context) -> None:
         super().__init__()
+        if config.keep + config.replace > 1:
+            raise ValueError(f"keep {config.keep} and replace {config.replace} are shares of the chosen words: together at most 1")
         width = require(context.text_width, "a text tower", "masked_text")
         view = MaskedTextView(
             tokenizer=context.tokenizer,

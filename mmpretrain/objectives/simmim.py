@@ -29,6 +29,10 @@ class SimMIM(Objective):
     def __init__(self, config: SimMIMConfig, context: Context) -> None:
         super().__init__()
         self.patch = require(context.patch_size, "an image tower with patches", "simmim")
+        if context.image_size % self.patch:
+            raise ValueError(
+                f"images of {context.image_size} pixels are no multiple of the tower's patches of {self.patch}: change image_size"
+            )
         self.normalise_target = config.normalise_target
         mask = MaskSpec(config.mask_ratio, "replace", patch=config.mask_patch)
         view = context.image_view(config.augment, config.view_index)

@@ -6,14 +6,17 @@ import copy
 import difflib
 import json
 import logging
+import math
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import open_clip
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 
+from mmpretrain.data.options import MAX_IMAGE_SIZE
+from mmpretrain.options import convert
 from mmpretrain.towers import adapters
 from mmpretrain.towers.base import Tower
 from mmpretrain.towers.text import TextTransformer
@@ -32,6 +35,9 @@ _HARMLESS = {  # they do not change what the native tower computes
     "vision_cfg": {"output_tokens", "attn_pooler_queries", "attn_pooler_heads", "timm_model_pretrained"},
     "text_cfg": {"output_tokens", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "final_ln_after_pool", "hf_model_pretrained"},
 }
+
+
+_COUNTS = {"image_size", "patch_size", "width", "layers", "head_width", "heads", "context_length", "vocab_size"}
 
 
 class DualEncoder(nn.Module):
@@ -127,7 +133,7 @@ def build_towers(
 def _config(model: str | dict[str, Any]) -> tuple[dict, dict, str, bool]:
     """-> (model_cfg, preprocess_cfg, tokenizer, whether to use open_clip's own modules)."""
     if not isinstance(model, str):
-        return _checked(copy.deepcopy(dict(model)), "the recipe's model"), {}, _tokenizer(model, None), False
+        return _local(_checked(copy.deepcopy(dict(model)), "the recipe's model"), "the recipe's model"), {}, _tokenizer(model, None), False
     if model.startswith("timm:"):
         return adapters.timm_config(model[5:])
     own = model.startswith("open_clip:")
@@ -137,9 +143,16 @@ def _config(model: str | dict[str, Any]) -> tuple[dict, dict, str, bool]:
         file = path / "open_clip_config.json" if path.is_dir() else path
         if not file.is_file():
             raise ValueError(f"{file} does not exist: a model folder holds open_clip_config.json")
-        found = json.loads(file.read_text())
+        try:
+            found = json.loads(file.read_text())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is no JSON: {error}") from error
+        if not isinstance(found, dict) or not isinstance(found.get("model_cfg", found), dict):
+            raise ValueError(f"{file}: expected a model's fields (open_clip's format), found {str(found)[:60]!r}")
         cfg = _checked(found.get("model_cfg", found), str(file))
-        if "hf_model_name" in cfg.get("text_cfg", {}) and path.is_dir():
+        if not path.is_dir():
+            _local(cfg, str(file))
+        elif "hf_model_name" in (cfg.get("text_cfg") or {}):
             cfg["text_cfg"]["hf_model_pretrained"] = False  # the folder's own weights follow
         return cfg, found.get("preprocess_cfg", {}), _tokenizer(cfg, None), own
     cfg = open_clip.get_model_config(name.replace("/", "-") if "hf-hub:" not in name else name)
@@ -158,18 +171,42 @@ def _checked(cfg: dict, where: str) -> dict:
             raise ValueError(f"{where}: unknown field {key}{_did_you_mean(difflib.get_close_matches(key, top, 1))}")
     known = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
     for part, kind in known.items():
-        names = [field.name for field in fields(kind)]
-        for key in cfg.get(part) or {}:
+        if not isinstance(cfg.get(part) or {}, dict):
+            raise ValueError(f"{where}: {part} is {cfg[part]!r}, expected its fields")
+        names, kinds = [field.name for field in fields(kind)], get_type_hints(kind)
+        for key, value in (cfg.get(part) or {}).items():
             if key not in names:
-                raise ValueError(f"{where}: unknown field {part}.{key}{_did_you_mean(difflib.get_close_matches(key, names, 1))}")
+                raise ValueError(f"{where}: unknown field {part}.{key}{_did_you_mean(difflib.get_close_matches(str(key), names, 1))}")
+            if value is None and (key not in _COUNTS or isinstance(cfg[part].get("layers"), list | tuple)):  # a ResNet has no patches
+                continue
+            if key in _COUNTS:
+                sizes = value if isinstance(value, list | tuple) else [value]
+                most = MAX_IMAGE_SIZE if key == "image_size" else math.inf
+                if not all(type(size) is int and 1 <= size <= most for size in sizes):
+                    raise ValueError(
+                        f"{where}: {part}.{key} is {value!r}, expected a whole number from 1{f' to {most}' if most < math.inf else ' on'}"
+                    )
+            elif isinstance(number := convert(value, kinds[key], f"{part}.{key} of {where}"), int | float) and number < 0:
+                raise ValueError(f"{where}: {part}.{key} is {value!r}, expected 0 or more")
     if "hf_folder" in cfg:
         return cfg
-    if not isinstance(cfg.get("embed_dim"), int) or not any(part in cfg for part in known):
-        raise ValueError(f"{where}: found {sorted(cfg)}, expected embed_dim with vision_cfg, text_cfg or both (open_clip's format)")
+    if type(cfg.get("embed_dim")) is not int or cfg["embed_dim"] < 1 or not any(part in cfg for part in known):
+        raise ValueError(
+            f"{where}: found {sorted(cfg)}, expected embed_dim (1 or more) with vision_cfg, text_cfg or both (open_clip's format)"
+        )
     if "multimodal_cfg" in cfg:
         raise ValueError(
             f"{where}: a CoCa model has a caption decoder, which no objective here trains: choose a model without multimodal_cfg"
         )
+    return cfg
+
+
+def _local(cfg: dict, where: str) -> dict:
+    """The config, if it names no repository of the Hugging Face hub: what a recipe only mentions is not downloaded."""
+    for key in ("hf_model_name", "hf_tokenizer_name"):
+        name = (cfg.get("text_cfg") or {}).get(key)
+        if name is not None and not Path(name).is_dir():
+            raise ValueError(f"{where}: text_cfg.{key} is {name!r}, which is no folder here: download it first, and give the folder")
     return cfg
 
 

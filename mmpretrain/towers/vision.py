@@ -42,6 +42,10 @@ class VisionTransformer(Tower):
         norm = norm_kwargs or {}
         self.width, self.embed_dim, self.patch_size, self.patch_dropout = width, embed_dim, patch_size, patch_dropout
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if patch_size > min(self.image_size) or head_width > width:
+            raise ValueError(
+                f"vision_cfg: patch_size {patch_size} of image_size {image_size}, head_width {head_width} of width {width}: too large"
+            )
         self.grid = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
         self.pool_type, self.final_ln_after_pool = pool_type, final_ln_after_pool
         self.one_position = pool_type == "tok"
