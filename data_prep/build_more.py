@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -153,10 +154,11 @@ def build_datasets(
     **common: Any,
 ) -> None:
     """Shards from a Hugging Face data set; the image column is not decoded, its bytes pass through."""
-    from data_prep.readers.hub import from_dataset, load
+    from data_prep.readers.hub import folders, from_dataset, load
 
     with shared.input_errors():
-        reader = from_dataset(load(name, config, split, stream, data_dir, data_files or None), columns("."), name)
+        dataset = load(name, config, split, stream, data_dir, data_files or None)
+        reader = from_dataset(dataset, replace(columns("."), folders=folders(name, data_dir, data_files)), name)
     finish(reader, **common)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class Caption:
 
 @dataclass(frozen=True)
 class Columns:
-    """What to take from a row. `root` is the folder that paths are relative to."""
+    """What to take from a row. `root` is the folder that paths are relative to and may not leave, except into one of `folders`."""
 
     image: str = "image"
     captions: tuple[str, ...] = ()
@@ -105,6 +106,7 @@ class Columns:
     join: tuple[tuple[str, str], ...] = ()
     base64: bool = False
     root: str = ""
+    folders: tuple[str, ...] = ()
 
     @cached_property
     def texts(self) -> list[Caption]:
@@ -134,8 +136,7 @@ class Columns:
 
     def image_bytes(self, value: Any) -> bytes:
         """The image file that a cell holds: bytes, {bytes, path}, base64 text or a path. Raises BadSample."""
-        if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
-            value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+        value = _held(value)
         if isinstance(value, bytes | bytearray | memoryview):
             return bytes(value)
         if value is None or value == "":
@@ -155,7 +156,27 @@ class Columns:
             raise BadSample("not_local", f"{path[:200]}: images are not downloaded. Fetch them first, e.g. with img2dataset")
         if len(path) > 4000 or "\0" in path:
             raise BadSample("bad_path", f"column {self.image} holds {len(path)} characters, {path[:24]!r} ...: for base64 pass --base64")
-        return path if is_remote(path) or path.startswith("/") else files.join(self.root, path)
+        if is_remote(self.root):
+            if ".." in path.split("/") or (path.startswith("/") and not is_remote(path)):
+                raise BadSample("outside_root", f"{path[:200]} does not lie in {self.root}; see --root")
+            return path if is_remote(path) else files.join(self.root, path)
+        if ".." not in path and not path.startswith("/"):
+            return files.join(self.root, path)
+        found = os.path.join(files.place(self.root or "."), path)
+        if not any(_inside(str(files.place(folder)), found) for folder in (self.root or ".", *self.folders)):
+            remedy = "pass --root with a folder that holds it" + ("" if path.startswith("/") else ", and write such paths relative to that")
+            raise BadSample("outside_root", f"{path[:200]} does not lie in {self.root or '.'}: if it is yours to read, {remedy}")
+        return found
+
+    def source(self, row: Mapping[str, Any]) -> str | None:
+        """The file that a row's image lies in, where it is one that may be read."""
+        value = _held(lookup(row, self.image))
+        if not isinstance(value, str) or not value or self.base64 or _DATA_URI.match(value[:100]):
+            return None
+        try:
+            return self._place(value)
+        except BadSample:
+            return None
 
     def record(self, number: int, row: Mapping[str, Any]) -> Record:
         """Row `number` as a sample; the key is the number, followed by the key column's text. Raises BadSample."""
@@ -176,6 +197,18 @@ class Columns:
         extension, data = image_member(self.image_bytes(lookup(row, self.image)), f"column {self.image}")
         suffix = safe(_word(lookup(row, self.key), self.key, None)) if self.key else ""
         return Record(f"{number:08d}" + (f"_{suffix}" if suffix else ""), members | {extension: data})
+
+
+def _held(value: Any) -> Any:
+    """Of {bytes, path} the bytes, or else the path."""
+    if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
+        return value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    return value
+
+
+def _inside(folder: str, path: str) -> bool:
+    """By their names, or by where links lead."""
+    return any(os.path.commonpath([resolve(folder), resolve(path)]) == resolve(folder) for resolve in (os.path.abspath, os.path.realpath))
 
 
 def _plain(value: Any) -> Any:

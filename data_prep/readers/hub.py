@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ from data_prep import files
 from data_prep.readers.columns import Columns, lookup
 from data_prep.readers.parts import attempt, class_names
 from data_prep.records import InputError, Record, Skipped
+from mmpretrain.data.names import is_remote
 
 STREAM_BYTES = 128 << 20  # of image bytes in one task of a stream, which is held in memory
 ROWS = 64  # read at a time
@@ -73,6 +75,13 @@ class Hub:
         for i, row in _rows(self.dataset, task.start, task.stop) if isinstance(task, Rows) else enumerate(task.rows, task.start):
             yield attempt(f"{self.name}, row {i}", lambda i=i, row=row: self.columns.record(i, row))
 
+    def __getstate__(self) -> dict[str, Any]:  # a stream's rows come to a worker with each task
+        return self.__dict__ | ({"dataset": None} if self.stream else {})
+
+    def sources(self, task: Rows | Streamed) -> Iterator[str | None]:
+        """The rows' content is in the task."""
+        return iter(())
+
 
 def _size(cell: Any) -> int:
     value = cell.get("bytes") if isinstance(cell, dict) else cell
@@ -92,6 +101,16 @@ def _content(dataset: Any) -> str:
     for row in {0, len(dataset) // 2, len(dataset) - 1} if len(dataset) else ():
         digest.update(repr(dataset[row]).encode())
     return digest.hexdigest()[:16]
+
+
+def folders(name: str, data_dir: str | None, data_files: list[str]) -> tuple[str, ...]:
+    """Where the image files of a set may lie: in what was named, and where `datasets` keeps what it fetches."""
+    from datasets import config
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    named = [name if os.path.isdir(name) else None, data_dir, *(file.partition("*")[0].rpartition("/")[0] or "." for file in data_files)]
+    kept = [str(config.HF_DATASETS_CACHE), str(config.DOWNLOADED_DATASETS_PATH), str(HF_HUB_CACHE)]
+    return tuple(dict.fromkeys(folder for folder in (*named, *kept) if folder is not None and not is_remote(folder)))
 
 
 def load(name: str, config: str | None, split: str | None, stream: bool, data_dir: str | None, data_files: list[str] | None) -> Any:

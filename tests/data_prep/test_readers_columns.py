@@ -1,6 +1,7 @@
 """Captions and images from the columns of a row."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,34 @@ def test_templates_reach_no_attributes() -> None:
 def test_an_object_is_no_caption() -> None:
     with pytest.raises(BadSample, match=r"name one as \{meta.NAME\}"):
         Caption.parse("{meta}").fill(ROW, {})
+
+
+@pytest.mark.parametrize("path", ["{outside}", "../outside.png", "sub/../../outside.png", "{root}/../outside.png", "/etc/hostname"])
+def test_a_table_names_no_file_outside_its_folder(tmp_path: Path, path: str) -> None:
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    (tmp_path / "outside.png").write_bytes(image())
+    (root / "in.png").write_bytes(image())
+    named = path.format(outside=tmp_path / "outside.png", root=root)
+    columns = Columns(root=str(root))
+    for cell in (named, {"bytes": None, "path": named}):
+        with pytest.raises(BadSample, match="--root") as raised:
+            columns.record(0, {"image": cell})
+        assert raised.value.reason == "outside_root"
+        assert columns.source({"image": cell}) is None
+    for good in ("in.png", str(root / "in.png"), "sub/../in.png", "./in.png"):
+        assert columns.record(0, {"image": good}).members == {"png": image()}
+    (tmp_path / "link").symlink_to(root)
+    assert columns.record(0, {"image": str(tmp_path / "link" / "in.png")}).members == {"png": image()}
+    if path != "/etc/hostname":
+        assert Columns(root=str(root), folders=(str(tmp_path),)).record(0, {"image": named}).members == {"png": image()}
+        assert Columns(root="/").record(0, {"image": str(tmp_path / "outside.png")}).members == {"png": image()}
+
+
+@pytest.mark.parametrize("path", ["../b/x.png", "/b/x.png", "memory://a/../b/x.png"])
+def test_a_remote_table_names_no_file_outside_its_folder(path: str) -> None:
+    with pytest.raises(BadSample, match="does not lie in memory://a"):
+        Columns(root="memory://a").record(0, {"image": path})
 
 
 def test_several_captions_are_kept_once_each() -> None:
