@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep import files
 from data_prep.dedup_clusters import RULES
 from data_prep.dedup_find import Found
 from data_prep.filter_keep import Part
@@ -43,7 +44,7 @@ def parts(found: Found, names: dict[int, str]) -> Iterator[Part]:
         start, stop = int(found.starts[shard]), int(found.starts[shard + 1])
         drops = {sample - start: reason(found, sample, names) for sample in _between(found.dropped, start, stop)}
         drops |= {sample - start: found.bad[sample] for sample in range(start, stop) if sample in found.bad}
-        yield Part(found.names[shard], stop - start, tuple((at, *drops[at]) for at in sorted(drops)))
+        yield Part(found.names[shard], stop - start, tuple((at, *drops[at]) for at in sorted(drops)), files.states([found.names[shard]]))
 
 
 def report(found: Found, names: dict[int, str]) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -78,6 +79,21 @@ def size(url: str | Path) -> int | None:
         return where.stat().st_size if where.is_file() else None
     system, path = filesystem(where)
     return retried(lambda: system.size(path) if system.exists(path) else None, where)
+
+
+def states(names: Iterable[str | None]) -> str:
+    """A digest of the size and the time of change of local files, and of which are missing; of the names alone for URLs."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in names:
+        if name is None:
+            continue
+        state = "-"
+        if isinstance(where := place(name), Path):
+            with suppress(OSError, ValueError):
+                found = os.stat(where)
+                state = f"{found.st_size} {found.st_mtime_ns}"
+        digest.update(f"{name}\0{state}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def make_folder(url: str | Path) -> None:

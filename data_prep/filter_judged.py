@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from data_prep import files
 from data_prep.filter_keep import Part
 
 
@@ -60,7 +61,7 @@ class Judged:
         edges = np.searchsorted(samples[order], self.starts)
         for name, count, start, low, high in zip(self.names, self.counts.tolist(), self.starts.tolist(), edges, edges[1:]):
             drops = tuple((self._samples[i] - start, rules[self._rules[i]], self._detail(i)) for i in order[low:high].tolist())
-            yield Part(name, count, drops)
+            yield Part(name, count, drops, files.states([name]))
 
     def _detail(self, i: int) -> str:
         self._details.seek(self._places[i])

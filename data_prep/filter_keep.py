@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep import files
@@ -22,6 +22,7 @@ class Part:
     name: str
     count: int  # samples that were judged
     drops: tuple[tuple[int, str, str], ...] = ()
+    state: str = field(default="", compare=False)  # of the shard's file: one that changes gives another build
 
 
 def keep(part: Part) -> Iterator[Record | Skipped]:

@@ -106,6 +106,9 @@ class Images:
             extension = image_extension(list(item.members)) if isinstance(item, Record) else None
             yield item if isinstance(item, Skipped) or extension is None else self._changed(item, extension)
 
+    def sources(self, task: Any) -> Iterator[str | None]:
+        return self.produce.sources(task) if hasattr(self.produce, "sources") else iter(())
+
     def _changed(self, record: Record, extension: str) -> Record | Skipped:
         try:
             encoded = encode(record.members[extension], self.resize, self.form, self.quality)

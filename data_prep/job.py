@@ -127,7 +127,9 @@ class Job:
         return done
 
     def task_digest(self, numbered: tuple[int, Any]) -> str:
-        return digest_of(self.plan, *numbered)
+        """Of what is to be done, and of the state of the local files it is done from, where `produce` names them (`sources`)."""
+        sources = getattr(self.produce, "sources", None)
+        return digest_of(self.plan, *numbered, *([files.states(sources(numbered[1]))] if sources else []))
 
     def _folder(self, part: str) -> str:
         return files.join(self.out, part) if part else self.out
@@ -137,8 +139,8 @@ class Job:
             found = json.loads(files.read_bytes(note))
             if found["task"] != digest:
                 raise FileExistsError(
-                    f"{self.out} holds an unfinished build of other samples than these inputs give (see {note}). "
-                    "Choose another --out, or delete it."
+                    f"{self.out} holds an unfinished build of other samples than these inputs give, or an input has "
+                    f"changed since (see {note}). Choose another --out, or delete it."
                 )
             names = [files.join(self._folder(part), name) for part, shards in found["shards"].items() for name in shards]
             sizes = [shard["bytes"] for shards in found["shards"].values() for shard in shards.values()]

@@ -100,7 +100,8 @@ def _found(out: str, parts: tuple[str, ...], job: Job, tasks: Iterable[Any]) -> 
         manifest = json.loads(files.read_bytes(files.join(folder, MANIFEST)))
         if manifest.get("build") != build_digest:
             raise FileExistsError(
-                f"{folder} exists and holds other samples than these inputs give. Choose another --out, or delete the old build."
+                f"{folder} exists and holds other samples than these inputs give, or an input has changed since. "
+                "Choose another --out, or delete the old build."
             )
         for name, shard in manifest["shards"].items():
             if files.size(files.join(folder, name)) != shard["bytes"]:

@@ -41,6 +41,10 @@ class Reader(Protocol):
         """Runs in a worker: reads the bytes, makes the records."""
         ...
 
+    def sources(self, task: Any) -> Iterator[str | None]:
+        """The files that a task reads, so that a change of one is noticed; None is passed over."""
+        ...
+
 
 def extension_of(data: bytes) -> str | None:
     """The extension of an image by its content; None where it is no image that training decodes."""

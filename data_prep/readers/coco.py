@@ -53,6 +53,10 @@ class Coco:
     def __getstate__(self) -> dict[str, Any]:  # a worker gets its inputs with each task
         return self.__dict__ | {"inputs": ()}
 
+    def sources(self, task: tuple[Annotated, ...]) -> Iterator[str | None]:
+        """The images; what the annotations say is in the task."""
+        return (files.join(self.images, item.file) for item in task if not item.reason and not item.file.startswith("/"))
+
     def record(self, item: Annotated) -> Record:
         """Raises BadSample."""
         if item.reason:

@@ -42,6 +42,10 @@ class Folder:
         for relative in task:
             yield attempt(relative, lambda relative=relative: self._record(base, relative, number))
 
+    def sources(self, task: tuple[str, ...]) -> Iterator[str | None]:
+        base = files.join(self.folder, "").rstrip("/") + "/"
+        return (base + relative for relative in task)
+
     def _record(self, base: str, relative: str, number: dict[str, int]) -> Record:
         """Raises BadSample."""
         extension, data = read_image(base + relative)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +15,7 @@ from data_prep import files
 from data_prep.readers.columns import Columns, lookup
 from data_prep.readers.parts import attempt, class_names
 from data_prep.records import InputError, Record, Skipped
+from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import BadSample
 
 MAX_LINE = 256 << 20  # a longer line is skipped, and never held
@@ -134,6 +136,13 @@ class Lines:
                 yield Skipped(where, "long_line", f"more than {MAX_LINE} bytes")
             else:
                 yield attempt(where, lambda i=i, line=line: self.columns.record(task.number + i, self.parse(line)))
+
+    def sources(self, task: Span) -> Iterator[str | None]:
+        yield task.file
+        for _, line in self.rows(task) if not self.columns.base64 and not is_remote(self.columns.root) else ():
+            if line is not None:
+                with suppress(BadSample):
+                    yield self.columns.source(self.parse(line))
 
 
 def _sample(reader: Lines, file: str, most: int) -> Iterator[dict[str, Any]]:

@@ -85,6 +85,9 @@ class Parquet:
         for i, row in rows(task.file, task.start, task.stop, list(self.names)):
             yield attempt(f"{name}, row {i}", lambda i=i, row=row: self.columns.record(shift + i, row))
 
+    def sources(self, task: Rows) -> Iterator[str | None]:
+        yield task.file
+
 
 def _feature_names(schema: Any, label: str) -> tuple[str, ...] | None:
     """The class names that Hugging Face `datasets` notes in the file's metadata, if it does."""

@@ -127,6 +127,9 @@ class Shards:
                         yield attempt(where, functools.partial(self._record, shard, i, part, repeated))
             yield from part.problems
 
+    def sources(self, task: tuple[Part, ...]) -> Iterator[str | None]:
+        return (part.shard for part in task)
+
     def key(self, shard: str, key: str) -> str:
         before = "_".join(shard.removesuffix(".tar").split("/")[-self.depth :])
         return safe_key(f"{before}_{key}" if self.keys == "shard" else key)

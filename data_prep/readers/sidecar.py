@@ -82,6 +82,9 @@ class Sidecar:
         for item in task:
             yield attempt(item.image or item.txt or item.json or "", lambda item=item: self.record(item))
 
+    def sources(self, task: tuple[Beside, ...]) -> Iterator[str | None]:
+        return (files.join(self.folder, name) for item in task for name in (item.image, item.txt, item.json) if name)
+
     def fields(self, item: Beside) -> dict[str, Any]:
         """The .json's fields. Raises BadSample: missing_sidecar, bad_json."""
         if item.json is None:

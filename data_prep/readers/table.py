@@ -79,6 +79,10 @@ class Table:
             row = dict(zip(self.used, values))
             yield attempt(f"{name}, line {line}", lambda number=number, row=row: self.columns.record(number, row))
 
+    def sources(self, task: tuple[Row, ...]) -> Iterator[str | None]:
+        """The images; the rows themselves are in the task."""
+        return (self.columns.source(dict(zip(self.used, values))) for _, _, values in task)
+
 
 def _folder(file: str) -> str:
     return file.rpartition("/")[0] if files.is_remote(file) else str(Path(files.place(file)).parent)

@@ -138,6 +138,9 @@ class Voc:
         for item in task:
             yield attempt(item.annotation or item.name, lambda item=item: self.record(item))
 
+    def sources(self, task: tuple[Item, ...]) -> Iterator[str | None]:
+        return (files.join(self.folder, name) for item in task for name in (item.image, item.annotation, item.mask) if name)
+
     def record(self, item: Item) -> Record:
         """Raises BadSample."""
         metadata: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from data_prep import writer
 from data_prep.__main__ import COMMANDS
 from data_prep.__main__ import app as commands
 from data_prep.build import app
@@ -421,3 +423,50 @@ def test_commands_are_imported_when_they_run() -> None:
     script = "import sys, data_prep.__main__, data_prep.build_more\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
     assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "tsv", "folder", "sidecar", "shards"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_input_that_changed_under_its_name_is_noticed(tmp_path: Path, kind: str, finished: bool) -> None:
+    root, out = tmp_path / "in", tmp_path / "out"
+    root.mkdir()
+    (root / "a.png").write_bytes(image((1, 2, 3)))
+    (root / "a.txt").write_text("a caption")
+    (root / "t.csv").write_text("image\na.png\n")
+    (root / "t.jsonl").write_text('{"image": "a.png"}\n')
+    given = {"csv": "t.csv", "tsv": "t.csv", "jsonl": "t.jsonl", "shards": "s"}
+    assert run("csv", root / "t.csv", "--image-column", "image", "--out", root / "s").exit_code == 0
+    if kind in ("folder", "sidecar"):
+        for name in ("t.csv", "t.jsonl"):
+            (root / name).unlink()
+        for path in (root / "s").iterdir():
+            path.unlink()
+        (root / "s").rmdir()
+    command = (
+        "build",
+        kind,
+        root / given.get(kind, ""),
+        "--out",
+        out,
+        "--skip-bad",
+        *(["--image-column", "image"] if kind == "csv" else []),
+    )
+
+    def given_command() -> Result:
+        return CliRunner().invoke(commands, list(map(str, command)), env={"COLUMNS": "300", "TERM": "dumb"})
+
+    assert given_command().exit_code == 0
+    assert given_command().exit_code == 0
+    changed = root / "s" / "00000.tar" if kind == "shards" else root / "a.png"
+    if not finished:  # as a kill before the end leaves it
+        manifest = json.loads((out / "manifest.json").read_text())
+        assert manifest["num_samples"] >= 1
+        shutil.rmtree(out)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(writer, "_check_alone", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+            assert given_command().exit_code == 1
+        assert (out / "unfinished" / "00000.json").exists()
+    os.utime(changed, ns=(1, 1))
+    result = given_command()
+    assert result.exit_code == 1
+    assert "an input has changed since" in " ".join(result.output.split())
