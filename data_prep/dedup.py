@@ -30,7 +30,7 @@ def deduplicate(
     from data_prep import files
     from data_prep.dedup_find import Options, find
     from data_prep.dedup_report import named, parts, report
-    from data_prep.filter_keep import carried, keep
+    from data_prep.filter_keep import carried, check_keys, keep
     from data_prep.samples import expand
     from data_prep.writer import build
 
@@ -49,7 +49,9 @@ def deduplicate(
     if out is not None:
         plan = {"dedup": result["options"], "against": held}
         run = {"engine": engine, "processes": processes, "command": command, "texts": carried(names)}
-        manifest = build(out, keep, list(parts(found, known)), plan=plan, **run)
+        left = list(parts(found, known))
+        check_keys(lambda: left)
+        manifest = build(out, keep, left, plan=plan, **run)
         result["written"] = manifest["num_samples"]
     return result
 

@@ -91,7 +91,7 @@ def select(
     their bytes pass through. Raises ShardError, InputError, OptionError, FileExistsError (see writer.build).
     """
     from data_prep import language
-    from data_prep.filter_keep import carried, keep
+    from data_prep.filter_keep import carried, check_keys, keep
     from data_prep.filter_rules import Rules
     from data_prep.samples import expand
     from data_prep.writer import build
@@ -108,6 +108,7 @@ def select(
     if judged.damage:
         result["damage"] = judged.damage
     if out is not None:
+        check_keys(judged.parts)
         asked = {"max_repeats": max_repeats, "score": score, "min_score": min_score, "keep_top": keep_top}
         plan = {"filter": repr(rules), **asked}
         run = {"engine": engine, "processes": processes, "command": command, "licence": licence, "texts": carried(names)}

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from data_prep import files
+from data_prep.job import key_digest, key_digests
 from data_prep.samples import Shard
 from data_prep.writer import Record, Skipped
+from mmpretrain.data.cache import remote_index
+from mmpretrain.data.index import open_index
+from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import BadSample, ShardError
 
 CARRIED = ("classnames.txt", "zeroshot_classification_templates.txt")  # beside the shards, and as true of a part of them
@@ -53,6 +59,30 @@ def keep(part: Part) -> Iterator[Record | Skipped]:
             except ValueError as error:
                 raise ShardError(f"{part.name}: {error} `python -m data_prep build shards` replaces such keys: run it first.") from error
             yield record
+
+
+def check_keys(parts: Callable[[], Iterable[Part]]) -> None:
+    """Before anything is written: raises ValueError for a key that stays twice. A remote shard without an index is left to the writer."""
+    digests = [key_digests(key for _, key in _staying(part)) for part in parts()]
+    every = np.sort(np.concatenate([np.zeros(0, np.uint64), *digests]))
+    again = {digest.tobytes() for digest in every[1:][every[1:] == every[:-1]]}
+    seen: dict[str, str] = {}
+    for part in parts() if again else ():
+        for place, key in _staying(part):
+            if key_digest(key) in again and seen.setdefault(key, place) != place:
+                raise ValueError(
+                    f"key {key!r} comes twice, in {seen[key].rpartition('#')[0]} and {part.name}: keys must be unique over the whole data "
+                    "set. Where each shard counts from 0, run `python -m data_prep build shards --keys shard` on them first."
+                )
+
+
+def _staying(part: Part) -> Iterator[tuple[str, str]]:
+    """(shard#number, key) of the samples that are not dropped."""
+    index = remote_index(part.name) if is_remote(part.name) else open_index(files.place(part.name), save_new=False)
+    drops = {sample for sample, _, _ in part.drops}
+    for sample, key in enumerate(index.keys if index is not None else ()):
+        if sample not in drops:
+            yield f"{part.name}#{sample}", key
 
 
 def damage_lines(shard: Shard) -> list[str]:

@@ -15,7 +15,9 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from data_prep import dedup
 from data_prep import filter as filters
+from data_prep.dedup_find import Options
 from data_prep.filter_judged import Judged
 from data_prep.filter_keep import Part, keep
 from data_prep.filter_rules import Predicate, Rules, Sample
@@ -116,6 +118,26 @@ def test_what_was_dropped_is_told_by_shard_whatever_the_order_it_came_in() -> No
         assert list(judged.parts()) == [
             Part("a", 3, ((1, *drops[1]),)), Part("b", 0), Part("c", 4, ((0, *drops[3]), (2, *drops[5]), (3, *drops[6])))
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["filter", "dedup"])
+def test_a_key_that_comes_twice_is_found_before_anything_is_written(tmp_path: Path, command: str) -> None:
+    for name, level in (("a", 10), ("b", 200)):
+        (tmp_path / name).mkdir()
+        records = [Record(f"{i:04d}", {"png": png((40, 40), level + 20 * i), "txt": b"small" if i else b"kept of both"}) for i in range(2)]
+        write_shards(records, tmp_path / name)
+    spec, out = [str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out"
+    write = {
+        "filter": lambda **more: filters.select(spec, str(out), processes=1, **more),
+        "dedup": lambda: dedup.deduplicate(spec, str(out), options=Options(near=None), processes=1),
+    }[command]
+    with pytest.raises(ValueError, match=r"key '0000' comes twice, in .*a/00000.tar and .*b/00000.tar.*build shards --keys shard"):
+        write()
+    assert not out.exists()
+    if command == "filter":
+        with pytest.raises(ValueError, match="comes twice"):
+            write(rules=Rules(min_words=2))
+        assert write(rules=Rules(min_words=4))["good"] == 0  # what is dropped may come twice
 
 
 def test_repeated_against_a_count() -> None:
