@@ -61,7 +61,8 @@ def run(
         function: pure and picklable: of a module (not of `__main__`), a `functools.partial` of one, or a dataclass with `__call__`.
         tasks: pulled as workers become free, at most 2 x processes ahead of what the caller has taken.
         engine: "local", or "ray" (the cluster at RAY_ADDRESS, else one started on this machine).
-        processes: how many at once; by default one per core, on Ray what the cluster has. 1 with "local" runs in this process.
+        processes: how many at once; by default one per core, on Ray what the cluster has. 1 with "local" runs in this process, and so does
+            everything where `function` or a task names a place in memory://.
         title: shown with a progress bar where standard error is a terminal.
 
     Raises WorkerLostError, whatever `function` raises, ValueError for an unknown engine.
@@ -72,15 +73,18 @@ def run(
         raise ValueError(f"--processes {processes}: expected at least 1")
     total = len(tasks) if isinstance(tasks, Sized) else None
     source = iter(tasks)
-    if engine == "ray":
+    first = list(itertools.islice(source, 2))
+    source = itertools.chain(first, source)
+    if any("memory://" in repr(each) for each in (function, *(tasks if isinstance(tasks, list) else first))):
+        results = (function(task) for task in source)  # such files live in this process alone
+    elif engine == "ray":
         from data_prep.engine_ray import results_of
 
         results = results_of(function, source, processes)
     else:
         most = processes or cores()
-        first = list(itertools.islice(source, min(most, 2)))  # a process is not worth starting for a single task
-        source = itertools.chain(first, source)
-        results = (function(task) for task in source) if len(first) < 2 else _local(function, source, most)
+        alone = min(most, len(first)) < 2  # a process is not worth starting for a single task
+        results = (function(task) for task in source) if alone else _local(function, source, most)
     return _shown(results, title, total) if title and sys.stderr.isatty() else results
 
 

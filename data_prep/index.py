@@ -122,8 +122,6 @@ def index(
     counts: dict[str, int] = {}
     try:
         names = [name.removeprefix("file://") for name in expand(shards)]
-        if any(name.startswith("memory://") for name in names):  # lives in this process alone
-            engine, processes = "local", 1
         for result in run(IndexShard(checksums, replace), names, engine=engine, processes=processes, title="shards"):
             for damage in result.damage:
                 typer.echo(damage, err=True)

@@ -30,6 +30,23 @@ def test_one_process_is_this_one_and_several_are_others() -> None:
     assert os.getpid() not in others
 
 
+def names_file(name: str) -> str:  # of this module, and with the test's own file system
+    import fsspec
+
+    with fsspec.open(name, "rb") as file:
+        return file.read().decode()
+
+
+@pytest.mark.parametrize("chosen", ["local", "ray"])
+def test_what_lives_in_this_process_is_read_in_it(chosen: str) -> None:
+    import fsspec
+
+    names = [f"memory://engine/{i}" for i in range(4)]
+    fsspec.filesystem("memory").pipe({name.removeprefix("memory:/"): b"here" for name in names})
+    for tasks in (names, iter(names)):
+        assert list(run(names_file, tasks, engine=chosen, processes=3)) == ["here"] * 4
+
+
 def test_workers_do_not_import_torch() -> None:
     import torch  # noqa: F401 (it is here)
 
