@@ -13,7 +13,9 @@ from typing import overload
 from mmpretrain.data.schema import ShardError
 
 _BRACE = re.compile(r"\{([^{}]*)\}")
+_SPAN = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 LISTED = 10_000  # more names than these are not written out
+MOST = 10_000_000  # more names than these are a slip of the hand
 _ENTRY = re.compile(rb'\s*"([^"\\]+)"\s*:\s*(\d+)\s*([,}])')
 
 
@@ -90,11 +92,25 @@ def is_remote(name: str) -> bool:
     return "://" in name and not name.startswith("file://")
 
 
+def _check_count(text: str) -> None:
+    """Raise ShardError for braces that stand for more names than anybody means."""
+    count = 1
+    for inner in _BRACE.findall(text):
+        span = _SPAN.fullmatch(inner)
+        count *= max(1, int(span[2]) - int(span[1]) + 1 if span else inner.count(",") + 1)
+    if count > MOST:
+        raise ShardError(f"{text[:200]}: its braces stand for {count:,} names, more than {MOST:,}. Give the range of the shards there are.")
+
+
 def expand_braces(text: str) -> list[str]:
-    """`a{00..02}.tar` -> three names, padded as written; `{a,b}` -> alternatives; anything else in braces is literal."""
+    """`a{00..02}.tar` -> three names, padded as written; `{a,b}` -> alternatives; anything else in braces is literal.
+
+    Raises ShardError for more than `MOST` names.
+    """
+    _check_count(text)
     for match in _BRACE.finditer(text):
         inner = match.group(1)
-        span = re.fullmatch(r"(\d+)\.\.(\d+)", inner)
+        span = _SPAN.fullmatch(inner)
         if span:
             first, last = span.groups()
             width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
@@ -110,9 +126,10 @@ def expand_braces(text: str) -> list[str]:
 
 def _range(spec: str) -> Range | None:
     """A remote spec of one brace range and nothing else to expand."""
-    spans = [match for match in _BRACE.finditer(spec) if re.fullmatch(r"\d+\.\.\d+", match[1]) or "," in match[1]]
+    spans = [match for match in _BRACE.finditer(spec) if _SPAN.fullmatch(match[1]) or "," in match[1]]
     if not is_remote(spec) or len(spans) != 1 or "," in spans[0][1]:
         return None
+    _check_count(spec)
     first, last = spans[0][1].split("..")
     width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
     return Range(spec[: spans[0].start()], int(first), max(0, int(last) - int(first) + 1), width, spec[spans[0].end() :])

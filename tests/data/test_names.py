@@ -2,10 +2,12 @@
 
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmpretrain.data.names import Joined, _range, expand_braces, in_order
+from mmpretrain.data.names import Joined, _range, expand, expand_braces, in_order
+from mmpretrain.data.schema import ShardError
 
 RANGES = st.builds(lambda first, count: (first, first + count), st.integers(0, 120), st.integers(0, 30))
 
@@ -38,3 +40,15 @@ def test_counts_read_in_order_are_those_of_the_json(pairs, indent, data):
         assert found is not None
     assert in_order(text + b"x", names) is None
     assert in_order(text[:-1], names) is None
+
+
+@pytest.mark.parametrize("spec", ["{0..99999999999}.tar", "{0..9999}/{0..9999}.tar", "{0..99999999999}{5..1}.tar"])
+@pytest.mark.parametrize("where", ["", "s3://bucket/"])
+def test_more_names_than_can_be_meant_are_refused(spec, where):
+    with pytest.raises(ShardError, match=r"its braces stand for [0-9,]+ names, more than 10,000,000"):
+        expand(where + spec)
+
+
+def test_numbers_too_long_to_be_numbers_are_literal():
+    spec = "{0.." + "9" * 5000 + "}.tar"
+    assert expand_braces(spec) == [spec]
