@@ -23,8 +23,8 @@ def report(
 ) -> tuple[dict[str, Any], str]:
     """Shard specs -> (numbers as plain data, the HTML page or "").
 
-    `caption`, `label`: members, or json:FIELD. `sample`: read about so many samples only, chosen by the hashes of their keys; counts of
-    samples, members and bytes are of all. Raises ShardError where no shard is named.
+    `caption`, `label`: members, or json:FIELD. `sample`: read about so many samples only, chosen by hashes of their keys and sizes; counts
+    of samples, members and bytes are of all. Raises ShardError where no shard is named.
     """
     from data_prep import engine as engines
     from data_prep.samples import expand
@@ -52,7 +52,8 @@ def stats(
     out: Annotated[str, typer.Option("--out", help="the page to write; a path or URL")] = "report.html",
     json_out: Annotated[str | None, typer.Option("--json", help="also write the numbers as JSON to this file; - prints them")] = None,
     sample: Annotated[
-        int | None, typer.Option("--sample", min=1, help="read about so many samples, chosen by the hashes of their keys; default: all")
+        int | None,
+        typer.Option("--sample", min=1, help="read about so many samples, chosen by hashes of their keys and sizes; default: all"),
     ] = None,
     caption: Annotated[str, typer.Option("--caption", help="the member that holds the caption, or json:FIELD")] = "txt",
     label: Annotated[str, typer.Option("--label", help="the member that holds the class, or json:FIELD; nothing where none does")] = "cls",

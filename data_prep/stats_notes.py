@@ -82,7 +82,7 @@ def notes(d: dict[str, Any]) -> list[str]:
             )
     if d["share"] < 1:
         found.append(
-            f"{n:,} of {d['samples']:,} samples were read, chosen by the hashes of their keys; "
+            f"{n:,} of {d['samples']:,} samples were read, chosen by hashes of their keys and sizes; "
             "only the counts of samples, members and bytes are of all."
         )
     return found

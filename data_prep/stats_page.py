@@ -178,7 +178,6 @@ def render(
     for ref in wanted:
         by_shard[ref.shard].add(ref.sample)
     tasks = [(name, tuple(sorted(chosen))) for name, chosen in sorted(by_shard.items())]
-    processes = 1 if engine == "local" else processes  # of a hundred pictures: starting a process would take longer
     made = engines.run(thumbnails, tasks, engine=engine, processes=processes, title="thumbnails")
     at = {(name, i): picture for (name, _), pictures in zip(tasks, made) for i, picture in pictures.items()}
     thumbs = {ref: at[ref.shard, ref.sample] for ref in wanted if (ref.shard, ref.sample) in at}

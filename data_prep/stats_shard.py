@@ -44,9 +44,14 @@ def perceptual_hash(grey: np.ndarray) -> int:
     return int.from_bytes(np.packbits(low.ravel() > np.median(low)).tobytes())
 
 
+def rank_of(key: str, sizes: dict[str, int]) -> int:
+    """Not of the key alone: where each shard counts from 0, the samples of one number would be drawn together."""
+    return hashed(f"{key} {sorted(sizes.items())}")
+
+
 @dataclass(frozen=True)
 class Stage:
-    """A shard's name -> its Summary. `share` of the samples, chosen by the hashes of their keys, are read and decoded."""
+    """A shard's name -> its Summary. `share` of the samples, chosen by the hashes of their keys and sizes, are read and decoded."""
 
     caption: str = "txt"
     label: str | None = "cls"
@@ -63,8 +68,8 @@ class Stage:
         try:
             self._index(found, shard)
             for i in range(len(shard)):
-                key = shard.key(i)
-                rank = hashed(key)
+                key, members = shard.key(i), shard.index.members(i)
+                rank = rank_of(key, {extension: member.size for extension, member in members.items()})
                 if rank < self.share * 2.0**64:
                     self._sample(found, shard, i, Ref(name, i, key), rank)
         finally:

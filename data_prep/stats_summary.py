@@ -1,6 +1,7 @@
 """Summaries that merge: whatever the grouping of the samples into shards, the merged summary is the same, and its size is bounded.
 
-Two samples are told apart by the hash of their keys, so "a sample of the samples" and "the first of equals" do not depend on the sharding.
+Two samples are told apart by the hash of their keys and members' sizes, so
+"a sample of the samples" and "the first of equals" do not depend on the sharding.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Names(Counter[str]):
 
 @dataclass
 class Lowest:
-    """The `keep` items of lowest rank. Ranks end in the hash of the sample's key, so ties fall alike in any order."""
+    """The `keep` items of lowest rank. Ranks end in the sample's hash, so ties fall alike in any order."""
 
     keep: int
     items: list[tuple[tuple[float, ...], Any]] = field(default_factory=list)

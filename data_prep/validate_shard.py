@@ -70,7 +70,11 @@ class Layout:
             self._add("unreachable", -1, str(error))
             self.lost, self.estimated = 1, True
             return
-        self._read(self._copy.path)
+        try:
+            self._read(self._copy.path)
+        except BaseException:
+            self.close()
+            raise
 
     def _add(self, kind: str, offset: int, detail: str, key: str = "") -> None:
         self.found.append(Finding(self.name, key, offset, kind, detail))

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import tarfile
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import pytest
 from PIL import Image
 
 from data_prep import stats as stats_module
+from data_prep import stats_page
 from data_prep.stats_duplicates import alike, exact
 from data_prep.stats_numbers import growth, numbers
 from data_prep.stats_plots import Bin, histogram, linear_bins, log_bins
-from data_prep.stats_shard import Stage, perceptual_hash
+from data_prep.stats_shard import Stage, perceptual_hash, rank_of
 from data_prep.stats_summary import Frequent, Groups, Histogram, Lowest, Ref, Summary, hashed
 from data_prep.stats_text import language, num_tokens, script, words
 from data_prep.writer import Record, write_shards
@@ -105,6 +107,28 @@ def comparable(found: Summary, names: list[str]) -> dict:
     return d
 
 
+def test_keys_that_each_shard_counts_from_0_are_not_drawn_together(tmp_path: Path) -> None:
+    for shard in range(8):
+        write_shards([Record(f"{i:04d}", {"txt": b"x" * (1 + i + 7 * shard)}) for i in range(40)], tmp_path / str(shard))
+    stage = Stage(label=None, share=0.25)
+    found = [stage(str(tmp_path / str(shard) / "00000.tar")) for shard in range(8)]
+    drawn = [{ref.key for ref, _, _ in part.examples.sorted()} for part in found]
+    assert len(set.union(*drawn)) > 20
+    assert len(set.intersection(*drawn)) < 4
+
+
+def test_thumbnails_are_made_in_the_workers(shards: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def run(function: Callable, tasks: list, **options: object) -> Iterator[dict]:
+        asked.append((function, options["engine"], options["processes"]))
+        return map(function, tasks)
+
+    monkeypatch.setattr(stats_page.engines, "run", run)
+    stats_module.report([str(shards[100])], processes=2)
+    assert (stats_page.thumbnails, "local", 2) in asked
+
+
 def test_the_numbers_do_not_depend_on_the_sharding(shards: dict[int, Path]) -> None:
     first = comparable(*summary(shards[4]))
     assert all(comparable(*summary(shards[count])) == first for count in (9, 100))
@@ -145,7 +169,7 @@ def test_a_sample_is_chosen_by_keys_and_counts_stay_whole(shards: dict[int, Path
     for count in (4, 100):
         data, _ = stats_module.report([str(shards[count])], sample=8, processes=1, page=False)
         assert data["samples"] == 23
-        assert data["looked_at"] == sum(hashed(r.key) < 8 / 23 * 2**64 for r in records())
+        assert data["looked_at"] == sum(rank_of(r.key, {e: len(d) for e, d in r.members.items()}) < 8 / 23 * 2**64 for r in records())
         chosen.append((data["looked_at"], data["images"]["short_side"], data["captions"]["repeated"]))
     assert chosen[0] == chosen[1]
     assert 0 < chosen[0][0] < 23

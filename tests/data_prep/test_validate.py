@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from data_prep.samples import Shard
 from data_prep.validate import validate
 from data_prep.validate_kinds import KINDS
+from data_prep.validate_shard import Layout
 from data_prep.writer import Record, write_shards
 from mmpretrain.data.index import index_path
 from tests.data.generated import encoded, pair, picture, tar_bytes
@@ -418,3 +419,17 @@ def test_bad_arguments_are_status_2(arguments: list[str], tmp_path: Path, monkey
 
 def test_every_finding_has_a_remedy() -> None:
     assert all(severity in ("bad", "mend", "note") and remedy for severity, remedy in KINDS.values())
+
+
+def test_a_shard_is_closed_where_its_reading_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def fail(layout: Layout, _: Path) -> None:
+        opened.append(layout.file)
+        raise MemoryError
+
+    monkeypatch.setattr(Layout, "_read", fail)
+    with pytest.raises(MemoryError):
+        Layout(str(built(tmp_path / "s")))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])
