@@ -12,9 +12,7 @@ from accelerate import Accelerator
 from mmpretrain import distributed
 from mmpretrain.config import Config, EvaluationConfig
 from mmpretrain.evaluators import EVALUATORS
-from mmpretrain.evaluators.datasets import kind_of
 from mmpretrain.evaluators.models import TowerModel
-from mmpretrain.evaluators.readers import shard_paths
 from mmpretrain.interrupts import Interrupts
 from mmpretrain.model import PretrainModel
 from mmpretrain.options import OptionError
@@ -40,7 +38,7 @@ def _wait(data: str) -> Callable[[], object] | None:
 
 
 def build_evaluators(config: Config) -> dict[str, Any]:
-    """Every evaluator, made before the first step: a wrong option or path must not wait for hours to be found.
+    """Every evaluator, made before the first step: a wrong option, path or first sample must not wait for hours to be found.
 
     Raises:
         OptionError: naming the evaluator.
@@ -49,10 +47,9 @@ def build_evaluators(config: Config) -> dict[str, Any]:
     for name, evaluation in config.evaluators.items():
         try:
             evaluators[name] = EVALUATORS[evaluation.kind](evaluation.options)
-            for data in _data(evaluation.options):
-                if _wait(data) is None and kind_of(data) == "shards" and not Path(data).is_dir():
-                    shard_paths(data, None)
-        except ValueError as error:
+            if not any(_wait(data) for data in _data(evaluation.options)) and hasattr(evaluators[name], "preflight"):
+                evaluators[name].preflight()
+        except (ValueError, OSError) as error:
             raise OptionError(f"evaluators.{name}: {error}") from error
     return evaluators
 

@@ -66,7 +66,10 @@ def build(cls: type, data: Any, where: str = "", place: typing.Callable[[str], s
         if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             path = f"{where}.{name}" if where else name
             raise OptionError(f"option {path!r}{place(where)} is required: {documentation(cls).get(name, '')}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:  # what its __post_init__ refuses
+        raise OptionError(f"{where + ': ' if where else ''}{error}{place(where)}") from error
 
 
 def convert(value: Any, hint: Any, path: str, place: typing.Callable[[str], str] = lambda path: "") -> Any:

@@ -15,7 +15,10 @@ from mmpretrain.types import Model, Result
 
 
 class Evaluator(Protocol):
-    """Model in, result out. `Config` is a dataclass whose fields are documented by the comments behind them."""
+    """Model in, result out. `Config` is a dataclass whose fields are documented by the comments behind them.
+
+    A method `preflight()`, if there is one, looks at the first items before a run trains, and raises OptionError.
+    """
 
     Config: ClassVar[type]
     config: Any

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch.nn.functional import normalize
 
 from mmpretrain.evaluators.base import OptionError
-from mmpretrain.evaluators.datasets import DataConfig, open_dataset
+from mmpretrain.evaluators.datasets import DataConfig, EvalSet, first_items, open_dataset
 from mmpretrain.evaluators.features import NO_FEATURES, encode_images, encode_texts
 from mmpretrain.types import Model, Result
 
@@ -26,12 +26,19 @@ class Binding:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def __call__(self, model: Model, accelerator: Accelerator) -> Result:
-        config = self.config
-        dataset = open_dataset(config, "images")
+    def preflight(self) -> None:
+        self._check(first_items(self.config, "images"))
+
+    @staticmethod
+    def _check(dataset: EvalSet) -> None:
         lacking = [item.key for item in dataset.items if not {"caption", "swap"} <= item.metadata.keys()]
         if lacking:
             raise OptionError(f"{dataset.name}: {len(lacking)} samples have no `caption` and `swap` in their json, first {lacking[0]}")
+
+    def __call__(self, model: Model, accelerator: Accelerator) -> Result:
+        config = self.config
+        dataset = open_dataset(config, "images")
+        self._check(dataset)
         found = encode_images(model, dataset, accelerator, config)
         if "features" not in found.values:
             raise TypeError(NO_FEATURES.format("binding"))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmpretrain.data.decode import ImageLimits
+from mmpretrain.data.names import is_remote
 from mmpretrain.data.order import in_part
 from mmpretrain.data.shards import load_classes
 from mmpretrain.evaluators import classes as class_names
@@ -22,6 +25,8 @@ from mmpretrain.evaluators.readers import Item
 from mmpretrain.random import combine, permutation
 
 logger = logging.getLogger(__name__)
+Task = Literal["classification", "retrieval", "images"]
+BRIEF_ROWS = 100  # of a table, for a first look
 
 
 @dataclass
@@ -45,6 +50,11 @@ class DataConfig:
     cache: str | None = None  # folder to keep features in, keyed by weights and data
     max_bad_fraction: float = 0.01  # fail when more than this fraction of the items cannot be used
     seed: int = 0  # what is drawn (limit, held-out parts, initial weights) depends on it alone
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "threads", "limit"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
 
 
 @dataclass
@@ -108,42 +118,18 @@ def kind_of(data: str) -> Literal["benchmark", "folder", "csv", "shards"]:
     raise OptionError(f"data={data!r}: no such folder, .csv or .tsv file, or shards")
 
 
-def open_dataset(config: DataConfig, task: Literal["classification", "retrieval", "images"], *, split: str | None = None) -> EvalSet:
+def open_dataset(config: DataConfig, task: Task, *, split: str | None = None) -> EvalSet:
     """Find out what is there and list it. Classification gives labels, retrieval captions, `images` the JSON metadata only.
 
     Raises OptionError where options and data do not fit, RuntimeError where too many items cannot be used.
     """
-    kind = kind_of(config.data)
     split = split if split is not None else config.split
-    captions = task == "retrieval"
-    if task == "images" and (config.include is not None or config.exclude is not None):
-        raise OptionError("include= and exclude= choose by class name or caption, which this evaluator does not read: leave them out")
     skipped: list[dict[str, str]] = []
 
     def skip(key: str, reason: str) -> None:
         skipped.append({"key": key, "reason": reason})
 
-    root = Path(config.data)
-    templates = None
-    given = class_names.read_classes(config.classes)
-    if kind == "folder":
-        if captions:
-            raise OptionError(f"data={config.data!r} is a class folder: it has no captions; use a CSV, shards, or a CLIP_benchmark folder")
-        source = readers.folder_items(root, split)
-    elif kind == "csv":
-        source = readers.csv_items(root, split, config.image, config.label, config.caption, captions, skip)
-    elif kind == "benchmark":
-        split = split or "test"
-        what = _line(root / "dataset_type.txt") or "classification"
-        if what == "multilabel" or (what == "retrieval") != captions:
-            raise OptionError(f"{root}: dataset_type.txt says {what}; it does not fit an evaluator for {task}")
-        given, templates = _beside(root, given)
-        source = readers.benchmark_items(root, split, config.label, captions, skip)
-    else:
-        label = {"classification": config.label or "cls", "retrieval": None, "images": None}[task]
-        paths = readers.shard_paths(config.data, split)
-        given, templates = _beside(Path(paths[0]).parent, given)
-        source = readers.shard_items(paths, label, (config.caption or "txt") if captions else None, skip, metadata=task == "images")
+    source, given, templates, split = _source(config, task, split, skip)
     items = list(source)
     check_budget(skipped, len(items) + len(skipped), config.max_bad_fraction, config.data)
     if not items:
@@ -159,6 +145,63 @@ def open_dataset(config: DataConfig, task: Literal["classification", "retrieval"
     if config.holdout is not None:
         result = _part(result, config.holdout, config.part)
     return result.drawn(config.limit, config.seed)
+
+
+def first_items(config: DataConfig, task: Task, *, split: str | None = None, most: int = 100) -> EvalSet:
+    """The first few items, for a look before hours of training: one shard, class folder or some rows are read, and nothing remote.
+
+    Raises OptionError where options and data do not fit, as `open_dataset` would.
+    """
+    split = split if split is not None else config.split
+    bad: list[str] = []
+    source, given, templates, split = _source(config, task, split, lambda key, reason: bad.append(key), brief=True)
+    items = list(islice(source, most))
+    result = EvalSet(_name(config.data, split), items, templates=templates)
+    if not items and not bad and not _remote(config.data):
+        raise OptionError(f"data={config.data!r}: no items to evaluate (split={split})")
+    if items and task == "classification":
+        result.labels, result.classes = class_names.resolve([item.label for item in items], given, config.data)
+    _patterns(config)
+    return result
+
+
+def _remote(data: str) -> bool:
+    return any(is_remote(part) for part in data.split("::"))
+
+
+def _source(
+    config: DataConfig, task: Task, split: str | None, skip: readers.Skip, brief: bool = False
+) -> tuple[Iterator[Item], list[str] | dict[str, str] | None, list[str] | None, str | None]:
+    """(items, class names, prompts, split), items being listed as they are asked for. `brief`: of the first shard or rows alone."""
+    kind = kind_of(config.data)
+    captions = task == "retrieval"
+    if task == "images" and (config.include is not None or config.exclude is not None):
+        raise OptionError("include= and exclude= choose by class name or caption, which this evaluator does not read: leave them out")
+    root = Path(config.data)
+    templates = None
+    given = class_names.read_classes(config.classes)
+    if kind == "folder":
+        if captions:
+            raise OptionError(f"data={config.data!r} is a class folder: it has no captions; use a CSV, shards, or a CLIP_benchmark folder")
+        source = readers.folder_items(root, split)
+    elif kind == "csv":
+        rows = BRIEF_ROWS if brief else None
+        source = readers.csv_items(root, split, config.image, config.label, config.caption, captions, skip, rows)
+    elif kind == "benchmark":
+        split = split or "test"
+        what = _line(root / "dataset_type.txt") or "classification"
+        if what == "multilabel" or (what == "retrieval") != captions:
+            raise OptionError(f"{root}: dataset_type.txt says {what}; it does not fit an evaluator for {task}")
+        given, templates = _beside(root, given)
+        source = readers.benchmark_items(root, split, config.label, captions, skip, brief)
+    else:
+        label = {"classification": config.label or "cls", "retrieval": None, "images": None}[task]
+        paths = readers.shard_paths(config.data, split)
+        given, templates = _beside(Path(paths[0]).parent, given)
+        caption = (config.caption or "txt") if captions else None
+        chosen = [name for name in paths[:1] if not is_remote(name)] if brief else paths
+        source = readers.shard_items(chosen, label, caption, skip, metadata=task == "images") if chosen else iter(())
+    return source, given, templates, split
 
 
 def check_budget(skipped: list[dict[str, str]], total: int, max_fraction: float, where: str) -> None:
@@ -181,12 +224,7 @@ def _filtered(dataset: EvalSet, config: DataConfig, task: str) -> EvalSet:
     """What `include` and `exclude` leave: classes by their names, for retrieval items by their captions."""
     if config.include is None and config.exclude is None:
         return dataset
-    patterns = {}
-    for key in ("include", "exclude"):
-        try:
-            patterns[key] = re.compile(getattr(config, key)) if getattr(config, key) is not None else None
-        except re.error as error:
-            raise OptionError(f"{key}={getattr(config, key)!r} is no regular expression: {error}") from None
+    patterns = _patterns(config)
     choices = [item.captions for item in dataset.items] if task == "retrieval" else [[name] for name in dataset.classes]
     what = "captions" if task == "retrieval" else "class names"
     kept = torch.ones(len(choices), dtype=torch.bool)
@@ -209,6 +247,16 @@ def _filtered(dataset: EvalSet, config: DataConfig, task: str) -> EvalSet:
     if not len(result):
         raise OptionError(f"{dataset.name}: no items are left by include={config.include!r}, exclude={config.exclude!r}")
     return result
+
+
+def _patterns(config: DataConfig) -> dict[str, re.Pattern | None]:
+    patterns = {}
+    for key in ("include", "exclude"):
+        try:
+            patterns[key] = re.compile(getattr(config, key)) if getattr(config, key) is not None else None
+        except re.error as error:
+            raise OptionError(f"{key}={getattr(config, key)!r} is no regular expression: {error}") from None
+    return patterns
 
 
 def _some(choices: list[list[str]]) -> str:

@@ -19,7 +19,7 @@ from mmpretrain.evaluators.datasets import EvalSet, check_budget
 from mmpretrain.evaluators.features import center_view, gather_rows, images, part, render
 from mmpretrain.evaluators.metrics import classification_metrics, confusion_tables, predictions
 from mmpretrain.evaluators.models import autocast
-from mmpretrain.evaluators.pairs import TrainDataConfig, open_pair
+from mmpretrain.evaluators.pairs import TrainDataConfig, look_at_pair, open_pair
 from mmpretrain.optim import OptimConfig, build_optimizer, parameter_groups, set_learning_rate
 from mmpretrain.random import combine, permutation
 from mmpretrain.types import Model, Result
@@ -54,6 +54,9 @@ class FineTune:
         if config.train_batch_size % distributed.world_size():
             raise OptionError(f"train_batch_size={config.train_batch_size} does not divide by {distributed.world_size()} processes")
         self.config = config
+
+    def preflight(self) -> None:
+        look_at_pair(self.config)
 
     def __call__(self, model: Model, accelerator: Accelerator) -> Result:
         config = self.config

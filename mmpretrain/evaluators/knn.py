@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.features import gather_rows, part
 from mmpretrain.evaluators.frozen import EncodedPair, FrozenConfig, evaluate_frozen
+from mmpretrain.evaluators.pairs import look_at_pair
 from mmpretrain.types import Model, Result
 
 
@@ -30,6 +31,9 @@ class KNN:
         if config.k < 1 or config.temperature <= 0:
             raise OptionError(f"k={config.k}, temperature={config.temperature}: expected at least one neighbour and a positive temperature")
         self.config = config
+
+    def preflight(self) -> None:
+        look_at_pair(self.config)
 
     def __call__(self, model: Model, accelerator: Accelerator) -> Result:
         config, device = self.config, accelerator.device

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.frozen import EncodedPair, FrozenConfig, evaluate_frozen
 from mmpretrain.evaluators.metrics import TIE
+from mmpretrain.evaluators.pairs import look_at_pair
 from mmpretrain.random import combine, permutation
 from mmpretrain.types import Model, Result
 
@@ -37,6 +38,9 @@ class LinearProbe:
         if not config.c or any(c <= 0 for c in config.c):
             raise OptionError(f"c={config.c}: expected positive numbers")
         self.config = config
+
+    def preflight(self) -> None:
+        look_at_pair(self.config)
 
     def __call__(self, model: Model, accelerator: Accelerator) -> Result:
         config, device = self.config, accelerator.device

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mmpretrain.evaluators.base import OptionError
-from mmpretrain.evaluators.datasets import DataConfig, EvalSet, kind_of, open_dataset
+from mmpretrain.evaluators.datasets import DataConfig, EvalSet, first_items, kind_of, open_dataset
 
 HOLDOUT = 0.2  # what is tested on and not fitted, without `train`, splits and `holdout`
 
@@ -21,15 +21,11 @@ class TrainDataConfig(DataConfig):
 
 def open_pair(config: TrainDataConfig) -> tuple[EvalSet, EvalSet]:
     """(train, test) over one list of classes, matched by name. Raises OptionError where the test set has a class never fitted."""
-    if config.train is None and config.train_split is None and config.split is None and not _has_split(config):
-        return _held_out(open_dataset(replace(config, limit=None, holdout=None), "classification"), config)
-    test_split = config.split or (None if config.train is not None else "test")
-    train_config = replace(config, data=config.train or config.data, limit=None, holdout=None)
-    train_split = config.train_split or (None if config.train is not None and config.split is None else "train")
-    if (train_config.data, train_split) == (config.data, test_split):
-        raise OptionError(f"the same data would be fitted and tested ({config.data}, split {test_split}): give train= or train_split=")
+    (train_config, train_split), *tested = _sides(config)
     train = open_dataset(train_config, "classification", split=train_split)
-    test = open_dataset(config, "classification", split=test_split)
+    if not tested:
+        return _held_out(train, config)
+    test = open_dataset(tested[0][0], "classification", split=tested[0][1])
     occurring = {test.classes[label] for label in test.labels.tolist()}
     unseen = sorted(occurring - set(train.classes))
     if unseen:
@@ -38,6 +34,25 @@ def open_pair(config: TrainDataConfig) -> tuple[EvalSet, EvalSet]:
     table = torch.tensor([position.get(name, -1) for name in test.classes])  # -1: a name that no item has
     test.labels, test.classes = table[test.labels], train.classes
     return train, test
+
+
+def look_at_pair(config: TrainDataConfig) -> None:
+    """Raise OptionError where the first items of either set show that `open_pair` would."""
+    for side, split in _sides(config):
+        first_items(side, "classification", split=split)
+
+
+def _sides(config: TrainDataConfig) -> list[tuple[TrainDataConfig, str | None]]:
+    """What is opened, with its split: the data to fit on, then those to test on; one alone that is to be divided."""
+    whole = replace(config, limit=None, holdout=None)
+    if config.train is None and config.train_split is None and config.split is None and not _has_split(config):
+        return [(whole, None)]
+    test_split = config.split or (None if config.train is not None else "test")
+    train_config = replace(whole, data=config.train or config.data)
+    train_split = config.train_split or (None if config.train is not None and config.split is None else "train")
+    if (train_config.data, train_split) == (config.data, test_split):
+        raise OptionError(f"the same data would be fitted and tested ({config.data}, split {test_split}): give train= or train_split=")
+    return [(train_config, train_split), (config, test_split)]
 
 
 def _has_split(config: TrainDataConfig) -> bool:

@@ -73,18 +73,29 @@ def _column(wanted: str | None, usual: tuple[str, ...], columns: list[str], what
 
 
 def csv_items(
-    path: Path, split: str | None, image: str | None, label: str | None, caption: str | None, captions_wanted: bool, skip: Skip
+    path: Path,
+    split: str | None,
+    image: str | None,
+    label: str | None,
+    caption: str | None,
+    captions_wanted: bool,
+    skip: Skip,
+    rows: int | None = None,
 ) -> Iterator[Item]:
     """A table (.csv, or .tsv with tabs) with a file column, relative to the table's folder, and a label or caption column.
 
     `caption` is a column, or a template over columns (`"{name}: {keywords}"`). Where captions are wanted, rows of one file are one item.
+    `rows`: look at so many rows alone.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
         start = file.readline()
         file.seek(0)
-        rows = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" or "\t" in start else ",", strict=True)
-        columns = list(rows.fieldnames or [])
-        records = list(rows)
+        table = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" or "\t" in start else ",", strict=True)
+        try:
+            columns = list(table.fieldnames or [])
+            records = list(table)
+        except csv.Error as error:
+            raise OptionError(f"{path}, line {table.line_num}: {error}") from error
     image = _column(image, ("file", "filepath", "filename", "path", "image"), columns, "image file (image=)", path)
     if image is None:
         raise OptionError(f"{path}: which column holds the image files? Columns are {', '.join(columns)}: add image=COLUMN")
@@ -106,7 +117,7 @@ def csv_items(
         if label is None:
             raise OptionError(f"{path}: which column holds the labels? Columns are {', '.join(columns)}: add label=COLUMN")
     grouped: dict[str, Item] = {}
-    for number, record in enumerate(records):
+    for number, record in enumerate(records[:rows]):
         name = record[image] or ""
         file_path = path.parent / name
         if not name or not file_path.is_file():
@@ -231,8 +242,11 @@ def _label(value: Any) -> Label:
     return int(value)
 
 
-def benchmark_items(root: Path, split: str, label: str | None, captions_wanted: bool, skip: Skip) -> Iterator[Item]:
-    """A CLIP_benchmark folder: root/split/{0..N-1}.tar with nshards.txt; integer `cls`, or captions in `txt`, one a line."""
+def benchmark_items(root: Path, split: str, label: str | None, captions_wanted: bool, skip: Skip, brief: bool = False) -> Iterator[Item]:
+    """A CLIP_benchmark folder: root/split/{0..N-1}.tar with nshards.txt; integer `cls`, or captions in `txt`, one a line.
+
+    `brief`: the first shard alone.
+    """
     counted = root / split / "nshards.txt"
     if not counted.is_file():
         splits = sorted(p.parent.name for p in root.glob("*/nshards.txt"))
@@ -240,7 +254,7 @@ def benchmark_items(root: Path, split: str, label: str | None, captions_wanted: 
     paths = [root / split / f"{n}.tar" for n in range(int(counted.read_text()))]
     if missing := [path for path in paths if not path.is_file()]:
         raise OptionError(f"{missing[0]}: not found, but {counted} says {len(paths)} shards")
-    names = [str(path) for path in paths]
+    names = [str(path) for path in paths[: 1 if brief else None]]
     return shard_items(names, None if captions_wanted else label or "cls", "txt" if captions_wanted else None, skip, lines=True)
 
 

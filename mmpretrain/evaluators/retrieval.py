@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmpretrain import distributed
-from mmpretrain.evaluators.datasets import DataConfig, open_dataset
+from mmpretrain.evaluators.datasets import DataConfig, first_items, open_dataset
 from mmpretrain.evaluators.features import NO_FEATURES, encode_images, encode_texts, part
 from mmpretrain.evaluators.metrics import TIE
 from mmpretrain.types import Model, Result
@@ -32,6 +32,9 @@ class Retrieval:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    def preflight(self) -> None:
+        first_items(self.config, "retrieval")
 
     def __call__(self, model: Model, accelerator: Accelerator) -> Result:
         config = self.config

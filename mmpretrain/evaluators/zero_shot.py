@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmpretrain.evaluators.base import OptionError
-from mmpretrain.evaluators.datasets import DataConfig, EvalSet, open_dataset
+from mmpretrain.evaluators.datasets import DataConfig, EvalSet, first_items, kind_of, open_dataset
 from mmpretrain.evaluators.examples import thumbnail
 from mmpretrain.evaluators.features import NO_FEATURES, encode_images, encode_texts
 from mmpretrain.evaluators.metrics import classification_metrics, confusion_tables, predictions
@@ -38,12 +38,19 @@ class ZeroShot:
     def __init__(self, config: Config) -> None:
         self.config = config
 
+    def preflight(self) -> None:
+        self._prompts(first_items(self.config, "classification"), sure=kind_of(self.config.data) != "folder")
+
+    def _prompts(self, dataset: EvalSet, sure: bool = True) -> list[str]:
+        """`sure`: whether the data set's classes are known well enough to tell that all are numbers."""
+        if sure and dataset.classes and self.config.classes is None and all(name.isdigit() for name in dataset.classes):
+            raise OptionError(f"{dataset.name}: labels are numbers, and zero-shot needs names: add classes=FILE (one name a line)")
+        return read_templates(self.config.templates, dataset.templates)
+
     def __call__(self, model: Model, accelerator: Accelerator) -> Result:
         config = self.config
         dataset = open_dataset(config, "classification")
-        if config.classes is None and all(name.isdigit() for name in dataset.classes):
-            raise OptionError(f"{dataset.name}: labels are numbers, and zero-shot needs names: add classes=FILE (one name a line)")
-        prompts = read_templates(config.templates, dataset.templates)
+        prompts = self._prompts(dataset)
         found = encode_images(model, dataset, accelerator, config)
         if "features" not in found.values:
             raise TypeError(NO_FEATURES.format("zero_shot"))
