@@ -20,6 +20,7 @@ from data_prep.readers.base import caption_text, extension_of, safe
 from data_prep.readers.parts import attempt
 from data_prep.records import InputError, Record, Skipped
 from data_prep.samples import Shard
+from data_prep.shard_range import ShardRange, opened
 from mmpretrain.data.cache import read_sizes, remote_index
 from mmpretrain.data.index import ShardIndex
 from mmpretrain.data.names import is_remote
@@ -118,7 +119,7 @@ class Shards:
     def __call__(self, task: tuple[Part, ...]) -> Iterator[Record | Skipped]:
         for part in task:
             if part.start < part.stop:
-                with closing(Shard(part.shard)) as shard:
+                with closing(opened(part.shard, part.start, part.stop)) as shard:
                     if shard.index.tar_bytes != part.tar_bytes:
                         raise InputError(f"{part.shard} changed while it was read. Start again when nothing writes to it.")
                     repeated = set(part.repeated) | _come_again(shard.index)
@@ -134,7 +135,7 @@ class Shards:
         before = "_".join(shard.removesuffix(".tar").split("/")[-self.depth :])
         return safe_key(f"{before}_{key}" if self.keys == "shard" else key)
 
-    def _record(self, shard: Shard, i: int, part: Part, repeated: set[int]) -> Record:
+    def _record(self, shard: Shard | ShardRange, i: int, part: Part, repeated: set[int]) -> Record:
         """Raises BadSample."""
         key = shard.key(i)
         if i in repeated:

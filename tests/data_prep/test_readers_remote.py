@@ -7,13 +7,18 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from data_prep import shard_range
 from data_prep.readers.coco import coco
 from data_prep.readers.columns import Columns
 from data_prep.readers.img2dataset import img2dataset
 from data_prep.readers.lines import json_lines
 from data_prep.readers.parquet import parquet_files
+from data_prep.readers.shards import shards
 from data_prep.readers.sidecar import sidecar
 from data_prep.readers.voc import voc
+from data_prep.writer import Record, write_shards
+from mmpretrain.data.index import SUFFIX, index_path
+from mmpretrain.data.schema import ShardError
 from tests.data_prep.readers_support import collect, image
 from tests.data_prep.test_readers_shards import downloads
 
@@ -68,3 +73,31 @@ def test_shards(remote: str, tmp_path: Path) -> None:
     found, skipped = collect(img2dataset(f"{remote}/w"))
     assert found == collect(img2dataset(str(tmp_path)))[0]
     assert [(item.where, item.reason) for item in skipped] == [(f"{remote}/w/00001.tar", "count_disagrees")]
+
+
+def test_parts_of_an_indexed_shard_fetch_only_their_bytes(remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [Record(f"{i:03d}", {"png": PNG, "bin": bytes([i]) * 9000}) for i in range(20)]
+    write_shards(records, tmp_path / "s")
+    data = (tmp_path / "s" / "00000.tar").read_bytes()
+    put(f"{remote}/a.tar", data)
+    put(f"{remote}/a.tar{SUFFIX}", index_path(tmp_path / "s" / "00000.tar").read_bytes())
+    fetched = []
+    system = type(fsspec.filesystem("memory"))
+    cat, get = system.cat_file, system.get_file
+    monkeypatch.setattr(shard_range, "PIECE", 10_000)
+    monkeypatch.setattr(system, "get_file", lambda self, *given, **more: (fetched.append(len(data)), get(self, *given, **more))[1])
+
+    def counted(self: object, path: str, start: int | None = None, end: int | None = None, **more: object) -> bytes:
+        found = cat(self, path, start=start, end=end, **more)
+        fetched.extend([len(found)] if path.endswith(".tar") else [])
+        return found
+
+    monkeypatch.setattr(system, "cat_file", counted)
+    found, skipped = collect(shards([f"{remote}/a.tar"]), 3)
+    assert found == {record.key: record.members for record in records}
+    assert not skipped
+    assert max(fetched) <= 10_000
+    assert sum(fetched) <= len(data)
+    put(f"{remote}/a.tar", data + bytes(10_240))
+    with pytest.raises(ShardError, match="Index it again"):
+        collect(shards([f"{remote}/a.tar"]), 3)
