@@ -1,6 +1,7 @@
 """Parquet tables and Hugging Face sets, small and local."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,21 @@ def test_labels_of_a_stream() -> None:
         from_dataset(names, Columns(label="kind"), "s")
     found, _ = collect(from_dataset(names, Columns(label="kind", classes=("a", "b")), "s"))
     assert [members["cls"] for members in found.values()] == [b"1", b"0"]
+
+
+def test_a_stream_is_not_sent_to_the_workers_and_stranger_paths_are_not_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    from data_prep.readers import hub
+
+    (tmp_path / "in").mkdir()
+    for place in ("in/a.png", "outside.png"):
+        (tmp_path / place).write_bytes(image())
+    rows = [{"image": {"bytes": None, "path": str(tmp_path / place)}} for place in ("in/a.png", "outside.png")]
+    columns = Columns(root=".", folders=hub.folders("set", str(tmp_path / "in"), []))
+    stream = hub.from_dataset(datasets.IterableDataset.from_generator(lambda: iter(rows)), columns, "set")
+    assert pickle.loads(pickle.dumps(stream)).dataset is None
+    for reader in (stream, hub.from_dataset(datasets.Dataset.from_list(rows), columns, "set")):
+        found, skipped = collect(reader)
+        assert list(found.values()) == [{"png": image()}]
+        assert [item.reason for item in skipped] == ["outside_root"]
+    assert hub.folders("set", None, [str(tmp_path / "in" / "*.png")])[0] == str(tmp_path / "in")
