@@ -18,7 +18,7 @@ from PIL import Image
 from mmpretrain.report.extras import load_extras, save_result_extras
 from mmpretrain.report.page import write_report
 from mmpretrain.report.plots import curves, heat_map, smooth, suits_log, thin
-from mmpretrain.report.tables import baselines_of, confusion, headline, predictions, thumbnail
+from mmpretrain.report.tables import baselines_of, confusion, costs, headline, predictions, thumbnail
 from mmpretrain.types import Result
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
@@ -368,3 +368,10 @@ def test_chart_labels_are_escaped_and_dollars_are_dollars():
     assert "<script" not in svg
     assert "$x_{" in svg
     assert "&lt;script" in svg
+
+
+def test_costs_that_an_older_version_measured_are_no_obstacle():
+    line = {"step": 5, "cost_s": 2.0, "a/cost_alone_s": 1.0, "a/cost_without_s": 1.5, "b/cost_alone_s": 1.0}
+    shown = str(costs([line]))
+    assert "25 %" in shown
+    assert "'b'" not in shown

@@ -226,7 +226,9 @@ def costs(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     rows = [whole | {"activations kept, MB": medians.get("cost_memory_mb")}]
     for name in dict.fromkeys(n.rpartition("/")[0] for n in medians if "/" in n):
         # Fractions of medians: a pass is short, and one measurement of it noisy.
-        alone, without = (medians[f"{name}/{key}"] for key in ("cost_alone_s", "cost_without_s"))
+        alone, without = (medians.get(f"{name}/{key}") for key in ("cost_alone_s", "cost_without_s"))
+        if alone is None or without is None:  # measured by a version that wrote other numbers
+            continue
         added = max(0.0, 1 - without / medians["cost_s"])
         row = {"objective": name, "seconds alone": alone, "alone": f"{100 * alone / medians['cost_s']:.0f} %"}
         row["added to the others"] = f"{100 * added:.0f} %"
