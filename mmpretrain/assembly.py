@@ -36,7 +36,10 @@ def build_model(config: Config, resumed: bool = False) -> tuple[PretrainModel, T
     if pretrained is not None and ((Path(pretrained) / "checkpoints").is_dir() or (Path(pretrained) / MANIFEST).exists()):
         pretrained = str(find_checkpoint(Path(pretrained)))
     with blaming("model"):
-        towers = build_towers(config.model, image_size=config.image_size)
+        try:
+            towers = build_towers(config.model, image_size=config.image_size)
+        except RuntimeError as error:  # another library's refusal, or no memory for these sizes
+            raise ValueError(f"it cannot be built: {error}") from error
     with blaming("init_from"):
         leftovers = load_weights(towers, pretrained, absent="keep") if pretrained else {}
 

@@ -128,8 +128,8 @@ def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     if recipe is not None:
         data, lines = _read(Path(recipe))
     for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key:
+        key, equals, value = override.partition("=")
+        if not equals or not key or value.strip() == "???":  # OmegaConf's word for a missing value, which it would pass over
             raise OptionError(f"expected key=value, found {override!r}")
     try:
         # In place of a list a mapping cannot be merged: an override replaces what it names.

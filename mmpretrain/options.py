@@ -81,6 +81,9 @@ def convert(value: Any, hint: Any, path: str, place: typing.Callable[[str], str]
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
+        nested = [choice for choice in arguments if dataclasses.is_dataclass(choice)]
+        if len(nested) == 1 and isinstance(value, Mapping):  # what is wrong inside is said of the inside
+            return convert(value, nested[0], path, place)
         for choice in arguments:
             if isinstance(choice, type) and type(value) is choice:
                 return convert(value, choice, path, place)

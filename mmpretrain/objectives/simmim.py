@@ -33,6 +33,8 @@ class SimMIM(Objective):
             raise ValueError(
                 f"images of {context.image_size} pixels are no multiple of the tower's patches of {self.patch}: change image_size"
             )
+        if round(config.mask_ratio * (context.image_size // self.patch) ** 2) < 1:
+            raise ValueError(f"mask_ratio {config.mask_ratio} hides none of {(context.image_size // self.patch) ** 2} patches")
         self.normalise_target = config.normalise_target
         mask = MaskSpec(config.mask_ratio, "replace", patch=config.mask_patch)
         view = context.image_view(config.augment, config.view_index)
