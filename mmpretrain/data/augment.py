@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmpretrain.data import buffers
+
+STRIP = 2 << 20  # bytes of float pixels at a time on CPU: they stay in the cache from one operation to the next
 LUMA = (0.299, 0.587, 0.114)
 _YIQ = ((0.299, 0.587, 0.114), (0.59590059, -0.27455667, -0.32134392), (0.21153661, -0.52273617, 0.31119955))
 SIGMA = (0.1, 2.0)  # pixels; what blur draws from (SimCLR, appendix A)
@@ -72,7 +75,7 @@ def _affine(pixels: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
     Plain arithmetic: a matrix product would wake MKL's threads on CPU, and round to TF32 on a GPU that is told to.
     """
     red, green, blue = (pixels[:, c].float() for c in range(3))
-    out = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+    out = torch.empty(pixels.shape, device=pixels.device) if pixels.is_cuda else buffers.empty(pixels.shape)
     factor = matrix[..., None, None]
     for c in range(3):
         torch.mul(red, factor[:, c, 0], out=out[:, c])
@@ -83,7 +86,13 @@ def _affine(pixels: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 [B,3,H,W] -> float32 (x/255 - mean) / std."""
     mean_, std_ = (torch.tensor(v, device=pixels.device, dtype=torch.float32)[:, None, None] for v in (mean, std))
-    return torch.addcmul(-mean_ / std_, pixels.float(), 1 / (255 * std_))
+    scale, shift = 1 / (255 * std_), -mean_ / std_
+    if pixels.is_cuda:
+        return torch.addcmul(shift, pixels.float(), scale)
+    out, step = buffers.empty(pixels.shape), max(1, STRIP // (4 * max(1, pixels[:1].numel())))
+    for strip, part in zip(pixels.split(step), out.split(step)):
+        torch.addcmul(shift, part.copy_(strip), scale, out=part)
+    return out
 
 
 def _convolve(images: Tensor, sigma: Tensor, reach: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmpretrain.data import buffers
 from mmpretrain.types import Params, Rows, View, ViewSpec
 
 
@@ -56,12 +57,12 @@ def join(blocks: list[Block]) -> Block:
     for spec in first.views:
         parts = [b.views[spec] for b in blocks]
         target = None if parts[0].target is None else torch.cat([p.target for p in parts])
-        views[spec] = View(torch.cat([p.data for p in parts]), target)
+        views[spec] = View(buffers.cat([p.data for p in parts]), target)
     return Block(
         keys=[key for b in blocks for key in b.keys],
         seeds=torch.cat([b.seeds for b in blocks]),
         labels={name: torch.cat([b.labels[name] for b in blocks]) for name in first.labels},
-        pixels={spec: torch.cat([b.pixels[spec] for b in blocks]) for spec in first.pixels},
+        pixels={spec: buffers.cat([b.pixels[spec] for b in blocks]) for spec in first.pixels},
         params={spec: {name: torch.cat([b.params[spec][name] for b in blocks]) for name in drawn} for spec, drawn in first.params.items()},
         skipped=[record for b in blocks for record in b.skipped],
         views=views,

@@ -15,6 +15,7 @@ import torch
 import views
 from common import Row, Spread, alternate, arguments, ratio, record
 
+from mmpretrain.launch import keep_freed_memory
 from mmpretrain.types import Sample
 
 
@@ -28,6 +29,7 @@ def moments(images: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     parsed = arguments(__doc__, rounds=5)
+    keep_freed_memory()  # as train.py does
     torch.set_num_threads(1)
     for width, height, size in ((500, 375, 224), (128, 128, 64)):
         count = (32 if parsed.quick else 256) if size == 224 else (128 if parsed.quick else 1024)

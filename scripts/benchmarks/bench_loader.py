@@ -27,6 +27,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from mmpretrain.data.loader import Loader
 from mmpretrain.data.source import Source, SourceConfig
 from mmpretrain.data.views import CenterView
+from mmpretrain.launch import keep_freed_memory
 
 BATCH = 64
 WORKERS = 2
@@ -98,6 +99,7 @@ def check_pictures(folder: Path, size: int) -> None:
 
 def main() -> None:
     parsed = arguments(__doc__, rounds=2)
+    keep_freed_memory()  # as train.py does
     torch.set_num_threads(threads())
     seconds, count = (0.5, 256) if parsed.quick else (4.0, 1024)
     for width, height, size in ((500, 375, 224), (128, 128, 64)):

@@ -1,0 +1,59 @@
+"""Memory of batches that nobody holds any more, given out again.
+
+The kernel hands out fresh memory page by page, which costs several times as much as filling it; a batch of float32 images is tens of
+megabytes, more than any allocator keeps.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SMALL = 1 << 18  # bytes below which the allocator does well
+KEPT = 16  # free buffers of one size that wait for a use
+
+
+class Buffers:
+    """Any thread may ask; a buffer comes back by itself when its tensor and all views of it are gone."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: dict[int, list[np.ndarray]] = {}
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """As `torch.empty` on CPU."""
+        size = math.prod(shape) * dtype.itemsize
+        if size < SMALL:
+            return torch.empty(shape, dtype=dtype)
+        with self._lock:
+            free = self._free.setdefault(size, [])
+            memory = free.pop() if free else None
+        if memory is None:
+            memory = np.empty(size, np.uint8)
+        lent = memory[:]  # the tensor's storage holds this array: its end is the end of all views
+        weakref.finalize(lent, self._back, memory).atexit = False
+        return torch.from_numpy(lent).view(dtype).view(*shape)
+
+    def _back(self, memory: np.ndarray) -> None:
+        # A lock here could be held by the very thread that the garbage collector interrupts: appending needs none.
+        free = self._free.get(memory.nbytes)
+        if free is not None and len(free) < KEPT:
+            free.append(memory)
+
+
+_shared = Buffers()
+empty = _shared.empty
+
+
+def cat(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.cat` along the first dimension; on CPU into memory that was used before."""
+    first = parts[0]
+    if first.device.type != "cpu":
+        return torch.cat(list(parts))
+    return torch.cat(list(parts), out=empty((sum(map(len, parts)), *first.shape[1:]), first.dtype))
