@@ -77,6 +77,11 @@ def weights(run_dir: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def logged(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl that log a step; those of the cost of an objective stand between them."""
+    return [line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
+
+
 def assert_same_run(a: Path, b: Path) -> None:
     """Bit for bit: weights, moments, and what was logged (but for speed)."""
     wa, wb = weights(a), weights(b)

@@ -45,7 +45,7 @@ def start(data, run_dir, **changes):
 def test_a_run_leaves_what_it_promises(undisturbed):
     names = {p.name for p in undisturbed.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "tensorboard", "report.html", "images"} <= names
-    lines = read_jsonl(undisturbed / "metrics.jsonl")
+    lines = runs.logged(undisturbed)
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert lines[4]["samples_seen"] == 5 * 12
     assert {"loss", "clip/loss", "simclr/loss", "simmim/loss", "masked_text/loss", "samples_per_s", "data_wait_s", "lr"} <= set(lines[0])
@@ -67,7 +67,7 @@ def test_a_run_leaves_what_it_promises(undisturbed):
 def test_losses_are_those_of_the_golden_file(undisturbed):
     """A refactor must not move a loss: 12 steps of all objectives, in fp32, to what differs between machines."""
     golden = read_jsonl(Path(__file__).parent / "golden" / "tiny.jsonl")
-    lines = read_jsonl(undisturbed / "metrics.jsonl")
+    lines = runs.logged(undisturbed)
     assert len(golden) == len(lines) == 12
     for expected, found in zip(golden, lines):
         assert {k: found[k] for k in expected} == pytest.approx(expected, rel=2e-3)
@@ -103,7 +103,7 @@ def test_resume_at_any_step_is_bit_identical(data, undisturbed, tmp_path, stop, 
 def test_other_threads_and_chunks_see_the_same_batches(data, undisturbed, tmp_path):
     """Losses agree to rounding when the step is split and loaded otherwise."""
     assert start(data, tmp_path / "run", accumulate=2, loader_threads=4, prefetch=1) == 0
-    a, b = read_jsonl(undisturbed / "metrics.jsonl"), read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    a, b = runs.logged(undisturbed), runs.logged(tmp_path / "run")
     for x, y in zip(a, b):
         assert y["loss"] == pytest.approx(x["loss"], rel=1e-4)
         assert y["grad_norm"] == pytest.approx(x["grad_norm"], rel=1e-2)
@@ -224,7 +224,7 @@ def test_a_run_of_one_process_goes_on_with_two(data, undisturbed, tmp_path, monk
     path = runs.write_recipe(tmp_path / "recipe.yaml", recipe)
     out = torchrun("train.py", str(path))
     assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-3000:]
-    a, b = read_jsonl(undisturbed / "metrics.jsonl"), read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    a, b = runs.logged(undisturbed), runs.logged(tmp_path / "run")
     assert [x["step"] for x in b] == list(range(1, 13))
     for x, y in zip(a, b):
         assert y["loss"] == pytest.approx(x["loss"], rel=1e-4)
@@ -381,7 +381,7 @@ def test_a_bad_step_leaves_batchnorm_and_the_checkpoints_alone(data, tmp_path, m
     del recipe["sources"]["pairs"]
     assert train(recipes.assemble(recipe | {"checkpoint": {"every": 3, "keep": 9}})) == 0
     assert [p.name[-2:] for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["05", "04"]
-    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    lines = runs.logged(tmp_path / "run")
     assert [line["step"] for line in lines if line["loss"] is None] == [3]
     stored = load_tensors(find_checkpoint(tmp_path / "run"), "objectives")
     assert any("running_mean" in name for name in stored)
