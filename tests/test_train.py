@@ -547,7 +547,7 @@ def test_exit_status_says_whose_fault_it_is(data, tmp_path, monkeypatch, capsys)
         status, _, said = cli(**wrong)
         assert status == 2, said
         (line,) = said.splitlines()
-        assert line.startswith(("error: model: ", "error: teacher: ", "error: evaluators.e: "))
+        assert line.startswith(("error: model: ", "error: option teacher.momentum=3.0", "error: evaluators.e: "))
     status, _, said = cli("sources.pairs.shards=" + str(tmp_path / "empty"))
     assert status == 1
     assert "a folder without *.tar" in said
