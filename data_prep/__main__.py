@@ -41,7 +41,7 @@ class Commands(TyperGroup):
             single = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
             single.command(cmd_name, epilog=example)(found)
             found = single
-        command = get_command(found)
+        command: Any = get_command(found)  # typer may carry a click of its own
         command.name = cmd_name
         return command
 

@@ -49,7 +49,7 @@ class Copies:
     def wanted(self, pairs: np.ndarray) -> np.ndarray:
         """int64 [p,2] of `first` -> bool [p]: is it of interest whether they are copies?"""
         held = pairs >= self.training
-        return ~held.all(1) & (held.any(1) | self.within)
+        return np.asarray(~held.all(1) & (held.any(1) | self.within))
 
     def drop(self, kept: int, sample: int, rule: str, value: float) -> None:
         """Note a copy, unless either was dropped already. Pairs must come with `kept` ascending in rank."""
