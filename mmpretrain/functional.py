@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmpretrain.distributed import all_gather_with_grad, exchange_with_grad, rank
 
-TILE = 2048  # rows and columns of one tile of similarities: 16 MB in fp32
+TILE = 1024  # rows and columns of one tile of similarities: 4 MB in fp32, faster here than 2048 and a quarter of its memory
 
 
 def _tiles(count: int) -> list[slice]:
