@@ -10,8 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from mmpretrain.towers.weights import load_pickled
 
 MANIFEST = "manifest.json"
 REQUIRED = ("model.safetensors", "optimizer.pt", "state.json")
@@ -164,17 +164,6 @@ def load_json(folder: Path, stem: str) -> dict[str, Any]:
         if not isinstance(document, dict):
             raise ValueError(f"expected an object, found {str(document)[:60]!r}")
         return document
-
-
-def load_pickled(path: Path) -> Any:
-    """A torch file, of tensors and plain data alone. Raises ValueError, without torch's advice to let the file run code."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"(Unsupported|Trying to load|Can only)[^\n]*", str(error))
-        raise ValueError(
-            f"it holds more than tensors and plain data, and is not unpickled ({refused[0] if refused else 'refused'})"
-        ) from None
 
 
 @contextlib.contextmanager

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import logging
+import pickle
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from open_clip.model import convert_to_custom_text_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmpretrain.checkpoint import load_pickled
 from mmpretrain.towers.vision import resize_grid
 
 log = logging.getLogger(__name__)
 
 _NAMES = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 _STALE = ("attn_mask", "text.attn_mask", "text.transformer.embeddings.position_ids")  # buffers that older versions saved
+
+
+def load_pickled(path: Path) -> Any:
+    """A torch file, of tensors and plain data alone. Raises ValueError, without torch's advice to let the file run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"(Unsupported|Trying to load|Can only)[^\n]*", str(error))
+        raise ValueError(
+            f"it holds more than tensors and plain data, and is not unpickled ({refused[0] if refused else 'refused'})"
+        ) from None
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
