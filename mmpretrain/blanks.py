@@ -64,5 +64,9 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """From here on this process imports blanks for LIBRARIES. Nothing can be computed afterwards: print and end."""
-    sys.meta_path.insert(0, _Finder())
+    """From here on this process imports blanks for LIBRARIES. Nothing can be computed afterwards: print and end.
+
+    Where one of them is there already, all are: blanks beside the real ones would break what a process goes on to compute.
+    """
+    if not LIBRARIES & sys.modules.keys():
+        sys.meta_path.insert(0, _Finder())

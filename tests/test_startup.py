@@ -83,3 +83,11 @@ def test_a_blank_is_whatever_a_file_asks_for():
     assert Derived().answer() == 42
     with pytest.raises(AttributeError):
         blank.__wrapped__  # noqa: B018
+
+
+def test_a_process_that_computes_gets_no_blanks():
+    import torch  # noqa: F401
+
+    before = list(sys.meta_path)
+    blanks.install()
+    assert sys.meta_path == before
