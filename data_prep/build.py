@@ -13,6 +13,7 @@ import typer
 from data_prep import files
 from data_prep import options as shared
 from data_prep.engine import WorkerLostError
+from data_prep.job import part_folder
 from data_prep.readers.base import Reader
 from data_prep.records import InputError
 from data_prep.writer import build
@@ -100,7 +101,7 @@ def _report(manifest: dict[str, Any], out: str, json_output: bool) -> None:
         return
     for part, found in manifest.get("parts", {"": manifest}).items():
         members = ", ".join(f"{n} {name}" for name, n in found["members"].items())
-        where = files.join(out, part) if part else out
+        where = part_folder(out, part)
         typer.echo(f"{found['num_samples']} samples ({members}) in {len(found['shards'])} shards in {where}")
     if manifest["skipped"]:
         typer.echo(f"{manifest['skipped']} inputs left out: see {files.join(out, 'skipped.jsonl')}")

@@ -36,6 +36,11 @@ class Done:
     keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
 
 
+def part_folder(out: str, part: str) -> str:
+    """Where the shards of a part lie; "" is the only part of a build without a split."""
+    return files.join(out, part) if part else out
+
+
 def digest_of(*values: object) -> str:
     return hashlib.sha256("\0".join(map(repr, values)).encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -131,9 +136,6 @@ class Job:
         sources = getattr(self.produce, "sources", None)
         return digest_of(self.plan, *numbered, *([files.states(sources(numbered[1]))] if sources else []))
 
-    def _folder(self, part: str) -> str:
-        return files.join(self.out, part) if part else self.out
-
     def _known(self, note: str, digest: str) -> Done | None:
         with suppress(ValueError, KeyError):  # cut by a crash of the machine
             found = json.loads(files.read_bytes(note))
@@ -142,7 +144,7 @@ class Job:
                     f"{self.out} holds an unfinished build of other samples than these inputs give, or an input has "
                     f"changed since (see {note}). Choose another --out, or delete it."
                 )
-            names = [files.join(self._folder(part), name) for part, shards in found["shards"].items() for name in shards]
+            names = [files.join(part_folder(self.out, part), name) for part, shards in found["shards"].items() for name in shards]
             sizes = [shard["bytes"] for shards in found["shards"].values() for shard in shards.values()]
             if [files.size(name) for name in names] == sizes:
                 keys = key_digests(key for name in names for key in index_keys(name))
@@ -151,7 +153,7 @@ class Job:
 
     def _do(self, number: int, task: Any, digest: str) -> Done:
         parts = self.split.parts if self.split else ("",)
-        shards = {part: _Shards(self._folder(part), number, self.max_bytes) for part in parts}
+        shards = {part: _Shards(part_folder(self.out, part), number, self.max_bytes) for part in parts}
         keys: dict[bytes, None] = {}
         done = Done(digest)
         try:

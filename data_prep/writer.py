@@ -16,7 +16,7 @@ import numpy as np
 from data_prep import files
 from data_prep.engine import run
 from data_prep.files import write_json
-from data_prep.job import UNFINISHED, Done, Job, digest_of, index_keys, key_digest
+from data_prep.job import UNFINISHED, Done, Job, digest_of, index_keys, key_digest, part_folder
 from data_prep.records import InputError, Record, Skipped, Split
 from data_prep.serial import write_shards
 from data_prep.shard_file import MANIFEST, SIZES, manifest_of
@@ -76,7 +76,7 @@ def build(
         with closing(run(job, enumerate(tasks), engine=engine, processes=processes, title="shards")) as results:
             manifests = _gather(results, out, parts, plan_digest, skipped, command, licence)
         for part, manifest in manifests.items():
-            folder = files.join(out, part) if part else out
+            folder = part_folder(out, part)
             files.make_folder(folder)
             for name, text in (texts or {}).items():
                 files.write_text(files.join(folder, name), text)
@@ -88,7 +88,7 @@ def build(
 def _finished(out: str, parts: tuple[str, ...]) -> bool:
     if files.exists(files.join(files.join(out, UNFINISHED), PLAN)):
         return False
-    return all(files.exists(files.join(files.join(out, part) if part else out, MANIFEST)) for part in parts)
+    return all(files.exists(files.join(part_folder(out, part), MANIFEST)) for part in parts)
 
 
 def _found(out: str, parts: tuple[str, ...], job: Job, tasks: Iterable[Any]) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def _found(out: str, parts: tuple[str, ...], job: Job, tasks: Iterable[Any]) -> 
     build_digest = _total(job.plan, (job.task_digest(numbered) for numbered in enumerate(tasks)))
     manifests = {}
     for part in parts:
-        folder = files.join(out, part) if part else out
+        folder = part_folder(out, part)
         manifest = json.loads(files.read_bytes(files.join(folder, MANIFEST)))
         if manifest.get("build") != build_digest:
             raise FileExistsError(
@@ -184,7 +184,7 @@ def _gather(
 
     build_digest = _total(plan_digest, tasks())
     _check_alone(shards, out)
-    _check_unique(keys, [files.join(files.join(out, part) if part else out, name) for part in parts for name in shards[part]])
+    _check_unique(keys, [files.join(part_folder(out, part), name) for part in parts for name in shards[part]])
     if left_out:
         skipped.seek(0)
         files.write_lines(files.join(out, SKIPPED), skipped)
@@ -200,7 +200,7 @@ def _gather(
 def _check_alone(shards: dict[str, dict[str, dict[str, Any]]], out: str) -> None:
     """Raises FileExistsError where OUT holds a shard that is not of this build: readers would take it for one."""
     for part, written in shards.items():
-        there = [name for name in files.listing(files.join(out, part) if part else out) if name.endswith(".tar")]
+        there = [name for name in files.listing(part_folder(out, part)) if name.endswith(".tar")]
         extra = [name for name in there if name.rpartition("/")[2] not in written]
         if extra:
             raise FileExistsError(

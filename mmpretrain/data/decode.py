@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from mmpretrain.data.formats import decode_text, sniff
 from mmpretrain.data.schema import BadSample
 
 PILLOW_FORMATS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF", "ppm": "PPM"}
@@ -37,25 +38,6 @@ class ImageLimits:
             raise BadSample("too_small", f"{width} x {height}, the shorter side must be {self.min_side} pixels (min_side)")
         if max(width, height) > self.max_aspect * min(width, height):
             raise BadSample("too_elongated", f"{width} x {height}, sides may differ {self.max_aspect:g} times (max_aspect)")
-
-
-def sniff(data: bytes) -> str | None:
-    """The image format by its first bytes, or None where it is not one of the allowed."""
-    if data[:3] == b"\xff\xd8\xff":
-        return "jpeg"
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return "png"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    if data[:6] in (b"GIF87a", b"GIF89a"):
-        return "gif"
-    if data[:2] == b"BM":
-        return "bmp"
-    if data[:4] in (b"II*\0", b"MM\0*"):
-        return "tiff"
-    if data[:1] == b"P" and data[1:2] in b"123456" and data[2:3].isspace():
-        return "ppm"
-    return None
 
 
 def jpeg_header(data: bytes) -> tuple[int, int, int, int] | None:
@@ -151,18 +133,6 @@ def decode_image(data: bytes, limits: ImageLimits = ImageLimits()) -> Tensor:
         raise BadSample("too_many_pixels", str(error)) from error
     except (Exception, MemoryError) as error:  # decoders raise all sorts over hostile bytes
         raise BadSample("undecodable_image", f"{kind}: {' '.join(str(error).split())[:200]}") from error
-
-
-def decode_text(data: bytes) -> str:
-    """UTF-8 bytes -> text in NFC without outer white space. Raises BadSample: empty_caption, not_utf8."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadSample("not_utf8", str(error)) from error
-    text = unicodedata.normalize("NFC", text).replace("\0", "").strip()
-    if not text:
-        raise BadSample("empty_caption")
-    return text
 
 
 def decode_json(data: bytes) -> dict[str, Any]:

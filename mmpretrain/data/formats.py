@@ -1,0 +1,44 @@
+"""What bytes are: an image's format by its content, a caption as text. Imports no torch: shard builders use it too."""
+
+from __future__ import annotations
+
+import unicodedata
+
+from mmpretrain.data.schema import BadSample
+
+# (first bytes, offset of more, those, format)
+_MAGIC = (
+    (b"\xff\xd8\xff", 0, b"", "jpeg"),
+    (b"\x89PNG\r\n\x1a\n", 0, b"", "png"),
+    (b"RIFF", 8, b"WEBP", "webp"),
+    (b"GIF87a", 0, b"", "gif"),
+    (b"GIF89a", 0, b"", "gif"),
+    (b"BM", 0, b"", "bmp"),
+    (b"II*\0", 0, b"", "tiff"),
+    (b"MM\0*", 0, b"", "tiff"),
+)
+
+
+def sniff(data: bytes) -> str | None:
+    """The image format by its first bytes, or None where it is not one of the allowed."""
+    for start, at, more, kind in _MAGIC:
+        if data.startswith(start) and data[at : at + len(more)] == more:
+            return kind
+    return "ppm" if data[:1] == b"P" and data[1:2] in b"123456" and data[2:3].isspace() else None
+
+
+def clean_text(text: str) -> str:
+    """Text in NFC without outer white space. Raises BadSample: empty_caption."""
+    text = unicodedata.normalize("NFC", text).replace("\0", "").strip()
+    if not text:
+        raise BadSample("empty_caption")
+    return text
+
+
+def decode_text(data: bytes) -> str:
+    """UTF-8 bytes -> text in NFC without outer white space. Raises BadSample: empty_caption, not_utf8."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSample("not_utf8", str(error)) from error
+    return clean_text(text)
