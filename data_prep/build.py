@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +13,6 @@ from data_prep import options as shared
 from data_prep.engine import WorkerLostError
 from data_prep.job import part_folder
 from data_prep.readers.base import Reader
-from data_prep.records import InputError
 from data_prep.writer import build
 
 app = typer.Typer(
@@ -68,7 +65,7 @@ def finish(
     options = repr(produce)
     if re.search(r" at 0x[0-9a-f]+>", options):
         raise TypeError(f"{type(reader).__name__} has no repr that is the same in the next run: {options}")
-    try:
+    with shared.one_line(ValueError, OSError, WorkerLostError):  # whatever is wrong from here on is wrong with the data, or with OUT
         manifest = build(
             out,
             produce,
@@ -77,17 +74,12 @@ def finish(
             max_bytes=max_bytes,
             engine=engine,
             processes=processes,
-            command=shlex.join(["python", "-m", "data_prep", *sys.argv[1:]]),
+            command=shared.command_line(),
             licence=licence,
             allow_skipped=skip_bad,
             split=split,
             texts={"classnames.txt": "".join(f"{name}\n" for name in reader.classes)} if reader.classes else None,
         )
-    except InputError as error:
-        raise typer.BadParameter(str(error)) from error
-    except (ValueError, OSError, WorkerLostError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     _report(manifest, out, json_output)
     if not manifest["num_samples"]:
         typer.echo(f"error: no sample was written to {out}", err=True)
@@ -158,5 +150,6 @@ def build_folder(
     from data_prep.readers.folder import Folder
 
     with shared.input_errors():
+        shared.check_apart(common["out"], folder)
         reader = Folder.open(folder, label_from_folder)
     finish(reader, **common)

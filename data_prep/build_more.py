@@ -184,6 +184,7 @@ def build_sidecar(
 
     with shared.input_errors():
         _there(folder)
+        shared.check_apart(common["out"], folder)
         reader = sidecar(folder, tuple(caption), lines, label_column, label_from_folder, _class_names(classes))
     finish(reader, **common)
 
@@ -253,8 +254,7 @@ def build_shards(
 ) -> None:
     """Shards of --max-count samples from other WebDataset shards; damaged samples are left out and listed (--skip-bad)."""
     from data_prep.readers.shards import shards
-    from data_prep.samples import expand
 
     with shared.input_errors():
-        reader = shards(expand(spec), tuple(members), tuple(require), keys)
+        reader = shards(shared.shard_names(spec), tuple(members), tuple(require), keys)
     finish(reader, **common)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from typing import Annotated, Any
 
 import typer
 
-from data_prep.options import Engine, JsonOutput, Processes
+from data_prep.options import Engine, JsonOutput, Processes, command_line, input_errors, shard_names
+from data_prep.records import InputError
 
 
 def deduplicate(
@@ -25,20 +24,19 @@ def deduplicate(
 ) -> dict[str, Any]:
     """Shard specs -> the report (dedup_report.report); with `out`, shards without the copies; with `page`, the clusters as an HTML file.
 
-    `options`: a dedup_find.Options. Raises ShardError, ValueError, OptionError, FileExistsError (see writer.build).
+    `options`: a dedup_find.Options. Raises InputError, OptionError, ShardError, FileExistsError (see writer.build).
     """
     from data_prep import files
     from data_prep.dedup_find import Options, find
     from data_prep.dedup_report import named, parts, report
     from data_prep.filter_keep import carried, check_keys, keep
-    from data_prep.samples import expand
     from data_prep.writer import build
 
     options = options or Options()
-    names, held = expand(shards), expand(against) if against else []
+    names, held = shard_names(shards), shard_names(against) if against else []
     twice = sorted(set(names) & set(held) | {name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"{twice[0]} is named twice: every sample of it would be a copy of itself. Name each shard once.")
+        raise InputError(f"{twice[0]} is named twice: every sample of it would be a copy of itself. Name each shard once.")
     found = find(names, held, options, engine_name=engine, processes=processes)
     known = named(found)
     result = report(found, known)
@@ -116,15 +114,11 @@ def dedup(
         raise typer.BadParameter("--no-within leaves nothing to compare without --against")
     near = HASH_DISTANCE if near is None and not exact and embedding is None else near
     options = Options(near, difference, embedding, threshold, keep, within, caption)
-    command = shlex.join(["python", "-m", "data_prep", *sys.argv[1:]])
-    run = {"against": against, "options": options, "page": page, "engine": engine, "processes": processes, "command": command}
-    try:
+    run = {"against": against, "options": options, "page": page, "engine": engine, "processes": processes, "command": command_line()}
+    with input_errors(TypeError, RuntimeError):
         result = deduplicate(shards, out, **run)
         if report is not None:
             files.write_json(report, result)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     if json_output:
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 
-from data_prep.options import Engine, JsonOutput, Licence, Processes
+from data_prep.options import Engine, JsonOutput, Licence, Processes, command_line, input_errors, shard_names
 
 if TYPE_CHECKING:
     from data_prep.filter_judged import Judged
@@ -93,13 +91,12 @@ def select(
     from data_prep import language
     from data_prep.filter_keep import carried, check_keys, keep
     from data_prep.filter_rules import Rules
-    from data_prep.samples import expand
     from data_prep.writer import build
 
     rules = rules or Rules()
     if rules.languages:
         language.check(rules.languages)
-    names = list(dict.fromkeys(expand(shards)))
+    names = list(dict.fromkeys(shard_names(shards)))
     judged = _judge(names, rules, max_repeats, engine, processes)
     if score is not None:
         _score(judged, score, rules.caption, min_score, keep_top, save_scores)
@@ -153,11 +150,10 @@ def filter_(
         min_score is not None and keep_top is not None
     ):
         raise typer.BadParameter("--score MODEL goes with one of --min-score and --keep-top, or with --save-scores alone")
-    try:
+    with input_errors(TypeError, RuntimeError):
         predicate = None if where is None else Predicate.read(where)
         languages = () if language is None else tuple(code.strip() for code in language.split(","))
         lengths = (min_side, max_aspect, min_words, max_words, min_chars, max_chars)
-        command = shlex.join(["python", "-m", "data_prep", *sys.argv[1:]])
         result = select(
             shards,
             out,
@@ -169,12 +165,9 @@ def filter_(
             save_scores=save_scores,
             engine=engine,
             processes=processes,
-            command=command,
+            command=command_line(),
             licence=licence,
         )
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     if json_output:
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:

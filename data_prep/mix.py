@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from data_prep.options import input_errors
+
 if TYPE_CHECKING:
     from mmpretrain.config import Config
     from mmpretrain.data.source import Source
@@ -153,14 +155,9 @@ def mix(
 ) -> None:
     """What a recipe's sources amount to: rows, epochs, tokens, repeats, expected time."""
     from mmpretrain import config as recipes
-    from mmpretrain.data.schema import ShardError
-    from mmpretrain.options import OptionError
 
-    try:
+    with input_errors():
         found = mix_of(recipes.load(recipe, overrides or []), samples_per_s)
-    except (OptionError, ShardError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
         return

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import os
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
+from data_prep import files
 from data_prep.records import InputError
+from mmpretrain.data.schema import ShardError
+from mmpretrain.options import OptionError
 
 Engine = Annotated[str, typer.Option("--engine", help="local: this machine's cores; ray: a cluster (RAY_ADDRESS, else one started here)")]
 Processes = Annotated[int | None, typer.Option("--processes", min=1, help="worker processes; default: one per core")]
@@ -63,13 +69,43 @@ def with_build_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def command_line() -> str:
+    """What was typed, as manifests note it."""
+    return shlex.join(["python", "-m", "data_prep", *sys.argv[1:]])
+
+
 @contextmanager
-def input_errors() -> Iterator[None]:
-    """What is wrong with the inputs is one line, and exit status 2; what cannot be read is 1."""
+def one_line(*kinds: type[Exception], status: int = 1) -> Iterator[None]:
+    """An error of these kinds is one line, and the exit status."""
     try:
         yield
-    except InputError as error:
-        raise typer.BadParameter(str(error)) from error
-    except (ValueError, OSError) as error:
+    except kinds as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise typer.Exit(status) from error
+
+
+@contextmanager
+def input_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """What must be corrected in the command is exit status 2; what cannot be read (ValueError, OSError and `kinds`) is 1."""
+    with one_line(ValueError, OSError, *kinds):
+        try:
+            yield
+        except (InputError, OptionError) as error:
+            raise typer.BadParameter(str(error)) from error
+
+
+def shard_names(specs: list[str]) -> list[str]:
+    """Shard specs -> names in order. Raises InputError where one names no shard."""
+    from data_prep.samples import expand
+
+    try:
+        return expand(specs)
+    except ShardError as error:
+        raise InputError(str(error)) from error
+
+
+def check_apart(out: str, inputs: str) -> None:
+    """Raises InputError where OUT lies in a folder that is read to any depth: its shards would be inputs when the command is repeated."""
+    places = [str(where) if files.is_remote(str(where)) else os.path.realpath(where) for where in map(files.place, (out, inputs))]
+    if f"{places[0]}/".startswith(f"{places[1].rstrip('/')}/"):
+        raise InputError(f"--out {out} lies in {inputs}, which is read to any depth: its shards would become inputs. Write beside it.")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from data_prep.options import Engine, Processes
+from data_prep.options import Engine, Processes, input_errors, shard_names
 
 
 def report(
@@ -24,16 +24,15 @@ def report(
     """Shard specs -> (numbers as plain data, the HTML page or "").
 
     `caption`, `label`: members, or json:FIELD. `sample`: read about so many samples only, chosen by hashes of their keys and sizes; counts
-    of samples, members and bytes are of all. Raises ShardError where no shard is named.
+    of samples, members and bytes are of all. Raises InputError where no shard is named.
     """
     from data_prep import engine as engines
-    from data_prep.samples import expand
     from data_prep.stats_numbers import numbers
     from data_prep.stats_page import render
     from data_prep.stats_shard import Count, Stage
     from data_prep.stats_summary import Summary
 
-    names = expand(shards)
+    names = shard_names(shards)
     share = 1.0
     if sample is not None:
         total = sum(engines.run(Count(), names, engine=engine, processes=processes, title="counting"))
@@ -63,16 +62,12 @@ def stats(
     """What a shard set holds, as a page: counts, images, captions, classes, the worst samples, duplicates."""
     from data_prep import files
     from data_prep.engine import WorkerLostError
-    from mmpretrain.data.schema import ShardError
 
-    try:
+    with input_errors(WorkerLostError):
         data, page = report(shards, caption=caption, label=label or None, sample=sample, engine=engine, processes=processes)
         files.write_text(out, page)
         if json_out not in (None, "-"):
             files.write_json(json_out, data)
-    except (ShardError, OSError, ValueError, WorkerLostError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     if json_out == "-":
         typer.echo(json.dumps(data, ensure_ascii=False))
         return

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import csv
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO, NamedTuple
 
 from data_prep import files
 from data_prep.readers.base import chunks
 from data_prep.readers.columns import Columns
 from data_prep.readers.parts import attempt, class_names, some
 from data_prep.records import InputError, Record, Skipped
+from mmpretrain.data.schema import BadSample
 
-Row = tuple[int, int, tuple[str, ...]]  # number in the table, line, the values of `used`
-csv.field_size_limit(1 << 24)
+MAX_FIELD = 16 << 20  # characters; a field that nothing closes would go on to the end of the table
+MAX_LINE = 256 << 20
+csv.field_size_limit(MAX_FIELD)
+
+
+class Row(NamedTuple):
+    """A row's number in the table, its first line, and the values of `used`; or `problem`: why it is none."""
+
+    number: int
+    line: int
+    values: tuple[str, ...]
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,7 @@ class Table:
         chosen = tuple(where.items()), tuple(exclude.items())
         if columns.label is not None and columns.classes is None:
             at = header.index(columns.label)
-            labels = (row[at] for _, _, row in _chosen(file, separator, header, *chosen))
+            labels = (row[at] for _, _, row in _chosen(file, separator, header, *chosen) if not isinstance(row, str))
             columns = replace(columns, classes=class_names(labels, f"column {columns.label}"))
         return Table(file, separator, columns, tuple(columns.top(header)), *chosen)
 
@@ -71,42 +83,75 @@ class Table:
         header = _header(self.file, self.separator)
         at = [header.index(column) for column in self.used]
         rows = _chosen(self.file, self.separator, header, self.where, self.exclude)
-        yield from chunks(((number, line, tuple([row[i] for i in at])) for number, line, row in rows), max_count)
+        yield from chunks(
+            (
+                Row(number, line, (), row) if isinstance(row, str) else Row(number, line, tuple([row[i] for i in at]))
+                for number, line, row in rows
+            ),
+            max_count,
+        )
 
     def __call__(self, task: tuple[Row, ...]) -> Iterator[Record | Skipped]:
         name = self.file.rpartition("/")[2]
-        for number, line, values in task:
-            row = dict(zip(self.used, values))
-            yield attempt(f"{name}, line {line}", lambda number=number, row=row: self.columns.record(number, row))
+        for row in task:
+            yield attempt(f"{name}, line {row.line}", lambda row=row: self._record(row))
+
+    def _record(self, row: Row) -> Record:
+        """Raises BadSample."""
+        if row.problem:
+            raise BadSample("bad_row", row.problem)
+        return self.columns.record(row.number, dict(zip(self.used, row.values)))
 
     def sources(self, task: tuple[Row, ...]) -> Iterator[str | None]:
         """The images; the rows themselves are in the task."""
-        return (self.columns.source(dict(zip(self.used, values))) for _, _, values in task)
+        return (self.columns.source(dict(zip(self.used, row.values))) for row in task if not row.problem)
 
 
 def _folder(file: str) -> str:
     return file.rpartition("/")[0] if files.is_remote(file) else str(Path(files.place(file)).parent)
 
 
-def _rows(file: str, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """(line, fields), the header's first. Bytes that are not UTF-8 stay apart as surrogates, and are found when they are used."""
+def _rows(file: str, separator: str) -> Iterator[tuple[int, list[str] | str]]:
+    """(first line, fields), the header's first; in place of fields, what is wrong with that line.
+
+    A quote that nothing closes swallows the lines below: these are read again as rows of their own. Bytes that are not UTF-8 stay apart as
+    surrogates, and are found when they are used.
+    """
     with files.open_text(file) as handle:
-        reader = csv.reader(handle, delimiter=separator, strict=True)  # else a quote that nothing closes swallows the rows below it
-        last = 0
-        try:
-            for row in reader:
-                last = reader.line_num
-                if row:
-                    yield last, row
-        except csv.Error as error:
-            raise InputError(
-                f"{file}, line {last + 1}: {error}. Close its quotes, and double those that are meant literally"
-                + (", or build it as `tsv`, which knows no quotes." if separator == "\t" else ".")
-            ) from error
+        again: deque[str] = deque()  # lines to read before those of the file
+        taken: list[str] = []  # the lines of the row under way
+        line = 1
+        while True:
+            try:
+                for row in csv.reader(_lines(handle, again, taken), delimiter=separator, strict=True):
+                    if row:
+                        yield line, row
+                    line += len(taken)
+                    taken.clear()
+                return
+            except csv.Error as error:
+                remedy = "Close its quotes, and double those that are meant literally"
+                yield line, f"{error}. {remedy}" + (", or build it as `tsv`, which knows no quotes." if separator == "\t" else ".")
+                again.extendleft(reversed(taken[1:]))
+                line += 1
+                taken.clear()
+
+
+def _lines(handle: IO[str], again: deque[str], taken: list[str]) -> Iterator[str]:
+    """Raises csv.Error for a line that is too long to hold, once it is passed."""
+    while line := again.popleft() if again else handle.readline(MAX_LINE):
+        taken.append(line)
+        if len(line) == MAX_LINE and not line.endswith("\n"):
+            while (rest := handle.readline(MAX_LINE)) and not rest.endswith("\n"):
+                pass
+            raise csv.Error(f"a line of more than {MAX_LINE} characters")
+        yield line
 
 
 def _header(file: str, separator: str) -> list[str]:
-    for _, header in _rows(file, separator):
+    for line, header in _rows(file, separator):
+        if isinstance(header, str):
+            raise InputError(f"{file}, line {line}: {header}")
         again = [column for column, count in Counter(header).items() if count > 1]
         if again:
             raise InputError(f"{file}: column {again[0]!r} comes twice in its header. Rename one.")
@@ -116,14 +161,16 @@ def _header(file: str, separator: str) -> list[str]:
 
 def _chosen(
     file: str, separator: str, header: list[str], where: tuple[tuple[str, str], ...], exclude: tuple[tuple[str, str], ...]
-) -> Iterator[tuple[int, int, list[str]]]:
-    """(number in the table, line, fields) of the rows that --where and --exclude-regex leave."""
+) -> Iterator[tuple[int, int, list[str] | str]]:
+    """(number in the table, line, fields) of the rows that --where and --exclude-regex leave, and of those that are none (see `_rows`)."""
     wanted = [(header.index(column), value) for column, value in where]
     excluded = [(header.index(column), re.compile(pattern)) for column, pattern in exclude]
     rows = _rows(file, separator)
     next(rows)
     for number, (line, row) in enumerate(rows):
-        if len(row) != len(header):
-            raise InputError(f"{file}, line {line}: expected {len(header)} fields ({some(header)}), found {len(row)}")
-        if all(row[i] == value for i, value in wanted) and not any(pattern.search(row[i]) for i, pattern in excluded):
+        if isinstance(row, str):
+            yield number, line, row
+        elif len(row) != len(header):
+            yield number, line, f"expected {len(header)} fields ({some(header)}), found {len(row)}"
+        elif all(row[i] == value for i, value in wanted) and not any(pattern.search(row[i]) for i, pattern in excluded):
             yield number, line, row

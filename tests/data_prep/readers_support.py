@@ -2,17 +2,29 @@
 
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from data_prep.records import Record, Skipped
+from mmpretrain.data.index import open_index
 
 
 def image(colour: tuple[int, int, int] = (200, 30, 30), kind: str = "PNG") -> bytes:
     out = io.BytesIO()
     Image.new("RGB", (16, 16), colour).save(out, kind)
     return out.getvalue()
+
+
+def samples(out: Path) -> dict[str, dict[str, bytes]]:
+    """Key -> members of the shards in a folder."""
+    found = {}
+    for shard in sorted(out.glob("*.tar")):
+        data, index = shard.read_bytes(), open_index(shard)
+        for i, key in enumerate(index.keys):
+            found[key] = {e: data[m.offset : m.offset + m.size] for e, m in index.members(i).items()}
+    return found
 
 
 def collect(reader: Any, max_count: int = 3) -> tuple[dict[str, dict[str, bytes]], list[Skipped]]:

@@ -172,8 +172,8 @@ def test_a_missing_language_package_is_named(shards: str, monkeypatch: pytest.Mo
     from data_prep import language
 
     language.known.cache_clear()
-    result = CliRunner().invoke(app, [shards, "--language", "en"])
-    assert result.exit_code == 1
+    result = CliRunner().invoke(app, [shards, "--language", "en"], env={"COLUMNS": "300", "TERM": "dumb"})
+    assert result.exit_code == 2
     assert "mmpretrain-clip[prep]" in result.output
 
 
@@ -214,8 +214,9 @@ def test_a_wrong_predicate_is_an_error_and_drops_nothing(shards: str, tmp_path: 
     file = tmp_path / "rules.py"
     file.write_text(PREDICATES)
     out = tmp_path / "out"
-    result = CliRunner().invoke(app, [shards, "--out", str(out), "--where", where.replace("{file}", str(file)), "--processes", "1"])
-    assert result.exit_code == 1
+    options = [shards, "--out", str(out), "--where", where.replace("{file}", str(file)), "--processes", "1"]
+    result = CliRunner().invoke(app, options, env={"COLUMNS": "400", "TERM": "dumb"})
+    assert result.exit_code == 2
     assert message in result.output
     assert not out.exists()
 
