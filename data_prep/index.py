@@ -1,4 +1,4 @@
-"""`index`: write the index beside shards that others built, with a sha256 per member, and sizes.json."""
+"""`index`: write the index beside shards that others built, with a checksum per member, and sizes.json."""
 
 from __future__ import annotations
 
@@ -15,29 +15,33 @@ from data_prep.engine import WorkerLostError, run
 from data_prep.options import Engine, Processes
 from mmpretrain.data import index as shard_index
 from mmpretrain.data.cache import remote_index
+from mmpretrain.data.checksum import BYTES
 from mmpretrain.data.schema import ShardError
 
 
-def _settle(name: str, found: shard_index.ShardIndex) -> None:
-    """An index with checksums says what the shard should hold: it is not lost to a shard that has been damaged since.
-
-    Checksums that were not taken this time are those that are known. Raises ShardError where the shard is not what its index says.
-    """
+def _known(name: str) -> shard_index.ShardIndex | None:
+    """The index beside a shard, if it has checksums."""
     if files.is_remote(name):
         known = remote_index(name)
     else:
         place = shard_index.index_path(name)
         known = shard_index.load(place)[0] if place.exists() else None
-    if known is None or known.sha256 is None:
-        return
+    return None if known is None or known.checksum is None else known
+
+
+def _settle(name: str, found: shard_index.ShardIndex, known: shard_index.ShardIndex) -> None:
+    """An index with checksums says what the shard should hold: it is not lost to a shard that has been damaged since.
+
+    Checksums that were not taken this time are those that are known. Raises ShardError where the shard is not what its index says.
+    """
     same = known.keys == found.keys and known.tar_bytes == found.tar_bytes
     same = same and np.array_equal(known.offset, found.offset) and np.array_equal(known.size, found.size)
-    if same and found.sha256 is None:
-        found.sha256 = known.sha256
-    if not same or (known.sha256 != found.sha256).any():
+    if same and found.checksum is None:
+        found.checksum = known.checksum
+    if not same or (known.checksum != found.checksum).any():
         what = f"{len(found)} samples in {found.tar_bytes} bytes, its index says {len(known)} in {known.tar_bytes}"
         if same:
-            member = int((known.sha256 != found.sha256).any(1).argmax())
+            member = int((known.checksum != found.checksum).any(1).argmax())
             sample = int((found.starts > member).argmax()) - 1
             what = f"the bytes at {int(found.offset[member])}, of sample {found.keys[sample]}, are not those that its index was written for"
         raise ShardError(f"{name}: {what}. Fetch or build the shard again, or pass --replace to index it as it is.")
@@ -76,10 +80,11 @@ class IndexShard:
             raise ShardError(str(error).replace(str(path), name)) from error
         for damage in found.damage:
             result.damage.append(f"{name}: {damage.reason} at byte {damage.offset}: {damage.detail}; {len(found)} samples before it")
+        known = None if self.replace else _known(name)
         if self.checksums:
-            shard_index.add_checksums(found, path)
-        if not self.replace:
-            _settle(name, found)
+            shard_index.add_checksums(found, path, BYTES if known is None else known.checksum.shape[1])
+        if known is not None:
+            _settle(name, found, known)
         place = shard_index.index_path(path)
         shard_index.save(found, place, 0 if files.is_remote(name) else path.stat().st_mtime_ns)
         if files.is_remote(name):
@@ -107,7 +112,7 @@ def _write_sizes(counts: dict[str, int]) -> None:
 def index(
     shards: Annotated[list[str], typer.Argument(help="shards: paths, globs, brace ranges, folders, URLs")],
     checksums: Annotated[
-        bool, typer.Option(help="read every member and note its sha256, so that corruption can be found; without, known ones stay")
+        bool, typer.Option(help="read every member and note its checksum, so that corruption can be found; without, known ones stay")
     ] = True,
     replace: Annotated[
         bool, typer.Option("--replace", help="replace an index, checksums too, that differs from what the shard holds")

@@ -35,14 +35,16 @@ def _groups(records: Iterable[Record], max_count: int, max_bytes: int) -> Iterat
         yield group
 
 
-def _write(group: list[Record], path: Path) -> None:
+def _write(group: list[Record], path: Path) -> str:
+    """Gives the shard's sha256."""
     file = ShardFile(open_temporary(path))
     try:
         for record in group:
             file.add(record)
-        index, _ = file.close()
+        index, sha256 = file.close()
         shard_index.save(index, shard_index.index_path(path))
         os.replace(file.path, path)  # last: a shard at its final name is whole, and has its index
+        return sha256
     except BaseException:
         file.abandon()
         raise
@@ -51,11 +53,11 @@ def _write(group: list[Record], path: Path) -> None:
 def _same(group: list[Record], path: Path) -> bool:
     """Does the finished shard hold exactly these samples?"""
     index = shard_index.open_index(path, save_new=False)
-    if index.sha256 is None or index.keys != [record.key for record in group]:
+    if index.checksum is None or index.keys != [record.key for record in group]:
         return False
     for sample, record in enumerate(group):
-        found = {extension: member.sha256 for extension, member in index.members(sample).items()}
-        if found != {extension: hashlib.sha256(data).digest() for extension, data in record.members.items()}:
+        members = index.members(sample)
+        if members.keys() != record.members.keys() or not all(members[e].holds(data) for e, data in record.members.items()):
             return False
     return True
 
@@ -77,7 +79,7 @@ def write_shards(
     """Write `out`/00000.tar ..., an index beside each, sizes.json and manifest.json; returns the manifest.
 
     The same records give the same bytes. A shard takes its final name when it is whole, so a killed build resumes: run it again with the
-    same records, and finished shards are compared (keys and sha256) and kept. Anything else found in `out` is refused, never overwritten.
+    same records, and finished shards are compared (keys, checksums) and kept. Anything else found in `out` is refused, never overwritten.
 
     Raises ValueError for duplicate, dotted or unsafe keys; FileExistsError where `out` holds something else.
     """
@@ -97,12 +99,14 @@ def write_shards(
         if not path.exists():
             if (out / MANIFEST).exists():
                 raise FileExistsError(f"{out} holds a finished build with fewer samples than these inputs give. Choose another --out.")
-            _write(group, path)
-        elif not _same(group, path):
+            sha256 = _write(group, path)
+        elif _same(group, path):
+            sha256 = _sha256(path)
+        else:
             raise FileExistsError(
                 f"{path} exists and holds other samples than these inputs give. Choose another --out, or delete the old build."
             )
-        shards[path.name] = {"count": len(group), "bytes": path.stat().st_size, "sha256": _sha256(path)}
+        shards[path.name] = {"count": len(group), "bytes": path.stat().st_size, "sha256": sha256}
         for record in group:
             for extension in record.members:
                 members[extension] = members.get(extension, 0) + 1

@@ -1,4 +1,4 @@
-"""One shard as it is written: the tar's bytes, its index and every sha256 in a single pass.
+"""One shard as it is written: the tar's bytes, its sha256, and its index with a checksum per member, in a single pass.
 
 The bytes are those of `tarfile` in its pax format with mtime, uid and gid 0, so they depend on the content alone.
 """
@@ -16,6 +16,7 @@ import numpy as np
 
 from data_prep.records import Record
 from mmpretrain.data import index as shard_index
+from mmpretrain.data.checksum import BYTES, checksum
 
 MANIFEST, SIZES = "manifest.json", "sizes.json"
 BLOCK, RECORD = 512, 10_240  # a tar ends with two zero blocks and fills its last record
@@ -58,7 +59,7 @@ class ShardFile:
         self._extensions: list[str] = []
         self._offsets: list[int] = []
         self._sizes: list[int] = []
-        self._digests: list[bytes] = []
+        self._digests = bytearray()
 
     def add(self, record: Record) -> None:
         """Members go in the order of their extensions, whatever order they came in."""
@@ -70,7 +71,7 @@ class ShardFile:
             self._extensions.append(extension)
             self._offsets.append(self.bytes + len(head))
             self._sizes.append(size)
-            self._digests.append(hashlib.sha256(data).digest())
+            self._digests += checksum(data)
             self._batch += (head, data, bytes(pad))
             self.bytes += len(head) + size + pad
             self._batched += len(head) + size + pad
@@ -106,7 +107,7 @@ class ShardFile:
             offset=np.array(self._offsets, np.int64),
             size=np.array(self._sizes, np.int64),
             tar_bytes=self.bytes,
-            sha256=np.frombuffer(b"".join(self._digests), np.uint8).reshape(-1, 32),
+            checksum=np.frombuffer(bytes(self._digests), np.uint8).reshape(-1, BYTES),
         )
         return index, self._hash.hexdigest()
 

@@ -40,7 +40,7 @@ def usual(names: list[str]) -> list[str]:
 def validate(
     shards: Annotated[list[str], typer.Argument(help="shards: paths, URLs, globs, brace ranges, folders")],
     decode: Annotated[bool, typer.Option(help="decode every image; without, only formats and sizes are looked at")] = True,
-    checksums: Annotated[bool, typer.Option(help="compare members with the sha256 of their index, where it has them")] = True,
+    checksums: Annotated[bool, typer.Option(help="compare members with the checksums of their index, where it has them")] = True,
     need: Annotated[
         str | None, typer.Option(help="members that every sample must have, e.g. image,txt; default: those that most have; none: ''")
     ] = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 from collections.abc import Iterator
@@ -101,7 +100,7 @@ def _caption(members: Members, caption: str) -> str:
 
 def _content(members: Members, extension: str, checks: Checks, image: str | None) -> Iterator[Found]:
     member = members.places[extension]
-    if checks.checksums and member.sha256 is not None and hashlib.sha256(members(extension)).digest() != member.sha256:
+    if checks.checksums and member.checksum is not None and not member.holds(members(extension)):
         raise BadSample("checksum", f"{extension}: the {member.size} bytes at {member.offset} are not those that the index was written for")
     if extension == checks.caption.partition(":")[0]:
         if ":" not in checks.caption and member.size > MAX_CAPTION_BYTES:

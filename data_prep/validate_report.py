@@ -167,7 +167,7 @@ def sentence(verdict: Verdict) -> str:
     if verdict.lost:
         parts.append(f"{'about ' if verdict.estimated else ''}{verdict.lost} lost with their shards")
     word = "clean" if verdict.clean else "NOT clean"
-    checked = f"; {verdict.verified} checked by sha256" if verdict.verified else "; no checksums compared"
+    checked = f"; {verdict.verified} checked by checksum" if verdict.verified else "; no checksums compared"
     text = f"{word}: {verdict.total} samples in {verdict.shards} shards: {' + '.join(parts)}{checked}"
     if verdict.need:
         text += f"; needed: {', '.join(verdict.need)}"

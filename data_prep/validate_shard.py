@@ -109,7 +109,7 @@ class Layout:
             self.index = scanned
         if saved is None:
             return
-        if saved.sha256 is None:
+        if saved.checksum is None:
             if scanned is None or not _same_layout(saved, scanned):
                 self._add("index_outdated", -1, f"the index says {len(saved)} samples in {saved.tar_bytes} bytes")
             return
@@ -263,7 +263,7 @@ class Examine:
                 report.lost -= 1  # the cut went through the last sample, which has been counted
             report.good = report.samples - report.bad - report.mendable
             report.digests = np.frombuffer(bytes(digests), np.uint64)
-            if layout.index.sha256 is not None and (self.checks.checksums or not layout.trusted):
+            if layout.index.checksum is not None and (self.checks.checksums or not layout.trusted):
                 report.verified = len(layout.index)
             if not report.samples and not report.lost:
                 report.add(Finding(name, "", 0, "empty_shard", f"a tar of {layout.size} bytes without samples"), self.max_findings)

@@ -1,4 +1,4 @@
-"""Tasks -> shards, in parallel: byte-reproducible, atomic, resumable, with an index that holds every member's sha256."""
+"""Tasks -> shards, in parallel: byte-reproducible, atomic, resumable, with an index that holds a checksum of every member."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def build(
 ) -> dict[str, Any]:
     """Write what `produce(task)` yields to OUT: task i to {i:05d}.tar, and {i:05d}-01.tar ... where it exceeds `max_bytes`.
 
-    Beside each lies its index with a sha256 per member; at the end come sizes.json, manifest.json and, where inputs were left out,
+    Beside each lies its index with a checksum per member; at the end come sizes.json, manifest.json and, where inputs were left out,
     skipped.jsonl. The same tasks give the same bytes whatever the engine, the processes, and kills in between. A shard takes its final
     name when it is whole. Called again after a kill, with the same tasks and plan, it does what is not done; on a finished build, nothing.
 

@@ -1,7 +1,7 @@
 """1. tar -> where each sample's bytes lie.
 
 A header scan over mmap costs microseconds a member, so foreign shards are indexed on first use. The index is saved beside the
-shard as `NAME.tar.index.npz`; the one that `data_prep` writes also holds a sha256 per member, which makes corruption findable.
+shard as `NAME.tar.index.npz`; the one that `data_prep` writes also holds a checksum per member, which makes corruption findable.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mmpretrain.data.checksum import BYTES, checksum, known
 from mmpretrain.data.schema import ShardError, split_name
 from mmpretrain.data.tar import Entry, Stop, read_headers
 
 log = logging.getLogger(__name__)
-VERSION = 1
+VERSION = 2
+_CHECKSUMS = {1: "sha256", 2: "checksum"}  # the array's name by version
 SUFFIX = ".index.npz"
 
 
@@ -31,7 +33,11 @@ class Member(NamedTuple):
 
     offset: int
     size: int
-    sha256: bytes | None
+    checksum: bytes | None = None
+
+    def holds(self, data: bytes | memoryview) -> bool:
+        """Are these its bytes, as far as the index can tell?"""
+        return self.checksum is None or checksum(data, len(self.checksum)) == self.checksum
 
 
 class Damage(NamedTuple):
@@ -55,7 +61,7 @@ class ShardIndex:
     offset: np.ndarray  # int64 [M]
     size: np.ndarray  # int64 [M]
     tar_bytes: int
-    sha256: np.ndarray | None = None  # uint8 [M, 32]
+    checksum: np.ndarray | None = None  # uint8 [M, 16], or [M, 32] of sha256
     damage: list[Damage] = field(default_factory=list)
     duplicates: int = 0  # keys that came again; each is a sample of its own, with ~2, ~3 ... after the key
 
@@ -66,7 +72,7 @@ class ShardIndex:
         """Extension -> place, for one sample."""
         found = {}
         for m in range(int(self.starts[sample]), int(self.starts[sample + 1])):
-            digest = None if self.sha256 is None else self.sha256[m].tobytes()
+            digest = None if self.checksum is None else self.checksum[m].tobytes()
             found[self.extensions[self.extension[m]]] = Member(int(self.offset[m]), int(self.size[m]), digest)
         return found
 
@@ -138,14 +144,14 @@ def scan(path: str | Path) -> ShardIndex:
         return scan_bytes(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), str(path))
 
 
-def add_checksums(index: ShardIndex, path: str | Path) -> None:
-    """Fill in the sha256 of every member by reading the shard."""
-    digests = np.zeros((len(index.offset), 32), np.uint8)
-    with open(path, "rb") as file:
-        for m, (offset, size) in enumerate(zip(index.offset.tolist(), index.size.tolist())):
+def add_checksums(index: ShardIndex, path: str | Path, length: int = BYTES) -> None:
+    """Fill in the checksum of every member, `length` bytes each, by reading the shard."""
+    digests = bytearray()
+    with open(path, "rb", buffering=1 << 20) as file:
+        for offset, size in zip(index.offset.tolist(), index.size.tolist()):
             file.seek(offset)
-            digests[m] = np.frombuffer(hashlib.sha256(file.read(size)).digest(), np.uint8)
-    index.sha256 = digests
+            digests += checksum(file.read(size), length)
+    index.checksum = np.frombuffer(bytes(digests), np.uint8).reshape(-1, length)
 
 
 def _text(items: list[str]) -> np.ndarray:
@@ -168,7 +174,7 @@ def save(index: ShardIndex, path: Path, mtime_ns: int = 0) -> None:
         "extension": index.extension,
         "offset": index.offset,
         "size": index.size,
-        "sha256": np.zeros((0, 32), np.uint8) if index.sha256 is None else index.sha256,
+        "checksum": np.zeros((0, BYTES), np.uint8) if index.checksum is None else index.checksum,
     }
     handle, temporary = tempfile.mkstemp(prefix=path.name + ".tmp-", dir=path.parent)
     try:
@@ -186,8 +192,9 @@ def load(path: str | Path | Any) -> tuple[ShardIndex, int]:
     try:
         with np.load(path, allow_pickle=False) as saved:
             head = json.loads(_items(saved["head"])[0])
-            if head["version"] != VERSION:
-                raise ValueError(f"version {head['version']}, expected {VERSION}")
+            if head["version"] not in _CHECKSUMS:
+                raise ValueError(f"version {head['version']}, expected at most {VERSION}")
+            digests = saved[_CHECKSUMS[head["version"]]]
             index = ShardIndex(
                 keys=_items(saved["keys"]),
                 extensions=_items(saved["extensions"]),
@@ -196,14 +203,16 @@ def load(path: str | Path | Any) -> tuple[ShardIndex, int]:
                 offset=saved["offset"],
                 size=saved["size"],
                 tar_bytes=head["bytes"],
-                sha256=saved["sha256"] if len(saved["sha256"]) else None,
+                checksum=digests if len(digests) else None,
                 damage=[Damage(*d) for d in head["damage"]],
                 duplicates=head["duplicates"],
             )
         if len(index.starts) != len(index) + 1 or int(index.starts[-1]) != len(index.offset) or len(index.size) != len(index.offset):
             raise ValueError("its arrays disagree in length")
-        if len(index.extension) != len(index.offset) or (index.sha256 is not None and index.sha256.shape != (len(index.offset), 32)):
+        if len(index.extension) != len(index.offset):
             raise ValueError("its arrays disagree in length")
+        if index.checksum is not None and not (len(index.checksum) == len(index.offset) and known(index.checksum[0].nbytes)):
+            raise ValueError("it has no checksum of a known kind for every member")
         ordered = int(index.starts[0]) == 0 and bool((np.diff(index.starts) > 0).all())
         inside = bool((index.offset >= 0).all() and (index.size >= 0).all() and (index.offset <= index.tar_bytes - index.size).all())
         if not ordered or not inside or (index.extension >= len(index.extensions)).any():
@@ -249,7 +258,7 @@ def open_index(shard: str | Path, expected: int | None = None, save_new: bool = 
         if not place.exists():
             continue
         found, mtime_ns = load(place)
-        if found.sha256 is not None:
+        if found.checksum is not None:
             _check_saved(shard, found, status.st_size)
         elif found.tar_bytes != status.st_size or mtime_ns != status.st_mtime_ns:
             log.info("%s changed since it was indexed: scanning it again", shard)

@@ -39,9 +39,9 @@ def test_index_and_sizes_are_written(foreign: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "3 samples (3 jpg)" in result.output
     assert json.loads((foreign / "sizes.json").read_text()) == {"0.tar": 3, "1.tar": 3}
-    assert load(index_path(foreign / "1.tar"))[0].sha256 is not None
+    assert load(index_path(foreign / "1.tar"))[0].checksum is not None
     assert run(foreign, "--no-checksums", "--replace").exit_code == 0
-    assert load(index_path(foreign / "1.tar"))[0].sha256 is None
+    assert load(index_path(foreign / "1.tar"))[0].checksum is None
 
 
 def test_damage_makes_the_exit_status_one(foreign: Path) -> None:
@@ -71,15 +71,15 @@ def test_a_builders_checksums_are_not_replaced_by_those_of_a_corrupt_shard(tmp_p
 def test_known_checksums_outlive_an_index_without_them(tmp_path: Path) -> None:
     write_shards([Record(f"{i}", {"jpg": b"x" * 600}) for i in range(3)], tmp_path / "s")
     path = tmp_path / "s" / "00000.tar"
-    known = load(index_path(path))[0].sha256
+    known = load(index_path(path))[0].checksum
     assert run(path, "--no-checksums").exit_code == 0
-    assert (load(index_path(path))[0].sha256 == known).all()
+    assert (load(index_path(path))[0].checksum == known).all()
     write_shards([Record(f"{i}", {"jpg": b"x" * 600}) for i in range(2)], tmp_path / "t")
     path.write_bytes((tmp_path / "t" / "00000.tar").read_bytes())  # another shard under the same name
     refused = run(path, "--no-checksums")
     assert refused.exit_code == 1
     assert "pass --replace" in refused.output
-    assert (load(index_path(path))[0].sha256 == known).all()
+    assert (load(index_path(path))[0].checksum == known).all()
 
 
 def test_processes_make_no_difference(foreign: Path) -> None:
@@ -103,7 +103,7 @@ def test_remote_shards_get_their_index_beside_them(foreign: Path) -> None:
     remote = remote_index("memory://theirs/1.tar")
     assert remote is not None
     assert (remote.keys, remote.tar_bytes) == (local.keys, local.tar_bytes)
-    assert (remote.sha256 == local.sha256).all()
+    assert (remote.checksum == local.checksum).all()
     data = bytearray(memory.cat_file("/theirs/1.tar"))
     data[600] ^= 1
     memory.pipe_file("/theirs/1.tar", bytes(data))

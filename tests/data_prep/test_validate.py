@@ -17,7 +17,8 @@ from typer.testing import CliRunner, Result
 from data_prep.samples import Shard
 from data_prep.validate import validate
 from data_prep.validate_kinds import KINDS
-from data_prep.validate_shard import Layout
+from data_prep.validate_members import Checks
+from data_prep.validate_shard import Examine, Layout
 from data_prep.writer import Record, write_shards
 from mmpretrain.data.index import index_path
 from tests.data.generated import encoded, pair, picture, tar_bytes
@@ -74,7 +75,7 @@ def test_clean_shards_are_clean(tmp_path: Path) -> None:
     assert (found["shards"], found["verified"], found["need"], found["members"]) == (2, 5, ["image", "txt"], {"jpg": 5, "txt": 5})
     result = run(tmp_path / "s")
     assert result.exit_code == 0
-    assert "clean: 5 samples in 2 shards: 5 good; 5 checked by sha256; needed: image, txt." in result.stdout
+    assert "clean: 5 samples in 2 shards: 5 good; 5 checked by checksum; needed: image, txt." in result.stdout
     assert check(tmp_path / "s", "--no-checksums")["verified"] == 0
 
 
@@ -230,6 +231,23 @@ def test_a_flipped_byte_is_found_by_the_checksum(tmp_path: Path) -> None:
     (finding,) = check(path, "--no-decode")["findings"]
     assert (finding["kind"], finding["key"], finding["offset"]) == ("checksum", "00003", place.offset)
     assert "checksum" not in check(path, "--no-checksums")["counts"]
+
+
+def test_a_flip_of_any_byte_of_a_sample_is_found(tmp_path: Path) -> None:
+    """Of headers and members; only the padding behind a member, which nobody reads, may change."""
+    path = built(tmp_path / "s", 2)
+    whole = path.read_bytes()
+    examine = Examine(Checks(need=("image", "txt"), decode=False))
+    with Shard(str(path)) as shard:
+        members = [place for i in range(2) for place in shard.index.members(i).values()]
+    for place in members:
+        for at in [*range(place.offset - 512, place.offset, 7), *range(place.offset, place.offset + place.size, 29)]:
+            data = bytearray(whole)
+            data[at] ^= 1 << at % 8
+            path.write_bytes(data)
+            report = examine(str(path))
+            kind = "checksum" if at >= place.offset else "index_disagrees"
+            assert report.counts[kind], at
 
 
 def test_another_shard_under_the_index_is_said(tmp_path: Path) -> None:
