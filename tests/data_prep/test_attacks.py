@@ -1,5 +1,7 @@
 """Inputs that hostile or careless people give: one clear line, nothing lost silently, nothing read for ever."""
 
+import csv
+import json
 import os
 from pathlib import Path
 
@@ -7,6 +9,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from data_prep.__main__ import app
+from data_prep.readers import lines, table
+from data_prep.readers.columns import Columns
+from tests.data_prep.readers_support import samples
 
 PNG = b"\x89PNG\r\n\x1a\n"  # enough for `build`, which decodes nothing
 
@@ -63,3 +68,63 @@ def test_a_header_of_many_columns_is_not_printed(images: Path, tmp_path: Path) -
         assert result.exit_code == status, result.output[:500]
         assert "and 99950 more" in result.output
         assert len(result.output) < 5000
+
+
+TABLES = {  # kind -> (header line, a good row, one of the wrong shape, one with too long a field)
+    "csv": ("file,title\n", "images/0.png,good\n", "images/0.png,a,b\n", "images/0.png," + "x" * 5000 + "\n"),
+    "tsv": ("file\ttitle\n", "images/0.png\tgood\n", "images/0.png\n", "images/0.png\t" + "x" * 5000 + "\n"),
+    "jsonl": ("", '{"file": "images/0.png", "title": "good"}\n', '["images/0.png", "a"]\n', '{"file": "' + "x" * 5000 + '"}\n'),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_good_and_counted_bad_rows_are_all_rows(kind: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "MAX_LINE", 4000)
+    limit = csv.field_size_limit(4000)
+    header, good, ragged, long = TABLES[kind]
+    given = tmp_path / f"t.{kind}"
+    given.write_text(header + good + ragged + good + long + long + good)
+    options = ("build", kind, given, "--image-column", "file", "--caption", "title", "--processes", 1, "--max-count", 2)
+    first = 1 + header.count("\n")
+    reason = {"csv": "bad_row", "tsv": "bad_row", "jsonl": "bad_json"}[kind]
+    try:
+        strict = run(*options, "--out", tmp_path / "strict")
+        assert strict.exit_code == 1
+        assert f"error: {given.name}, line {first + 1}: {reason}: " in strict.output
+        assert "--skip-bad" in strict.output
+        lenient = run(*options, "--out", tmp_path / "lenient", "--skip-bad")
+    finally:
+        csv.field_size_limit(limit)
+    assert lenient.exit_code == 0, lenient.output
+    skipped = [json.loads(line) for line in (tmp_path / "lenient" / "skipped.jsonl").read_text().splitlines()]
+    assert [item["input"] for item in skipped] == [f"{given.name}, line {first + at}" for at in (1, 3, 4)]
+    assert [item["reason"] for item in skipped] == [reason, *(["bad_row"] * 2 if kind == "csv" else ["long_line"] * 2)]
+    assert list(samples(tmp_path / "lenient")) == ["00000000", "00000002", "00000005"]
+
+
+def test_a_line_without_an_end_is_not_held(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "MAX_LINE", 1000)
+    (tmp_path / "t.csv").write_text("file,title\n" + "x," * 5000 + "\nimages/0.png,good\n")
+    found = next(table.Table.open(str(tmp_path / "t.csv"), Columns("file", ("title",))).tasks(10))
+    assert [(row.line, row.problem[:13]) for row in found] == [(2, "a line of mor"), (3, "")]
+
+
+@pytest.mark.parametrize("kind", ["folder", "sidecar"])
+@pytest.mark.parametrize("below", ["", "shards", "a/b"])
+def test_shards_are_not_written_among_the_inputs(kind: str, below: str, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(images)
+    for out in (images / below, tmp_path / "link" / below, f"file://{images}/{below}"):
+        result = run("build", kind, images, "--out", out)
+        assert result.exit_code == 2, result.output
+        assert "its shards would become inputs" in result.output
+    assert run("build", kind, "memory://in", "--out", "memory://in/shards").exit_code == 2
+    assert run("build", "folder", images, "--out", tmp_path / "images2", "--skip-bad").exit_code == 0
+
+
+def test_shards_are_not_written_over_or_above_those_that_are_read(images: Path, tmp_path: Path) -> None:
+    assert run("build", "folder", images, "--out", tmp_path / "s" / "a", "--skip-bad").exit_code == 0
+    for command in (("build", "shards"), ("filter",), ("dedup", "--exact")):
+        for out in (tmp_path / "s", tmp_path / "s" / "a"):
+            result = run(*command, tmp_path / "s" / "a", "--out", out)
+            assert result.exit_code == 1, result.output
+            assert " Choose another --out" in result.output
