@@ -6,13 +6,14 @@ import hashlib
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
+from data_prep.images_scaled import Size, scaled
 from data_prep.readers.base import extension_of
 from data_prep.records import Record, Skipped
-from mmpretrain.data.schema import image_extension
+from mmpretrain.data.schema import BadSample, image_extension
 
 ENCODERS = {"jpeg": "jpg", "webp": "webp", "png": "png"}  # what --reencode takes -> extension
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF", "ppm": "PPM"}
@@ -29,6 +30,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_QUARTER_TURNS = (5, 6, 7, 8)  # width and height change places
 
 
 def _eight_bit(data: bytes, image: Image.Image) -> Image.Image:
@@ -52,8 +54,17 @@ def _plain(image: Image.Image, alpha: bool) -> Image.Image:
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 
-def encode(data: bytes, resize: int | None, form: str | None, quality: int) -> tuple[str, bytes] | None:
-    """(extension, bytes) with the shorter side at most `resize` pixels, in `form` or else the format it has (PNG for those without loss).
+class Encoded(NamedTuple):
+    """An image file; the sizes are those that are shown, EXIF orientation applied."""
+
+    extension: str
+    data: bytes
+    before: Size
+    after: Size
+
+
+def encode(data: bytes, resize: int | None, form: str | None, quality: int) -> Encoded | None:
+    """The image with the shorter side at most `resize` pixels, in `form` or else the format it has (PNG for those without loss).
 
     None where there is nothing to do. EXIF orientation is applied, since what is written has no EXIF. Raises ValueError or OSError where
     the image cannot be decoded.
@@ -75,12 +86,16 @@ def encode(data: bytes, resize: int | None, form: str | None, quality: int) -> t
             opened.draft(None, (2 * size[0], 2 * size[1]))  # JPEG decodes large ones at a half, quarter, eighth: still twice what is needed
         opened.load()
         profile = opened.info.get("icc_profile")
+        orientation = opened.getexif().get(_ORIENTATION)
+        before = (height, width) if orientation in _QUARTER_TURNS else (width, height)
         eight_bit = _eight_bit(data, opened)
+        turned = eight_bit is not opened  # by `decode_image`
         image = _plain(eight_bit, alpha=extension != "jpg")
         if shrink:
+            size = size[::-1] if turned and orientation in _QUARTER_TURNS else size
             image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-        turn = None if eight_bit is not opened else _TURNS.get(opened.getexif().get(_ORIENTATION))  # `decode_image` has turned its own
-        image = image if turn is None else image.transpose(turn)
+        if not turned and orientation in _TURNS:
+            image = image.transpose(_TURNS[orientation])
     out = io.BytesIO()
     options: dict[str, Any] = {"icc_profile": profile} if profile else {}
     if extension == "jpg":
@@ -89,12 +104,12 @@ def encode(data: bytes, resize: int | None, form: str | None, quality: int) -> t
         image.save(out, "WEBP", quality=quality, method=4, **options)
     else:
         image.save(out, "PNG", **options)
-    return extension, out.getvalue()
+    return Encoded(extension, out.getvalue(), before, image.size)
 
 
 @dataclass(frozen=True)
 class Images:
-    """A reader's records with their images shrunk or encoded anew. One that cannot be decoded is left out."""
+    """A reader's records with their images (and boxes and masks) shrunk, or encoded anew. One that cannot be decoded is left out."""
 
     produce: Callable[[Any], Iterator[Record | Skipped]]
     resize: int | None
@@ -110,14 +125,17 @@ class Images:
         return self.produce.sources(task) if hasattr(self.produce, "sources") else iter(())
 
     def _changed(self, record: Record, extension: str) -> Record | Skipped:
+        members = {name: data for name, data in record.members.items() if name != extension}
         try:
             encoded = encode(record.members[extension], self.resize, self.form, self.quality)
+            if encoded is None:
+                return record
+            changed = scaled(members, encoded.before, encoded.after) if encoded.before != encoded.after else {}
+        except BadSample as error:
+            return Skipped(record.key, error.reason, error.detail)
         except (Exception, MemoryError) as error:  # decoders raise all sorts over hostile bytes
             return Skipped(record.key, "undecodable_image", f"{extension}: {' '.join(str(error).split())[:200]}")
-        if encoded is None:
-            return record
-        members = {name: data for name, data in record.members.items() if name != extension}
-        return Record(record.key, members | {encoded[0]: encoded[1]})
+        return Record(record.key, members | changed | {encoded.extension: encoded.data})
 
 
 @dataclass(frozen=True)

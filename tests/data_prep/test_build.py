@@ -262,7 +262,8 @@ def test_encoding_keeps_what_an_image_shows(tmp_path: Path) -> None:
     half.paste((0, 0, 200), (30, 0, 60, 40))
     turned = Image.Exif()
     turned[0x0112] = 6  # shown a quarter turn clockwise
-    extension, data = encode(encoded(half, "JPEG", exif=turned, quality=95), None, "png", 95) or ("", b"")
+    extension, data, *sizes = encode(encoded(half, "JPEG", exif=turned, quality=95), None, "png", 95) or ("", b"")
+    assert sizes == [(40, 60)] * 2
     upright = opened(data).convert("RGB")
     assert (extension, upright.size) == ("png", (40, 60))
     assert upright.getpixel((20, 10))[0] > 150  # red is at the top
@@ -275,6 +276,10 @@ def test_encoding_keeps_what_an_image_shows(tmp_path: Path) -> None:
     cmyk = Image.new("CMYK", (20, 20), (0, 255, 255, 0))
     assert opened((encode(encoded(cmyk, "JPEG"), None, "png", 95) or ("", b""))[1]).convert("RGB").getpixel((5, 5))[0] > 200
     assert encode(encoded(half, "PNG"), 40, None, 95) is None
+    for kind, picture in (("JPEG", half), ("PNG", Image.fromarray(np.zeros((40, 60), np.uint16)))):
+        shrunk = encode(encoded(picture, kind, exif=turned), 20, None, 95)
+        assert shrunk is not None
+        assert (shrunk.before, shrunk.after, opened(shrunk.data).size) == ((40, 60), (20, 30), (20, 30))
 
 
 def test_images_that_cannot_be_decoded_are_listed(photos: Path, tmp_path: Path) -> None:
