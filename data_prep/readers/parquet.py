@@ -1,13 +1,17 @@
-"""Parquet tables: a task is a span of rows. A worker holds no more than a row group or two of the columns that it needs."""
+"""Parquet tables: a task is a span of rows. A worker holds a few rows at a time, of the columns that it needs, and a place in one file."""
 
 from __future__ import annotations
 
 import json
+from bisect import bisect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
+from data_prep import files
 from data_prep.readers.columns import Columns, lookup
 from data_prep.readers.lines import open_bytes
 from data_prep.readers.parts import attempt, class_names
@@ -42,22 +46,52 @@ def opened(file: str) -> Iterator[Any]:
         yield table
 
 
+class _Cursor:
+    """Reads on in a file: a row group can only be decoded from its start, which would be done anew for each task of a large one."""
+
+    def __init__(self, file: str, names: tuple[str, ...]) -> None:
+        self._file, self._names = file, names
+        self._open = ExitStack()
+        self._table = self._open.enter_context(opened(file))
+        self.edges = [0, *accumulate(self._table.metadata.row_group(i).num_rows for i in range(self._table.num_row_groups))]
+        self._group, self._first, self._batch, self._batches = -1, 0, (), iter(())  # the batch begins at row `_first`
+
+    def __del__(self) -> None:
+        self._open.close()
+
+    def rows(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(number in the file, row) of those from `start` to `stop`. Raises InputError where the file cannot be decoded."""
+        while start < min(stop, self.edges[-1]):
+            self._seek(start)
+            end = min(stop, self._first + len(self._batch))
+            yield from enumerate(self._batch.slice(start - self._first, end - start).to_pylist(), start)
+            start = end
+
+    def _seek(self, row: int) -> None:
+        import pyarrow
+
+        group = bisect(self.edges, row) - 1
+        try:
+            if group != self._group or row < self._first:
+                self._group, self._first, self._batch = group, self.edges[group], ()
+                self._batches = self._table.iter_batches(BATCH, row_groups=[group], columns=list(self._names))
+            while row >= self._first + len(self._batch):
+                self._first += len(self._batch)
+                self._batch = next(self._batches)
+        except (pyarrow.ArrowException, OSError, StopIteration) as error:
+            detail = " ".join(str(error).split()) or "it ends early"
+            raise InputError(f"{self._file}, rows from {self._first}: not decodable ({detail}). Fetch or write the file again.") from error
+
+
+@lru_cache(maxsize=1)
+def _cursor(file: str, names: tuple[str, ...], state: str) -> _Cursor:
+    """The last one: a worker's next task mostly begins further on in the same file. `state`: another where the file has changed."""
+    return _Cursor(file, names)
+
+
 def rows(file: str, start: int, stop: int, names: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number in the file, row) of the rows from `start` to `stop`, of the columns `names`."""
-    with opened(file) as table:
-        first = 0
-        for group in range(table.num_row_groups):
-            end = first + table.metadata.row_group(group).num_rows
-            if end > start and first < stop:
-                at = first
-                for batch in table.iter_batches(BATCH, row_groups=[group], columns=names):
-                    low, high = max(start - at, 0), min(stop - at, len(batch))
-                    if low < high:
-                        yield from enumerate(batch.slice(low, high - low).to_pylist(), at + low)
-                    at += len(batch)
-                    if at >= stop:
-                        break
-            first = end
+    """(number in the file, row) of the rows from `start` to `stop`, of the columns `names`. Raises InputError."""
+    return _cursor(file, tuple(names), files.states([file])).rows(start, stop)
 
 
 @dataclass(frozen=True)

@@ -78,14 +78,20 @@ def test_urls(clean: Clean, indexed: bool, shards: Path, tmp_path: Path, remote:
     assert "classnames.txt" in content(tmp_path / "url")
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One for all stages: to start it takes longer than they do."""
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
 @CLEAN
 @pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
 def test_ray_writes_the_same(clean: Clean, shards: Path, tmp_path: Path) -> None:
-    ray = pytest.importorskip("ray")
     expected = clean(str(shards), str(tmp_path / "local"), processes=2)
-    try:
-        assert numbers(clean(str(shards), str(tmp_path / "ray"), engine="ray", processes=2)) == numbers(expected)
-    finally:
-        ray.shutdown()
+    assert numbers(clean(str(shards), str(tmp_path / "ray"), engine="ray", processes=2)) == numbers(expected)
     assert content(tmp_path / "ray") == content(tmp_path / "local")
     assert (tmp_path / "ray" / "skipped.jsonl").read_bytes() == (tmp_path / "local" / "skipped.jsonl").read_bytes()

@@ -1,7 +1,9 @@
 """Parquet tables and Hugging Face sets, small and local."""
 
 import json
+import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +11,18 @@ import pytest
 
 from data_prep.readers.columns import Columns
 from data_prep.readers.hub import Streamed, from_dataset, load
-from data_prep.readers.parquet import parquet_files
+from data_prep.readers.parquet import parquet_files, rows
 from data_prep.records import InputError
 from tests.data_prep.readers_support import collect, image, reasons
 
 pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
 datasets = pytest.importorskip("datasets")
 IMAGES = [image((i * 20, 0, 0), kind) for i, kind in enumerate(["PNG", "JPEG", "WEBP", "PNG", "JPEG", "PNG", "PNG"])]
 CAPTION = Columns(captions=("caption",))
 
 
 def table(path: Path, columns: dict[str, Any], group: int = 2) -> str:
-    from pyarrow import parquet
-
     parquet.write_table(pyarrow.table(columns), path, row_group_size=group)
     return str(path)
 
@@ -151,3 +152,42 @@ def test_a_stream_is_not_sent_to_the_workers_and_stranger_paths_are_not_read(tmp
         assert list(found.values()) == [{"png": image()}]
         assert [item.reason for item in skipped] == ["outside_root"]
     assert hub.folders("set", None, [str(tmp_path / "in" / "*.png")])[0] == str(tmp_path / "in")
+
+
+def test_a_row_group_is_decoded_once_whatever_the_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    original = parquet.ParquetFile.iter_batches
+
+    def counted(self: object, *given: object, **more: object) -> Iterator[pyarrow.RecordBatch]:
+        for batch in original(self, *given, **more):
+            decoded.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", counted)
+    for group in (1000, 300, 7):
+        parquet.write_table(pyarrow.table({"image": list(range(1000))}), tmp_path / f"{group}.parquet", row_group_size=group)
+    names = [str(tmp_path / f"{group}.parquet") for group in (1000, 300, 7)]
+    for name in names:
+        for step in (1, 2):  # every second task, as one of two workers gets them
+            decoded.clear()
+            for start in range(0, 1000, 50 * step):
+                assert [(i, row["image"]) for i, row in rows(name, start, start + 50, ["image"])] == [
+                    (i, i) for i in range(start, start + 50)
+                ]
+            assert sum(decoded) <= 1000
+    for start, stop in ((990, 2000), (5, 6), (300, 600), (0, 0), (1000, 1001), (299, 301)):
+        for name in names:
+            assert [i for i, _ in rows(name, start, stop, ["image"])] == list(range(start, min(stop, 1000)))
+
+
+def test_a_file_that_changes_or_cannot_be_decoded(tmp_path: Path) -> None:
+    name = tmp_path / "t.parquet"
+    for value in (1, 2):
+        parquet.write_table(pyarrow.table({"image": [value] * 50}), name)
+        os.utime(name, ns=(value, value))
+        assert next(rows(str(name), 0, 1, ["image"])) == (0, {"image": value})
+    data = bytearray(name.read_bytes())
+    data[4:40] = b"\xff" * 36  # the header of the first page
+    name.write_bytes(data)
+    with pytest.raises(InputError, match=r"rows from 0: not decodable .*Fetch or write the file again"):
+        list(rows(str(name), 0, 50, ["image"]))
