@@ -1,15 +1,19 @@
-"""Some samples of a remote shard: their bytes alone are fetched, where the index beside it says which."""
+"""Some samples of a remote shard: their bytes alone are fetched, where the index beside it says which; else the shard, once per worker."""
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import IO
 
 from data_prep import files
 from data_prep.records import Record
-from data_prep.samples import Shard
+from data_prep.samples import LocalCopy, Shard
 from mmpretrain.data.cache import remote_index, retried
-from mmpretrain.data.index import ShardIndex
+from mmpretrain.data.index import ShardIndex, open_index
 from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import BadSample, ShardError
 from mmpretrain.data.tar import read_at
@@ -18,23 +22,14 @@ PIECE = 64 << 20  # bytes held at once
 
 
 class ShardRange:
-    """Samples `start` to `stop - 1` of a shard, under the numbers that they have in it."""
+    """Samples of a shard, under the numbers that they have in it. `file` holds its bytes from `first` on, under no name: a killed worker
+    leaves nothing behind."""
 
-    def __init__(self, name: str, index: ShardIndex, start: int, stop: int) -> None:
-        """Raises ShardError where they cannot be fetched, or the shard is not that of the index."""
-        self.index = index
-        members = slice(int(index.starts[start]), int(index.starts[stop]))
-        first = self._first = int(index.offset[members].min())
-        end = int((index.offset[members] + index.size[members]).max())
-        system, path = files.filesystem(name)
-        found = retried(lambda: system.size(path), name)
-        if found is not None and found != index.tar_bytes:
-            raise ShardError(f"{name}: {found} bytes, but its index was made of {index.tar_bytes}. Index it again.")
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (close closes it)
-        for low in range(first, end, PIECE):
-            high = min(low + PIECE, end)
-            self._file.write(retried(lambda low=low, high=high: system.cat_file(path, start=low, end=high), name))
-        self._file.flush()
+    def __init__(self, index: ShardIndex, file: IO[bytes], first: int = 0) -> None:
+        self.index, self._file, self._first = index, file, first
+
+    def __del__(self) -> None:
+        self.close()
 
     def key(self, i: int) -> str:
         return self.index.keys[i]
@@ -53,9 +48,45 @@ class ShardRange:
         self._file.close()
 
 
-def opened(name: str, start: int, stop: int) -> Shard | ShardRange:
-    """A ShardRange, or a Shard where it is local, has no index beside it, or is wanted whole. Raises ShardError."""
-    index = remote_index(name) if is_remote(name) else None
-    if index is None or stop - start == len(index):
-        return Shard(name)
-    return ShardRange(name, index, start, stop)
+def _part(name: str, index: ShardIndex, start: int, stop: int) -> ShardRange:
+    """Raises ShardError where the bytes cannot be fetched, or the shard is not that of the index."""
+    members = slice(int(index.starts[start]), int(index.starts[stop]))
+    first = int(index.offset[members].min())
+    end = int((index.offset[members] + index.size[members]).max())
+    system, path = files.filesystem(name)
+    found = retried(lambda: system.size(path), name)
+    if found is not None and found != index.tar_bytes:
+        raise ShardError(f"{name}: {found} bytes, but its index was made of {index.tar_bytes}. Index it again.")
+    fetched = ShardRange(index, tempfile.TemporaryFile(), first)  # noqa: SIM115 (the range closes it)
+    for low in range(first, end, PIECE):
+        high = min(low + PIECE, end)
+        fetched._file.write(retried(lambda low=low, high=high: system.cat_file(path, start=low, end=high), name))
+    fetched._file.flush()
+    return fetched
+
+
+@lru_cache(maxsize=1)
+def _whole(name: str, state: str) -> ShardRange:
+    """The last one: a worker's next task is mostly of the same shard. `state`: another where it has changed. Raises ShardError."""
+    with LocalCopy(name) as copy:
+        try:
+            return ShardRange(open_index(copy.path, save_new=False), os.fdopen(os.open(copy.path, os.O_RDONLY), "rb"))
+        except ShardError as error:
+            raise ShardError(copy.explain(error)) from error
+
+
+@contextmanager
+def opened(name: str, start: int, stop: int) -> Iterator[Shard | ShardRange]:
+    """A shard to read samples `start` to `stop - 1` of. Raises ShardError."""
+    if not is_remote(name):
+        with Shard(name) as shard:
+            yield shard
+    elif (index := remote_index(name)) is None or stop - start == len(index):
+        system, path = files.filesystem(name)
+        yield _whole(name, retried(lambda: system.ukey(path), name))
+    else:
+        part = _part(name, index, start, stop)
+        try:
+            yield part
+        finally:
+            part.close()

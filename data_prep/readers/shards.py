@@ -119,7 +119,7 @@ class Shards:
     def __call__(self, task: tuple[Part, ...]) -> Iterator[Record | Skipped]:
         for part in task:
             if part.start < part.stop:
-                with closing(opened(part.shard, part.start, part.stop)) as shard:
+                with opened(part.shard, part.start, part.stop) as shard:
                     if shard.index.tar_bytes != part.tar_bytes:
                         raise InputError(f"{part.shard} changed while it was read. Start again when nothing writes to it.")
                     repeated = set(part.repeated) | _come_again(shard.index)

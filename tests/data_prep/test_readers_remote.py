@@ -101,3 +101,22 @@ def test_parts_of_an_indexed_shard_fetch_only_their_bytes(remote: str, tmp_path:
     put(f"{remote}/a.tar", data + bytes(10_240))
     with pytest.raises(ShardError, match="Index it again"):
         collect(shards([f"{remote}/a.tar"]), 3)
+
+
+def test_a_shard_without_an_index_is_fetched_once_by_a_worker(remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, colour in (("a", 10), ("b", 200)):
+        records = [Record(f"{name}{i:03d}", {"png": image((colour, i, 0))}) for i in range(10)]
+        write_shards(records, tmp_path / name)
+        put(f"{remote}/{name}.tar", (tmp_path / name / "00000.tar").read_bytes())
+    fetched = []
+    system = type(fsspec.filesystem("memory"))
+    get = system.get_file
+    monkeypatch.setattr(system, "get_file", lambda self, path, *given, **more: (fetched.append(path), get(self, path, *given, **more))[1])
+    reader = shards([f"{remote}/a.tar", f"{remote}/b.tar"])
+    tasks = list(reader.tasks(3))
+    fetched.clear()  # what it took to index them
+    keys = [record.key for task in tasks for record in reader(task)]
+    assert keys == [f"{name}{i:03d}" for name in "ab" for i in range(10)]
+    assert [path[-5:] for path in fetched] == ["a.tar", "b.tar"]
+    put(f"{remote}/b.tar", (tmp_path / "a" / "00000.tar").read_bytes())  # of the same size
+    assert [record.key for task in shards([f"{remote}/b.tar"]).tasks(10) for record in reader(task)] == [f"a{i:03d}" for i in range(10)]
