@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -65,7 +64,6 @@ class _Shards:
         self._folder, self._number, self._max_bytes = folder, number, max_bytes
         self._file: ShardFile | None = None
         self._scratch: tempfile.TemporaryDirectory | None = None
-        self._members: Counter[str] = Counter()
         self.written: dict[str, dict[str, Any]] = {}
 
     def _name(self) -> str:
@@ -87,7 +85,6 @@ class _Shards:
         if self._file is None:
             self._file = ShardFile(open_temporary(self._where()))
         self._file.add(record)
-        self._members.update(record.members.keys())
 
     def finish(self) -> None:
         if self._file is None:
@@ -100,8 +97,7 @@ class _Shards:
             files.put(place, files.join(self._folder, place.name))
         files.put(file.path, files.join(self._folder, name))  # last: a shard at its final name is whole, and has its index
         self._file = None
-        members, self._members = dict(sorted(self._members.items())), Counter()
-        self.written[name] = {"count": file.count, "bytes": file.bytes, "sha256": sha256, "members": members}
+        self.written[name] = {"count": file.count, "bytes": file.bytes, "sha256": sha256, "members": index.counts()}
 
     def abandon(self) -> None:
         if self._file is not None:

@@ -9,6 +9,7 @@ import hashlib
 import os
 import tarfile
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from mmpretrain.data.checksum import BYTES, checksum
 
 MANIFEST, SIZES = "manifest.json", "sizes.json"
 BLOCK, RECORD = 512, 10_240  # a tar ends with two zero blocks and fills its last record
-BATCH_BYTES = 1 << 20  # written at once
+BATCH_BYTES, BATCH_PARTS = 1 << 20, 900  # written at once; a call takes at most 1,024 parts
+SYNC_BYTES = 16 << 20  # brought to the disk behind the writing, so that the end does not wait for a whole shard
 USTAR_BYTES = 8**11  # a larger member needs a pax header
 
 
@@ -52,6 +54,9 @@ class ShardFile:
         self.bytes = 0
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (close closes it)
         self._hash = hashlib.sha256()
+        self._synced = 0
+        self._syncing: threading.Thread | None = None
+        self._sync_error: OSError | None = None
         self._batch: list[bytes] = []
         self._batched = 0
         self._keys: list[str] = []
@@ -75,26 +80,46 @@ class ShardFile:
             self._batch += (head, data, bytes(pad))
             self.bytes += len(head) + size + pad
             self._batched += len(head) + size + pad
+            if self._batched >= BATCH_BYTES or len(self._batch) >= BATCH_PARTS:
+                self._flush()
         self._keys.append(record.key)
         self._starts.append(len(self._sizes))
         self.count += 1
-        if self._batched >= BATCH_BYTES:
-            self._flush()
 
     def _flush(self) -> None:
-        data = b"".join(self._batch)
+        for part in self._batch:
+            self._hash.update(part)
+        written = os.writev(self._file.fileno(), self._batch)
+        if written < self._batched:  # the disk is full, says the next write
+            rest = memoryview(b"".join(self._batch))[written:]
+            while len(rest):
+                rest = rest[self._file.write(rest) :]
         self._batch, self._batched = [], 0
-        self._hash.update(data)
-        view = memoryview(data)
-        while len(view):
-            view = view[self._file.write(view) :]
+        if self.bytes - self._synced > SYNC_BYTES and not (self._syncing and self._syncing.is_alive()):
+            self._synced = self.bytes
+            self._syncing = threading.Thread(target=self._sync)
+            self._syncing.start()
+
+    def _sync(self) -> None:
+        try:
+            os.fdatasync(self._file.fileno())
+        except OSError as error:  # the kernel says it once
+            self._sync_error = error
+
+    def _join(self) -> None:
+        if self._syncing is not None:
+            self._syncing.join()
 
     def close(self) -> tuple[shard_index.ShardIndex, str]:
         """End the tar and bring it to the disk; gives (index, sha256 of the file)."""
         tail = 2 * BLOCK + -(self.bytes + 2 * BLOCK) % RECORD
         self._batch.append(bytes(tail))
+        self._batched += tail
         self.bytes += tail
         self._flush()
+        self._join()
+        if self._sync_error is not None:
+            raise self._sync_error
         os.fsync(self._file.fileno())
         self._file.close()
         extensions = sorted(set(self._extensions))
@@ -112,6 +137,7 @@ class ShardFile:
         return index, self._hash.hexdigest()
 
     def abandon(self) -> None:
+        self._join()
         self._file.close()
         self.path.unlink(missing_ok=True)
 

@@ -21,7 +21,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import files, serial, writer
+from data_prep import files, serial, shard_file, writer
 from data_prep.shard_file import ShardFile, header
 from data_prep.writer import InputError, Record, build, write_shards
 from mmpretrain.data.index import index_path, load, scan
@@ -159,6 +159,34 @@ def test_the_tar_is_the_one_that_tarfile_writes(tmp_path: Path) -> None:
     for sample, record in enumerate(made):
         assert {e: data[m.offset : m.offset + m.size] for e, m in index.members(sample).items()} == record.members
         assert all(m.checksum == xxhash.xxh3_128(record.members[e]).digest() for e, m in index.members(sample).items())
+
+
+def test_bytes_reach_the_disk_in_order_however_little_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record of more parts than one call takes, calls that write only some of them, and the disk brought up to date meanwhile."""
+    real = os.writev
+    monkeypatch.setattr(os, "writev", lambda file, parts: real(file, [b"".join(parts)[: 1 + len(parts) * 300]]))
+    monkeypatch.setattr(shard_file, "SYNC_BYTES", 10_000)
+    file = ShardFile(tmp_path / "0.tar")
+    record = Record("k", {f"{i:04d}.txt": bytes([i % 251]) * i for i in range(2000)})
+    file.add(record)
+    index, digest = file.close()
+    data = (tmp_path / "0.tar").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == digest
+    assert {e: data[m.offset : m.offset + m.size] for e, m in index.members(0).items()} == record.members
+    assert not scan(tmp_path / "0.tar").damage
+
+
+def test_a_disk_that_fails_behind_the_writing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: int) -> None:
+        raise OSError(5, "input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fails)
+    monkeypatch.setattr(shard_file, "SYNC_BYTES", 10_000)
+    file = ShardFile(tmp_path / "0.tar")
+    file.add(Record("k", {"jpg": bytes(2_000_000)}))
+    with pytest.raises(OSError, match="input/output error"):
+        file.close()
+    file.abandon()
 
 
 @given(st.text(st.sampled_from("abcXYZ019_-é日"), min_size=1, max_size=140), st.integers(0, 8**11 - 1))
