@@ -19,7 +19,7 @@ from data_prep.validate_members import Checks, Found, Members, examine, is_image
 from mmpretrain.data import index as shard_index
 from mmpretrain.data.index import Member, ShardIndex
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, SAFE_KEY, ShardError, split_name
-from mmpretrain.data.tar import read_headers
+from mmpretrain.data.tar import NO_HEADERS, read_headers
 
 MAX_KEY = 200
 _HOSTILE = re.compile(r"(^|/)\.\.(/|$)|^/|^[A-Za-z]:|\\|[\x00-\x1f\x7f\ud800-\udfff]")
@@ -59,7 +59,7 @@ class Layout:
         self.found: list[Finding] = []
         self.lost, self.estimated = 0, False
         self.trusted = True  # the places are those of sound headers
-        self.index = shard_index.from_headers([], None, 0)
+        self.index = shard_index.from_headers(NO_HEADERS, None, 0)
         self.size, self.file = 0, -1
         self._copy: LocalCopy | None = None
         try:
@@ -89,16 +89,16 @@ class Layout:
                 self._add("bad_index", -1, self._copy.explain(error))
         scanned = None
         try:
-            entries, stop = read_headers(mmap.mmap(self.file, 0, access=mmap.ACCESS_READ) if self.size else b"", str(path))
-            scanned = shard_index.from_headers(entries, stop, self.size)
-            if len(entries) > len(scanned.offset):
-                for entry in entries:
-                    if split_name(entry.name) is None and not re.fullmatch(r"(.*/)?__\w+__", entry.name):
-                        self._add("stray_member", entry.header, repr(entry.name)[:200])
+            headers, stop = read_headers(mmap.mmap(self.file, 0, access=mmap.ACCESS_READ) if self.size else b"", str(path))
+            scanned = shard_index.from_headers(headers, stop, self.size)
+            if len(headers.names) > len(scanned.offset):
+                for member, at in zip(headers.names, headers.header.tolist()):
+                    if split_name(member) is None and not re.fullmatch(r"(.*/)?__\w+__", member):
+                        self._add("stray_member", at, repr(member)[:200])
         except ShardError as error:
             self._add("no_tar", 0, self._copy.explain(error).removeprefix(f"{self.name}: "))
             self.lost, self.estimated = 1, True
-        for damage in scanned.damage if scanned else ():
+        for damage in () if scanned is None else scanned.damage:  # one without samples is false
             self._add(damage.reason, damage.offset, damage.detail)
             self.lost, self.estimated = damage.lost, True
         self._choose(saved, scanned)

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmpretrain.data.checksum import BYTES, checksum, known
-from mmpretrain.data.schema import ShardError, split_name
-from mmpretrain.data.tar import Entry, Stop, read_headers
+from mmpretrain.data.grouping import group
+from mmpretrain.data.schema import ShardError
+from mmpretrain.data.tar import Headers, Stop, read_headers
 
 log = logging.getLogger(__name__)
 VERSION = 2
@@ -82,57 +83,30 @@ class ShardIndex:
         return dict(sorted((name, int(n)) for name, n in zip(self.extensions, number) if n))
 
 
-def _group(entries: list[Entry]) -> tuple[list[str], list[list[tuple[str, int, int]]], int]:
-    current: dict[str, int] = {}
-    times: dict[str, int] = {}
-    keys: list[str] = []
-    samples: list[list[tuple[str, int, int]]] = []
-    seen: list[set[str]] = []
-    for entry in entries:
-        named = split_name(entry.name)
-        if named is None:
-            continue
-        key, extension = named
-        at = current.get(key)
-        if at is None or extension in seen[at]:
-            times[key] = times.get(key, 0) + 1
-            current[key] = at = len(keys)
-            keys.append(key if times[key] == 1 else f"{key}~{times[key]}")
-            samples.append([])
-            seen.append(set())
-        seen[at].add(extension)
-        samples[at].append((extension, entry.offset, entry.size))
-    return keys, samples, len(keys) - len(times)
-
-
 def scan_bytes(data: Any, name: str) -> ShardIndex:
     """Index a tar from its bytes (bytes or mmap). Raises ShardError where it is no tar at all; later damage is recorded."""
     return from_headers(*read_headers(data, name), len(data))
 
 
-def from_headers(entries: list[Entry], stop: Stop | None, tar_bytes: int) -> ShardIndex:
+def from_headers(headers: Headers, stop: Stop | None, tar_bytes: int) -> ShardIndex:
     """The index of a tar of `tar_bytes` whose headers were read."""
-    keys, samples, duplicates = _group(entries)
-    extensions = sorted({extension for sample in samples for extension, _, _ in sample})
-    number = {extension: i for i, extension in enumerate(extensions)}
-    flat = [member for sample in samples for member in sample]
+    found = group(headers.names)
     damage = []
     if stop is not None:
         at, reason, detail = stop
-        mean = at / max(len(keys), 1)
+        mean = at / max(len(found.keys), 1)
         lost = max(1, round((tar_bytes - at) / mean)) if mean and reason != "cut" else 1
         damage = [Damage(at, reason, "", lost, detail)]
     return ShardIndex(
-        keys=keys,
-        extensions=extensions,
-        starts=np.concatenate([[0], np.cumsum([len(sample) for sample in samples])]).astype(np.int64),
-        # Keys with dots may make an extension of every member.
-        extension=np.array([number[extension] for extension, _, _ in flat], np.uint16 if len(extensions) <= 1 << 16 else np.uint32),
-        offset=np.array([offset for _, offset, _ in flat], np.int64),
-        size=np.array([size for _, _, size in flat], np.int64),
+        keys=found.keys,
+        extensions=found.extensions,
+        starts=found.starts,
+        extension=found.extension,
+        offset=headers.offset[found.member],
+        size=headers.size[found.member],
         tar_bytes=tar_bytes,
         damage=damage,
-        duplicates=duplicates,
+        duplicates=found.duplicates,
     )
 
 

@@ -262,3 +262,43 @@ def test_odd_names_survive_saving(tmp_path: Path) -> None:
     again, _ = shard_index.load(tmp_path / "i.npz")
     assert again.keys == index.keys == ["k", "b", "frame"]
     assert list(again.members(2)) == [f"{i:05d}.jpg" for i in range(70_000)]
+
+
+def retold(data: bytes | bytearray, at: int, checksum: bytes = b"%06o\0 ") -> bytes:
+    """The header at `at` with its checksum made right, as `checksum` writes it."""
+    block = bytearray(data[at : at + 512])
+    block[148:156] = b" " * 8
+    block[148:156] = checksum % sum(block)
+    return bytes(data[:at] + block + data[at + 512 :])
+
+
+@pytest.mark.parametrize("size", [b"77777777777\0", b"777777777777", b"\x80\0\0\0\0\0\0\x01\0\0\0\0", b"00000100001\0"])
+def test_a_member_that_claims_more_than_the_file_holds_is_cut(size: bytes) -> None:
+    whole = tar_bytes([("0.jpg", b"x" * 600), ("1.jpg", b"x" * 600)])
+    for at, samples in ((0, 0), (1536, 1)):
+        index = scan_bytes(retold(whole[: at + 124] + size + whole[at + 136 :], at), "x.tar")
+        assert len(index) == samples
+        assert [(d.offset, d.reason) for d in index.damage] == [(at, "cut")]
+        assert f"{len(whole) - at - 512} are left" in index.damage[0].detail
+
+
+@pytest.mark.parametrize("checksum", [b"%06o\0 ", b"%06o \0", b"%07o\0", b" %5o\0 ", b"%06o  "])
+@pytest.mark.parametrize("size", [b"00000001130\0", b"00000001130 ", b"       1130 ", b"1130\0       ", b"000000001130"])
+def test_numbers_are_read_however_they_are_written(size: bytes, checksum: bytes) -> None:
+    whole = tar_bytes([("0.jpg", b"x" * 600), ("1.jpg", b"y" * 600)])
+    index = scan_bytes(retold(whole[:124] + size + whole[136:], 0, checksum), "x.tar")
+    assert contents(index, whole) == [("0", {"jpg": b"x" * 600}), ("1", {"jpg": b"y" * 600})]
+    assert not index.damage
+
+
+def test_damage_far_into_a_shard_keeps_what_precedes_it() -> None:
+    """Headers are checked thousands at a time; folders kept apart and unusual names come in any of these."""
+    many = 5000
+    names = [f"{i}.jpg" for i in range(many)]
+    names[2100], names[3000] = "f" * 80 + "/" + "n" * 80 + ".jpg", "é\udcff.jpg"
+    whole = bytearray(tar_bytes([(name, b"") for name in names], tarfile.USTAR_FORMAT))
+    assert scan_bytes(whole, "x.tar").keys == [name.removesuffix(".jpg") for name in names]
+    whole[4100 * 512] ^= 1
+    index = scan_bytes(whole, "x.tar")
+    assert index.keys == [name.removesuffix(".jpg") for name in names[:4100]]
+    assert [(d.offset, d.reason, d.lost) for d in index.damage] == [(4100 * 512, "corrupt_header", (len(whole) - 4100 * 512) // 512)]

@@ -451,3 +451,16 @@ def test_a_shard_is_closed_where_its_reading_fails(tmp_path: Path, monkeypatch: 
         Layout(str(built(tmp_path / "s")))
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(opened[0])
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_size_of_eight_gigabytes_in_a_small_file_is_a_cut_shard(where: int, tmp_path: Path) -> None:
+    data = bytearray(tar_bytes(pairs(3)))
+    at = data.index(b"00000.jpg") if where == 0 else data.rindex(b"00002.txt")
+    data[at + 124 : at + 136] = b"77777777777\0"
+    data[at + 148 : at + 156] = b" " * 8
+    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    found = check(put(tmp_path / "0.tar", bytes(data)))
+    assert (found["verdict"], found["counts"]["cut"]) == ("findings", 1)
+    assert "needs 8589934591 bytes" in found["findings"][0]["detail"]
+    assert found["lost"] + found["bad"] >= 1
