@@ -91,13 +91,24 @@ def _finished(out: str, parts: tuple[str, ...]) -> bool:
     return all(files.exists(files.join(part_folder(out, part), MANIFEST)) for part in parts)
 
 
+def _read(name: str, out: str) -> dict[str, Any]:
+    """A JSON object that a build wrote. Raises FileExistsError where it is damaged: what the build was cannot be told."""
+    try:
+        found = json.loads(files.read_bytes(name))
+        if not isinstance(found, dict):
+            raise ValueError("expected an object")
+        return found
+    except ValueError as error:
+        raise FileExistsError(f"{name} is damaged ({error}). Delete {out} and build again, or choose another --out.") from error
+
+
 def _found(out: str, parts: tuple[str, ...], job: Job, tasks: Iterable[Any]) -> dict[str, Any]:
     """The manifests of a finished build. Raises FileExistsError where other tasks made it, or a shard of it is gone."""
     build_digest = _total(job.plan, (job.task_digest(numbered) for numbered in enumerate(tasks)))
     manifests = {}
     for part in parts:
         folder = part_folder(out, part)
-        manifest = json.loads(files.read_bytes(files.join(folder, MANIFEST)))
+        manifest = _read(files.join(folder, MANIFEST), out)
         if manifest.get("build") != build_digest:
             raise FileExistsError(
                 f"{folder} exists and holds other samples than these inputs give, or an input has changed since. "
@@ -119,7 +130,7 @@ def _begun(out: str, plan_digest: str) -> Iterator[None]:
     state = files.join(out, UNFINISHED)
     plan = files.join(state, PLAN)
     if files.exists(plan):
-        if json.loads(files.read_bytes(plan))["plan"] != plan_digest:
+        if _read(plan, out).get("plan") != plan_digest:
             raise FileExistsError(f"{out} holds an unfinished build of other inputs or options. Choose another --out, or delete it.")
     elif others := [name for name in files.listing(out) if name != state]:
         raise FileExistsError(

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -274,6 +275,21 @@ def test_a_build_is_not_mixed_with_another(finished: bool, tmp_path: Path, monke
     with pytest.raises(FileExistsError, match=r"not empty .*thesis\.txt"):
         numbers(tmp_path / "other")
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("left", [b"", b"{", b"[]", b"\xff\xfe", b'{"plan": '])
+def test_a_damaged_plan_or_manifest_is_named_with_the_remedy(left: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "s"
+    (out / "unfinished").mkdir(parents=True)
+    (out / "unfinished" / "plan.json").write_bytes(left)
+    with pytest.raises(FileExistsError, match=rf"^{out}/unfinished/plan\.json is damaged .* Delete {out} and build again") as found:
+        numbers(out)
+    assert "\n" not in str(found.value)
+    shutil.rmtree(out)
+    numbers(out)
+    (out / "manifest.json").write_bytes(left)
+    with pytest.raises(FileExistsError, match=rf"^{out}/manifest\.json is damaged .* Delete {out} and build again"):
+        numbers(out)
 
 
 def test_two_processes_do_not_build_in_one_place(tmp_path: Path) -> None:
