@@ -20,14 +20,14 @@ PAGE = """<!doctype html>
 body { font: 14px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
 section { border-top: 1px solid #bbb; display: flex; flex-wrap: wrap; gap: 1em; padding: 1em 0 }
 figure { margin: 0; width: {{ side }}px } img { max-width: 100%; border: 1px solid #ddd }
-figcaption { font-size: 11px; overflow-wrap: anywhere } .kept { color: #06622b }
+figcaption { font-size: 11px; overflow-wrap: anywhere } .kept { color: #06622b } small { color: #666 }
 </style></head><body><h1>Copies</h1>
 <p>{{ result.samples }} samples, {{ result.good }} good; dropped:
 {% for rule, count in result.dropped.items() %}{{ count }} {{ rule }}{{ ", " if not loop.last }}{% else %}none{% endfor %}.
 {% if result.evaluation %}{{ result.evaluation.in_training }} of {{ result.evaluation.samples }} evaluation samples have a copy in training.{% endif %}
 {% if clusters|length < result.clusters|length %}The {{ clusters|length }} largest of {{ result.clusters|length }} clusters are shown.{% endif %}</p>
 {% for cluster in clusters %}<section>{% for each in cluster.shown %}<figure>
-<img alt="" src="data:image/png;base64,{{ each.image }}"><figcaption><b class="{{ each.role }}">{{ each.role }}</b> {{ each.sample }}<br>{{ each.detail }}</figcaption>
+<img alt="" src="data:image/png;base64,{{ each.image }}"><figcaption><b class="{{ each.role }}">{{ each.role }}</b> {{ each.detail }}<br>{{ each.key }}<br><small>{{ each.shard }}</small></figcaption>
 </figure>{% endfor %}{% if cluster.more %}<p>and {{ cluster.more }} more</p>{% endif %}</section>{% endfor %}
 </body></html>
 """  # noqa: E501
@@ -43,15 +43,21 @@ def _thumbnail(found: Found, sample: int) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+def _figure(found: Found, sample: int, role: str, name: str, detail: str) -> dict[str, str]:
+    shard, _, key = name.rpartition(".tar/")
+    return {"image": _thumbnail(found, sample), "role": role, "detail": detail, "key": key, "shard": f"{shard}.tar"}
+
+
 def render(found: Found, result: dict[str, Any], names: dict[int, str]) -> str:
     """The page; text from shards is escaped."""
     sample_of = {name: sample for sample, name in names.items()}
     clusters = []
     for cluster in result["clusters"][:CLUSTERS]:
-        role = "evaluation" if cluster["evaluation"] else "kept"
-        members = [{"role": role, "sample": cluster["kept"], "detail": ""}]
-        members += [{"role": "dropped", "sample": each["sample"], "detail": each["detail"]} for each in cluster["dropped"]]
-        shown = [member | {"image": _thumbnail(found, sample_of[member["sample"]])} for member in members[:MEMBERS]]
+        kept = cluster["kept"]
+        members = [("evaluation" if cluster["evaluation"] else "kept", kept, "")]
+        for each in cluster["dropped"]:  # the copy that they are of stands beside them
+            members.append(("dropped", each["sample"], f"{each['rule']} {each['detail'].replace(f'of {kept}', '')}"))
+        shown = [_figure(found, sample_of[name], role, name, detail) for role, name, detail in members[:MEMBERS]]
         clusters.append({"shown": shown, "more": len(members) - len(shown)})
     template = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
     return template.render(result=result, clusters=clusters, side=SIDE)

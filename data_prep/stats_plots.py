@@ -96,6 +96,11 @@ def _spaced(ticks: Sequence[tuple[float, str]], least: float = 34) -> list[tuple
     return kept
 
 
+def _tick(at: float, text: str) -> str:
+    """Below its place, or as far left of it as the chart's edge asks for."""
+    return f'<text x="{min(at, WIDTH - 3.5 * len(text)):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{escape(text)}</text>'
+
+
 def histogram(
     bins: Sequence[Bin],
     label: str,
@@ -126,7 +131,7 @@ def histogram(
         ticks = [(i * step, f"{i * step:,.0f}") for i in range(first, math.floor(high / step) + 1) if i * step >= 0]
     for at, text in _spaced([(x(place), text) for place, text in ticks if low <= place <= high]):
         parts.append(f'<line class="g" x1="{at:.1f}" x2="{at:.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{escape(text)}</text>')
+        parts.append(_tick(at, text))
     for place, text in marks:
         if low <= place <= high:
             at = x(place)
@@ -151,6 +156,6 @@ def curve(points: Sequence[tuple[float, float]], label: str, axis: str) -> str:
     parts.append(f'<polyline class="c" points="{path}"/>')
     step = nice_step(right, 5)
     for at, text in _spaced([(x(i * step), short(i * step)) for i in range(math.floor(right / step) + 1)]):
-        parts.append(f'<text x="{min(at, WIDTH - 14):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{text}</text>')
+        parts.append(_tick(at, text))
     parts.append(f'<text class="s" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">{escape(axis)}</text>')
     return _frame(parts, label)
