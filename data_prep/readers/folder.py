@@ -52,7 +52,7 @@ class Folder:
         members = {extension: data}
         if number:
             if "/" not in relative:
-                raise BadSample("no_class", "it lies in no class folder")
+                raise BadSample("missing_label", "it lies in no class folder")
             members["cls"] = str(number[relative.split("/", 1)[0]]).encode()
         # Names may collide once dots and spaces are replaced: the path's digest keeps keys apart.
         digest = hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest()[:10]
