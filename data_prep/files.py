@@ -151,9 +151,14 @@ def walk(url: str | Path) -> Iterator[str]:
 
 def _walk_local(folder: str, before: str, above: set[str]) -> Iterator[str]:
     with os.scandir(folder) as entries:
-        names = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
-    for name, is_folder in names:
-        if not is_folder:
+        names, folders = [], set()
+        for entry in entries:
+            if not entry.name.startswith("."):
+                names.append(entry.name)
+                if entry.is_dir():
+                    folders.add(entry.name)
+    for name in sorted(names):
+        if name not in folders:
             yield before + name
         elif (real := os.path.realpath(os.path.join(folder, name))) not in above:
             yield from _walk_local(os.path.join(folder, name), f"{before}{name}/", above | {real})

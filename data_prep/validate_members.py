@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -54,6 +54,8 @@ class Members:
         return self._read[extension]
 
     def head(self, extension: str, size: int) -> bytes:
+        if extension in self._read:
+            return self._read[extension]
         member = self.places[extension]
         try:
             return read_at(self._file, member.offset, min(size, member.size))
@@ -61,12 +63,19 @@ class Members:
             raise BadSample("unreadable", f"{extension}: {error}") from error
 
 
+def _seen(kind: str, head: bytes) -> tuple[int, int] | None:
+    """(width, height) where the first bytes show them."""
+    if kind == "jpeg" and (header := decode.jpeg_header(head)) is not None:
+        return header[0], header[1]
+    if kind == "png" and len(head) >= 24:
+        return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+    return None
+
+
 def _dimensions(kind: str, data: bytes) -> tuple[int, int]:
     """(width, height) without decoding a pixel."""
-    if kind == "jpeg" and (header := decode.jpeg_header(data)) is not None:
-        return header[0], header[1]
-    if kind == "png" and len(data) >= 24:
-        return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    if (seen := _seen(kind, data)) is not None:
+        return seen
     try:
         with Image.open(io.BytesIO(data), formats=[decode.PILLOW_FORMATS[kind]]) as image:
             return image.size
@@ -76,56 +85,71 @@ def _dimensions(kind: str, data: bytes) -> tuple[int, int]:
         raise BadSample("undecodable_image", f"{kind}: {' '.join(str(error).split())[:200]}") from error
 
 
-def _image(members: Members, extension: str, checks: Checks) -> None:
+def image(data: Callable[[int], bytes], size: int, checks: Checks) -> None:
+    """An image of `size` bytes; data(n) gives the first n of them. Raises BadSample."""
     if checks.decode:
-        decode.decode_image(members(extension), checks.limits)
+        decode.decode_image(data(size), checks.limits)
         return
-    head = members.head(extension, _HEAD)
+    head = data(min(_HEAD, size))
     kind = decode.sniff(head)
     if kind is None:
         raise BadSample("unknown_format", f"begins with {head[:12]!r}; decoded are {', '.join(decode.PILLOW_FORMATS)}")
-    seen = kind == "png" or (kind == "jpeg" and decode.jpeg_header(head) is not None)
-    checks.limits.check(*_dimensions(kind, head if seen else members(extension)))
+    checks.limits.check(*(_seen(kind, head) or _dimensions(kind, data(size))))
 
 
-def _caption(members: Members, caption: str) -> str:
-    extension, _, name = caption.partition(":")
+def text(data: bytes, role: str, checks: Checks) -> str | None:
+    """A member that is read as text, in its role: caption | json | label. Gives a caption's control character. Raises BadSample."""
+    if role == "json":
+        decode.decode_json(data)
+    elif role == "label":
+        try:
+            label = decode.decode_text(data)
+        except BadSample as error:
+            raise BadSample("bad_label", str(error)) from error
+        if re.fullmatch(r"-\d+", label):
+            raise BadSample("bad_label", f"{LABEL_EXTENSION} holds {label}, expected at least 0 or a name")
+    elif control := _CONTROL.search(_caption(data, checks.caption)):
+        return control[0]
+    return None
+
+
+def _caption(data: bytes, caption: str) -> str:
+    _, _, name = caption.partition(":")
     if not name:
-        return decode.decode_text(members(extension))
-    fields = decode.decode_json(members(extension))
+        return decode.decode_text(data)
+    fields = decode.decode_json(data)
     if name not in fields:
         raise BadSample("missing_field", f"{caption}; it has {', '.join(sorted(fields))[:200]}")
     return "\n".join(decode.captions_from(fields[name], caption))
 
 
-def _content(members: Members, extension: str, checks: Checks, image: str | None) -> Iterator[Found]:
+def role_of(extension: str, checks: Checks, image: str | None) -> str:
+    """What is asked of a member: caption | json | label | image, or "" for nothing but its checksum."""
+    roles = {image: "image", LABEL_EXTENSION: "label", METADATA_EXTENSION: "json", checks.caption.partition(":")[0]: "caption"}
+    return roles.get(extension, "")
+
+
+def most_bytes(role: str, checks: Checks) -> int:
+    """How large a member may be."""
+    return MAX_CAPTION_BYTES if role == "caption" and ":" not in checks.caption else checks.max_member_bytes
+
+
+def _content(members: Members, extension: str, checks: Checks, role: str) -> Iterator[Found]:
     member = members.places[extension]
     if checks.checksums and member.checksum is not None and not member.holds(members(extension)):
         raise BadSample("checksum", f"{extension}: the {member.size} bytes at {member.offset} are not those that the index was written for")
-    if extension == checks.caption.partition(":")[0]:
-        if ":" not in checks.caption and member.size > MAX_CAPTION_BYTES:
-            raise BadSample("too_many_bytes", f"{extension} has {member.size} bytes, the limit is {MAX_CAPTION_BYTES}")
-        if control := _CONTROL.search(_caption(members, checks.caption)):
-            yield "control_characters", member.offset, f"{extension} holds U+{ord(control[0]):04X}"
-    elif extension == METADATA_EXTENSION:
-        decode.decode_json(members(extension))
-    elif extension == LABEL_EXTENSION:
-        try:
-            text = decode.decode_text(members(extension))
-        except BadSample as error:
-            raise BadSample("bad_label", str(error)) from error
-        if re.fullmatch(r"-\d+", text):
-            raise BadSample("bad_label", f"{extension} holds {text}, expected at least 0 or a name")
-    elif extension == image:
-        _image(members, extension, checks)
+    if role == "image":
+        image(lambda size: members.head(extension, size), member.size, checks)
+    elif role and (control := text(members(extension), role, checks)) is not None:
+        yield "control_characters", member.offset, f"{extension} holds U+{ord(control):04X}"
 
 
 def examine(members: Members, checks: Checks, size: int) -> Iterator[Found]:
     """Everything wrong with a sample's members, of a shard of `size` bytes."""
     places = members.places
-    image = image_extension(list(places))
+    picture = image_extension(list(places))
     for wanted in checks.need:
-        if (image if wanted == "image" else places.get(wanted)) is None:
+        if (picture if wanted == "image" else places.get(wanted)) is None:
             start = min((member.offset for member in places.values()), default=-1)
             yield "missing_member", start, f"{wanted}; it has {', '.join(sorted(places)) or 'nothing'}"
     if not kept(places):
@@ -143,9 +167,10 @@ def examine(members: Members, checks: Checks, size: int) -> Iterator[Found]:
         try:
             if member.offset + member.size > size:
                 raise BadSample("cut", f"{extension}: {member.size} bytes at {member.offset}, the shard has {size}")
-            if member.size > checks.max_member_bytes:
-                raise BadSample("too_many_bytes", f"{extension} has {member.size} bytes, the limit is {checks.max_member_bytes}")
-            yield from _content(members, extension, checks, image)
+            role = role_of(extension, checks, picture)
+            if member.size > (most := most_bytes(role, checks)):
+                raise BadSample("too_many_bytes", f"{extension} has {member.size} bytes, the limit is {most}")
+            yield from _content(members, extension, checks, role)
         except BadSample as error:
             yield error.reason, member.offset, error.detail or extension
 

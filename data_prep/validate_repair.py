@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.validate_kinds import severity
+from data_prep.validate_layout import MAX_KEY, Layout, unique
 from data_prep.validate_members import Checks, Members, kept
-from data_prep.validate_shard import MAX_KEY, Layout, judge, unique
+from data_prep.validate_shard import judge
 from data_prep.writer import Record, Skipped, build
 from mmpretrain.data.schema import BadSample
 from mmpretrain.data.shards import shard_label
@@ -36,7 +37,7 @@ class Repair:
             for finding in layout.found:
                 if severity(finding.kind) == "bad":
                     yield Skipped(where, finding.kind, f"byte {finding.offset}: {finding.detail}"[:500])
-            for i, unit in enumerate(unique(layout.units())):
+            for i, unit in enumerate(unique(layout.units(), set())):
                 bad = [found for found in judge(unit, layout, self.checks) if severity(found[0]) == "bad"]
                 members = Members(layout.file, unit.places)
                 data = {}

@@ -221,7 +221,9 @@ def _check_alone(shards: dict[str, dict[str, dict[str, Any]]], out: str) -> None
 
 def _check_unique(keys: list[np.ndarray], shards: list[str]) -> None:
     """Digests that come twice are looked up, and those of one key are an error."""
-    every = np.sort(np.concatenate([np.zeros(0, np.uint64), *keys]))
+    every = np.concatenate([np.zeros(0, np.uint64), *keys])
+    keys.clear()  # of all that a build holds only these grow with the corpus: eight bytes a sample
+    every.sort()
     again = {digest.tobytes() for digest in every[1:][every[1:] == every[:-1]]}
     seen: dict[str, str] = {}
     for shard in shards if again else ():

@@ -139,8 +139,11 @@ def measured(
     watch: Path | None = None,
     pattern: str = "",
     cores: set[int] | None = None,
+    tree_every: int = 25,
 ) -> Finished:
-    """Run a command to its end. Its memory is sampled, and `watch`, a file it writes, is looked at for lines with `pattern`.
+    """Run a command to its end. `watch`, a file it writes, is looked at for lines with `pattern`.
+
+    Its memory is sampled every 20 ms, with that of its children every `tree_every` times.
 
     The high-water mark is read from /proc rather than from getrusage, which counts the parent's memory at the fork too.
     Raises RuntimeError with the end of the output where the command fails.
@@ -168,7 +171,7 @@ def measured(
                     now = time.perf_counter() - started
                     seen.extend(now for line in lines if pattern.encode() in line)
                 peak = max(peak, _status(process.pid, "VmHWM"))
-                if turn % 25 == 0:
+                if turn % tree_every == 0:
                     tree = max(tree, _shared_once(process.pid))
                 turn += 1
                 if last:

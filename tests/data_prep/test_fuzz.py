@@ -16,6 +16,7 @@ from data_prep.samples import Shard, captions, pixels
 from data_prep.validate import validate
 from data_prep.validate_members import Checks
 from data_prep.validate_shard import Examine
+from data_prep.validate_sound import Sound
 from data_prep.writer import Record, write_shards
 from mmpretrain.data import index as shard_index
 from mmpretrain.data.decode import decode_image
@@ -141,6 +142,25 @@ def test_a_damaged_tar_with_its_index_loses_nothing_uncounted(built: Path, mutat
             assert (report.samples, report.good) == (COUNT, same)
         else:  # a sound tar of other samples: all of them are accounted for
             assert report.counts["index_disagrees"]
+
+
+@fuzz(60)
+@given(mutation(len(FOREIGN), blocks=True), st.booleans(), st.booleans(), st.booleans())
+def test_samples_passed_as_sound_are_those_that_full_examination_finds_nothing_in(
+    built: Path, mutate: Callable[[bytes], bytes], indexed: bool, decode: bool, checksums: bool
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "0.tar"
+        path.write_bytes(mutate(built.read_bytes()) if indexed else retold(FOREIGN, mutate))
+        if indexed:
+            shard_index.index_path(path).write_bytes(shard_index.index_path(built).read_bytes())
+        examine = Examine(Checks(need=("image", "txt"), decode=decode, checksums=checksums))
+        quick = examine(str(path))
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Sound, "__call__", lambda *_: False)
+            full = examine(str(path))
+        assert quick.digests.tolist() == full.digests.tolist()
+        assert {**vars(quick), "digests": None} == {**vars(full), "digests": None}
 
 
 @fuzz(12)

@@ -17,8 +17,9 @@ from typer.testing import CliRunner, Result
 from data_prep.samples import Shard
 from data_prep.validate import validate
 from data_prep.validate_kinds import KINDS
+from data_prep.validate_layout import Layout
 from data_prep.validate_members import Checks
-from data_prep.validate_shard import Examine, Layout
+from data_prep.validate_shard import Examine
 from data_prep.writer import Record, write_shards
 from mmpretrain.data.index import index_path
 from tests.data.generated import encoded, pair, picture, tar_bytes
