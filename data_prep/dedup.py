@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -54,18 +53,6 @@ def deduplicate(
     return result
 
 
-def _table(result: dict[str, Any]) -> None:
-    from data_prep.filter_keep import print_table
-
-    print_table(result)
-    if "evaluation" in result:
-        held = result["evaluation"]
-        line = f"{held['in_training']} of {held['samples']} evaluation samples have a copy among the training samples"
-        typer.echo(line + (f"; not comparable: {held['unusable']}" if held["unusable"] else ""))
-    if "not_embedded" in result:
-        typer.echo(f"{len(result['not_embedded'])} samples were not compared by embedding, first {result['not_embedded'][0]}")
-
-
 def dedup(
     shards: Annotated[list[str], typer.Argument(help="shards: paths, globs, brace ranges, folders, URLs")],
     out: Annotated[
@@ -106,6 +93,7 @@ def dedup(
     from data_prep import files
     from data_prep.dedup_clusters import KEEP
     from data_prep.dedup_find import Options
+    from data_prep.filter_keep import show
     from data_prep.dedup_near import HASH_DISTANCE
 
     if keep not in KEEP:
@@ -119,7 +107,4 @@ def dedup(
         result = deduplicate(shards, out, **run)
         if report is not None:
             files.write_json(report, result)
-    if json_output:
-        typer.echo(json.dumps(result, ensure_ascii=False))
-    else:
-        _table(result)
+    show(result, out, json_output)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -144,6 +143,7 @@ def filter_(
     json_output: JsonOutput = False,
 ) -> None:
     """Keep the samples that pass every rule given; each of the others has a line in OUT/skipped.jsonl with the rule that dropped it."""
+    from data_prep.filter_keep import show
     from data_prep.filter_rules import Predicate, Rules
 
     if (score is None) != (min_score is None and keep_top is None and save_scores is None) or (
@@ -168,9 +168,4 @@ def filter_(
             command=command_line(),
             licence=licence,
         )
-    if json_output:
-        typer.echo(json.dumps(result, ensure_ascii=False))
-    else:
-        from data_prep.filter_keep import print_table
-
-        print_table(result)
+    show(result, out, json_output)

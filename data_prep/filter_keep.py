@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import typer
 
 from data_prep import files
 from data_prep.job import key_digest, key_digests
@@ -99,8 +100,18 @@ def carried(names: Iterable[str]) -> dict[str, str]:
     return {name: files.read_bytes(place).decode("utf-8") for name, place in places.items() if files.exists(place)}
 
 
-def print_table(result: dict[str, Any]) -> None:
-    """How many samples each rule dropped; good + dropped = all."""
+def show(result: dict[str, Any], out: str | None, as_json: bool) -> None:
+    """How many samples each rule dropped; good + dropped = all. Ends with status 1 where shards were wanted and none is left to write."""
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        _print_table(result)
+    if out is not None and not result["good"]:
+        typer.echo(f"error: no sample is left to write to {out}", err=True)
+        raise typer.Exit(1)
+
+
+def _print_table(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -111,4 +122,11 @@ def print_table(result: dict[str, Any]) -> None:
     table.add_row("all", f"{result['samples']:,}")
     Console().print(table)
     for line in result.get("damage", []):
-        print(f"damaged: {line}", file=sys.stderr)
+        typer.echo(f"damaged: {line}", err=True)
+    if "evaluation" in result:
+        held = result["evaluation"]
+        line = f"{held['in_training']} of {held['samples']} evaluation samples have a copy among the training samples"
+        typer.echo(line + (f"; not comparable: {held['unusable']}" if held["unusable"] else ""))
+    if "not_embedded" in result:
+        first = result["not_embedded"][0]
+        typer.echo(f"{len(result['not_embedded'])} samples were not compared by embedding, first {first['sample']}: {first['reason']}")

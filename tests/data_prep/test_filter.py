@@ -322,3 +322,12 @@ def test_score_options_go_together(shards: str, options: list[str]) -> None:
     result = CliRunner().invoke(app, [shards, *options])
     assert result.exit_code == 2
     assert "--score" in result.output
+
+
+def test_nothing_left_is_an_error_where_shards_were_asked_for(shards: str, tmp_path: Path) -> None:
+    options = [shards, "--min-side", "5000", "--processes", "1"]
+    assert CliRunner().invoke(app, options).exit_code == 0  # only to count
+    result = CliRunner().invoke(app, [*options, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "no sample is left to write" in result.output
+    assert len((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()) == 6
