@@ -1,23 +1,22 @@
 """Indexing shards that others built, against webdataset's own iteration over the same tars, alternately in one process.
 
-    python scripts/benchmarks/bench_index.py [--samples 200000] [--rounds 5] [--quick]
+    python scripts/benchmarks/bench_index.py [--quick] [--rounds 5] [--samples 200000] [--out FILE]
 
 Builds tars of small images and captions, reads each once so that both find them in memory, and checks that both see the same samples.
 Ours scans the headers and saves nothing; the peer reads names and bytes, which is what its users do to count or to look for a key.
-Prints samples/s of both, and their ratio.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
-import statistics
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import webdataset
+from common import Row, Spread, alternate, arguments, ratio, record
 
 from mmpretrain.data.index import scan
 
@@ -49,25 +48,24 @@ def peer(names: list[str]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=200_000)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="5,000 samples, three rounds")
-    arguments = parser.parse_args()
-    samples, rounds = (5_000, 3) if arguments.quick else (arguments.samples, arguments.rounds)
+    parsed = arguments(__doc__, rounds=5, samples=0)
+    samples = parsed.samples or (5_000 if parsed.quick else 200_000)
     with tempfile.TemporaryDirectory() as folder:
         names = build(Path(folder), samples, 10_000)
-        assert ours(names) == peer(names), "the two do not see the same samples"
-        speeds: dict[str, list[float]] = {"ours": [], "webdataset": []}
-        for _ in range(rounds):
-            for name, read in (("ours", ours), ("webdataset", peer)):
-                started = time.perf_counter()
-                read(names)
-                speeds[name].append(samples / (time.perf_counter() - started))
-    for name, values in speeds.items():
-        print(f"{name:>10}: {statistics.median(values):9,.0f} samples/s ({min(values):,.0f} to {max(values):,.0f})")
-    ratios = [a / b for a, b in zip(speeds["ours"], speeds["webdataset"])]
-    print(f"     ratio: {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f}); required: {REQUIRED:,} samples/s")
+        if ours(names) != peer(names):
+            raise RuntimeError("the two do not see the same samples: the comparison would mean nothing")
+
+        def speed(read: Callable[[list[str]], list[str]]) -> float:
+            started = time.perf_counter()
+            read(names)
+            return samples / (time.perf_counter() - started)
+
+        found = alternate({read.__name__: lambda read=read: speed(read) for read in (ours, peer)}, parsed.rounds)
+    rates = {name: Spread.of(values) for name, values in found.items()}
+    met = rates["ours"].median >= REQUIRED
+    texts = (f"{rates[name]} samples/s" for name in ("ours", "peer"))
+    goal = f"at least {REQUIRED:,} samples/s"
+    record(parsed, Row("index, foreign shards in memory, one process", *texts, ratio(found["ours"], found["peer"]), goal, met))
 
 
 if __name__ == "__main__":

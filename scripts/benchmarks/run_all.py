@@ -32,10 +32,8 @@ def known() -> list[str]:
 
 
 def run(name: str, records: Path, quick: bool) -> str | None:
-    """None, or what went wrong. A script that does not take part in the records (data_prep's own) only prints."""
-    script = HERE / f"bench_{name}.py"
-    recorded = "from common import" in script.read_text()
-    command = [sys.executable, str(script), *(["--out", str(records)] if recorded else []), *(["--quick"] if quick else [])]
+    """None, or what went wrong."""
+    command = [sys.executable, str(HERE / f"bench_{name}.py"), "--out", str(records), *(["--quick"] if quick else [])]
     print(f"\n== {name}", flush=True)
     started = time.perf_counter()
     limit = max(600.0, 180 * MINUTES.get(name, 2))
