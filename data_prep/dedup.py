@@ -93,8 +93,8 @@ def dedup(
     from data_prep import files
     from data_prep.dedup_clusters import KEEP
     from data_prep.dedup_find import Options
-    from data_prep.filter_keep import show
     from data_prep.dedup_near import HASH_DISTANCE
+    from data_prep.filter_keep import show
 
     if keep not in KEEP:
         raise typer.BadParameter(f"--keep {keep!r}: expected {', '.join(KEEP)}")

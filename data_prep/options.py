@@ -13,11 +13,21 @@ from typing import Annotated, Any
 import typer
 
 from data_prep import files
+from data_prep.engine import ENGINES
 from data_prep.records import InputError
 from mmpretrain.data.schema import ShardError
 from mmpretrain.options import OptionError
 
-Engine = Annotated[str, typer.Option("--engine", help="local: this machine's cores; ray: a cluster (RAY_ADDRESS, else one started here)")]
+
+def _engine(name: str) -> str:
+    if name not in ENGINES:
+        raise typer.BadParameter(f"{name!r}: expected {' or '.join(ENGINES)}")
+    return name
+
+
+Engine = Annotated[
+    str, typer.Option("--engine", callback=_engine, help="local: this machine's cores; ray: a cluster (RAY_ADDRESS, else one started here)")
+]
 Processes = Annotated[int | None, typer.Option("--processes", min=1, help="worker processes; default: one per core")]
 Out = Annotated[str, typer.Option("--out", help="folder or URL to write shards to; new, or holding an unfinished build of the same inputs")]
 MaxCount = Annotated[int, typer.Option("--max-count", min=1, help="inputs per shard")]

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 from data_prep.__main__ import app
 from data_prep.readers import lines, table
 from data_prep.readers.columns import Columns
-from tests.data_prep.readers_support import samples
+from tests.data_prep.readers_support import image, samples
 
 PNG = b"\x89PNG\r\n\x1a\n"  # enough for `build`, which decodes nothing
 
@@ -128,3 +128,17 @@ def test_shards_are_not_written_over_or_above_those_that_are_read(images: Path, 
             result = run(*command, tmp_path / "s" / "a", "--out", out)
             assert result.exit_code == 1, result.output
             assert " Choose another --out" in result.output
+
+
+@pytest.mark.parametrize("command", ["build shards", "filter", "dedup", "stats"])
+def test_the_status_says_whether_the_command_or_the_data_is_wrong(command: str, images: Path, tmp_path: Path) -> None:
+    (images / "real.png").write_bytes(image())
+    assert run("build", "folder", images, "--out", tmp_path / "s", "--skip-bad").exit_code == 0
+    words, out = command.split(), tmp_path / ("page.html" if command == "stats" else "out")
+    for wrong in ([tmp_path / "absent"], [tmp_path / "s", "--engine", "rays"], [tmp_path / "s", "--unknown"]):
+        assert run(*words, *wrong, "--out", out).exit_code == 2
+        assert not out.exists()
+    assert run(*words, tmp_path / "s", "--out", out).exit_code == 0
+    (tmp_path / "s" / "00000.tar").write_bytes(b"<html>" * 1000)
+    again = run(*words, tmp_path / "s", "--out", tmp_path / f"again{out.suffix}")
+    assert again.exit_code == (0 if command == "stats" else 1), again.output  # a page tells what is wrong: it is there for that
