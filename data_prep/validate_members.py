@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mmpretrain.data import decode
 from mmpretrain.data.decode import ImageLimits
@@ -81,6 +81,8 @@ def _dimensions(kind: str, data: bytes) -> tuple[int, int]:
             return image.size
     except Image.DecompressionBombError as error:
         raise BadSample("too_many_pixels", str(error)) from error
+    except UnidentifiedImageError as error:  # it would name an object in memory
+        raise BadSample("undecodable_image", f"{kind}: its header cannot be read") from error
     except (Exception, MemoryError) as error:  # decoders raise all sorts over hostile bytes
         raise BadSample("undecodable_image", f"{kind}: {' '.join(str(error).split())[:200]}") from error
 

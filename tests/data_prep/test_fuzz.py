@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -160,7 +161,8 @@ def test_samples_passed_as_sound_are_those_that_full_examination_finds_nothing_i
             patched.setattr(Sound, "__call__", lambda *_: False)
             full = examine(str(path))
         assert quick.digests.tolist() == full.digests.tolist()
-        assert {**vars(quick), "digests": None} == {**vars(full), "digests": None}
+        said = [re.sub(r"object at 0x\w+", "", repr({**vars(report), "digests": None})) for report in (quick, full)]
+        assert said[0] == said[1]
 
 
 @fuzz(12)
