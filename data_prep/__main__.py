@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "mix": ("data_prep.mix", "mix", "python -m data_prep mix configs/demo.yaml"),
     "demo": ("data_prep.demo", "demo", "python -m data_prep demo data/demo"),
 }
-REGISTERS = {"build": ("data_prep.build_more",)}
+REGISTERS = {"build": ("data_prep.build_tables", "data_prep.build_more")}
 
 
 class Commands(TyperGroup):

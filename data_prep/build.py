@@ -23,14 +23,6 @@ app = typer.Typer(
 )
 
 
-def pairs(items: list[str], option: str) -> dict[str, str]:
-    """COLUMN=VALUE options as a dict."""
-    for item in items:
-        if "=" not in item:
-            raise typer.BadParameter(f"{option} {item!r}: expected COLUMN=VALUE")
-    return dict(item.split("=", 1) for item in items)
-
-
 def finish(
     reader: Reader,
     out: str,
@@ -97,44 +89,6 @@ def _report(manifest: dict[str, Any], out: str, json_output: bool) -> None:
         typer.echo(f"{found['num_samples']} samples ({members}) in {len(found['shards'])} shards in {where}")
     if manifest["skipped"]:
         typer.echo(f"{manifest['skipped']} inputs left out: see {files.join(out, 'skipped.jsonl')}")
-
-
-@app.command("csv", epilog="python -m data_prep build csv pairs.csv --out shards/pairs --image-column file --caption '{name}: {keywords}'")
-@shared.with_build_options
-def build_csv(
-    file: Annotated[str, typer.Argument(help="the table, a path or URL; UTF-8, with a header line")],
-    image_column: Annotated[str, typer.Option(help="column of image paths, or of data: URIs")] = "filepath",
-    root: Annotated[str, typer.Option(help="folder or URL that image paths are relative to; default: the table's")] = "",
-    caption: Annotated[
-        list[str],
-        typer.Option(help="a column, or a template over columns, '{name}: {keywords}'; repeated: several captions, all in json's captions"),
-    ] = [],  # noqa: B006
-    key_column: Annotated[str | None, typer.Option(help="column whose text is added to the keys, which are row numbers")] = None,
-    label_column: Annotated[str | None, typer.Option(help="column of class names or indices, for cls and classnames.txt")] = None,
-    extra: Annotated[list[str], typer.Option(help="column to keep in the json member; may be repeated")] = [],  # noqa: B006
-    join: Annotated[list[str], typer.Option(help="COLUMN=MARK: in captions, replace MARK in the column by ', ' (keywords='|')")] = [],  # noqa: B006
-    where: Annotated[list[str], typer.Option(help="COLUMN=VALUE: keep only rows that hold it")] = [],  # noqa: B006
-    exclude_regex: Annotated[list[str], typer.Option(help="COLUMN=PATTERN: drop rows that match")] = [],  # noqa: B006
-    separator: Annotated[str, typer.Option(help="field separator; tab for tabs")] = ",",
-    **common: Any,
-) -> None:
-    """Shards from a table with image paths and captions."""
-    from data_prep.readers.columns import Columns
-    from data_prep.readers.table import Table
-
-    marks, kept, dropped = pairs(join, "--join"), pairs(where, "--where"), pairs(exclude_regex, "--exclude-regex")
-    with shared.input_errors():
-        columns = Columns(
-            image=image_column,
-            captions=tuple(caption),
-            key=key_column,
-            label=label_column,
-            extra=tuple(extra),
-            join=tuple(marks.items()),
-            root=root,
-        )
-        table = Table.open(file, columns, kept, dropped, separator)
-    finish(table, **common)
 
 
 @app.command("folder", epilog="python -m data_prep build folder photos/ --out shards/photos --label-from-folder")

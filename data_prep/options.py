@@ -33,6 +33,7 @@ Out = Annotated[str, typer.Option("--out", help="folder or URL to write shards t
 MaxCount = Annotated[int, typer.Option("--max-count", min=1, help="inputs per shard")]
 MaxBytes = Annotated[int, typer.Option("--max-bytes", min=1 << 10, help="bytes per shard, where --max-count inputs exceed it")]
 Licence = Annotated[str | None, typer.Option("--licence", help="licence of the data, noted in manifest.json")]
+Classes = Annotated[str | None, typer.Option("--classes", help="file of class names, one a line, in the order of their indices")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave bad inputs out and list them in skipped.jsonl, instead of stopping")]
 JsonOutput = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 Resize = Annotated[int | None, typer.Option("--resize", min=1, help="shrink images whose shorter side exceeds so many pixels to it")]
@@ -102,6 +103,29 @@ def input_errors(*kinds: type[Exception]) -> Iterator[None]:
             yield
         except (InputError, OptionError) as error:
             raise typer.BadParameter(str(error)) from error
+
+
+def check_there(*inputs: str) -> None:
+    """Raises InputError for a file or folder that does not exist."""
+    for name in inputs:
+        if not files.exists(name):
+            raise InputError(f"{name}: no such file or folder")
+
+
+def class_names(file: str | None) -> tuple[str, ...] | None:
+    """The names in a --classes file. Raises InputError."""
+    if file is None:
+        return None
+    check_there(file)
+    try:
+        names = tuple(line.strip() for line in files.read_bytes(file).decode("utf-8-sig").splitlines() if line.strip())
+    except UnicodeDecodeError as error:
+        raise InputError(f"--classes {file}: not UTF-8 ({error})") from error
+    if not names or len(set(names)) != len(names):
+        raise InputError(
+            f"--classes {file}: expected different class names, one a line; found {len(names)}, {len(set(names))} of them different"
+        )
+    return names
 
 
 def shard_names(specs: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """`build csv` and `build folder` from generated tables and folders."""
 
+import base64
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+import data_prep.build_tables  # noqa: F401 (registers its commands)
 from data_prep import writer
 from data_prep.__main__ import COMMANDS
 from data_prep.__main__ import app as commands
@@ -93,6 +95,17 @@ def test_csv_reads_columns_as_the_other_tables_do(table: Path, tmp_path: Path) -
     literal = run("csv", table, "--out", tmp_path / "l", "--image-column", "file", "--caption", "a photo")
     assert literal.exit_code == 2
     assert "has no column 'a photo' (--caption)" in literal.output
+
+
+def test_csv_takes_the_order_of_the_classes_and_images_in_base64(table: Path, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("z\nb\na\n")
+    picture = image((7, 7, 7))
+    rows = ["picture,kind", *(f"{base64.b64encode(picture).decode()},{kind}" for kind in "aab")]
+    (tmp_path / "b.csv").write_text("\n".join(rows))
+    options = ("--image-column", "picture", "--base64", "--label-column", "kind", "--classes", tmp_path / "classes.txt")
+    assert run("csv", tmp_path / "b.csv", "--out", tmp_path / "s", *options).exit_code == 0
+    assert [(m["cls"], m["png"]) for m in samples(tmp_path / "s").values()] == [(b"2", picture), (b"2", picture), (b"1", picture)]
+    assert (tmp_path / "s" / "classnames.txt").read_text() == "z\nb\na\n"
 
 
 def test_classes_are_those_of_the_rows_that_are_kept(table: Path, tmp_path: Path) -> None:
@@ -409,7 +422,7 @@ def test_every_command_is_found_and_explains_itself(name: str) -> None:
 
 
 def test_commands_are_imported_when_they_run() -> None:
-    script = "import sys, data_prep.__main__, data_prep.build_more\nprint('torch' in sys.modules)"
+    script = "import sys, data_prep.__main__, data_prep.build_more, data_prep.build_tables\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
     assert done.stdout.strip() == "False", done.stderr
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-import data_prep.build_more  # noqa: F401 (registers its commands)
+import data_prep.build_more
+import data_prep.build_tables  # noqa: F401 (these register the commands)
 from data_prep.build import app
 from tests.data_prep.readers_support import image, samples
 
@@ -130,6 +131,7 @@ def test_shards_and_img2dataset(photos: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
+        ("csv", "absent"),
         ("jsonl", "absent"),
         ("tsv", "absent"),
         ("parquet", "absent"),
