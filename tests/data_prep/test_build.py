@@ -373,7 +373,8 @@ def test_urls_are_read_and_written(folder: Path, table: Path, tmp_path: Path) ->
     assert memory.cat_file("/out/f/00000.tar") == (tmp_path / "f" / "00000.tar").read_bytes()
     assert memory.cat_file("/out/f/classnames.txt") == b"cat\ndog\n"
     assert (tmp_path / "c" / "00000.tar").read_bytes() == (tmp_path / "d" / "00000.tar").read_bytes()
-    memory.store.clear()
+    for folder in ("/in", "/out"):
+        memory.rm(folder, recursive=True)
 
 
 def test_processes_make_no_difference(folder: Path, tmp_path: Path) -> None:

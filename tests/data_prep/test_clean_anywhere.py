@@ -48,8 +48,9 @@ def shards(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def remote() -> Iterator[fsspec.AbstractFileSystem]:
-    yield fsspec.filesystem("memory")
-    fsspec.filesystem("memory").store.clear()
+    system = fsspec.filesystem("memory")
+    yield system
+    system.rm("/clean", recursive=True)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -69,9 +70,9 @@ def test_urls(clean: Clean, indexed: bool, shards: Path, tmp_path: Path, remote:
     assert expected["good"] + sum(expected["dropped"].values()) == 12
     for path in shards.iterdir():
         if indexed or not path.name.endswith(SUFFIX):
-            remote.put_file(str(path), f"/in/{path.name}")
-    assert numbers(clean("memory://in", "memory://out", processes=1)) == numbers(expected)
-    remote.get("/out", str(tmp_path / "fetched"), recursive=True)
+            remote.put_file(str(path), f"/clean/in/{path.name}")
+    assert numbers(clean("memory://clean/in", "memory://clean/out", processes=1)) == numbers(expected)
+    remote.get("/clean/out", str(tmp_path / "fetched"), recursive=True)
     assert content(tmp_path / "fetched") == content(tmp_path / "local")
     assert numbers(clean(f"file://{shards}", f"file://{tmp_path}/url", processes=1)) == numbers(expected)
     assert content(tmp_path / "url") == content(tmp_path / "local")
