@@ -8,6 +8,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,7 +59,8 @@ def read_ahead(file: int) -> None:
         copy = os.dup(file)
 
         def fetch() -> None:
-            os.posix_fadvise(copy, 0, 0, os.POSIX_FADV_WILLNEED)
+            with suppress(OSError):  # a wish: reading tells what is wrong with the file
+                os.posix_fadvise(copy, 0, 0, os.POSIX_FADV_WILLNEED)
             os.close(copy)
 
         threading.Thread(target=fetch, daemon=True).start()
