@@ -9,6 +9,7 @@ torchvision does: the mean passes exactly through affine operations, so it is ta
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,9 +17,10 @@ from torch.nn import functional as F
 
 from mmpretrain.data import buffers
 
-STRIP = 2 << 20  # bytes of float pixels at a time on CPU: they stay in the cache from one operation to the next
+STRIP = 1 << 20  # bytes of float pixels at a time on CPU
 LUMA = (0.299, 0.587, 0.114)
 _YIQ = ((0.299, 0.587, 0.114), (0.59590059, -0.27455667, -0.32134392), (0.21153661, -0.52273617, 0.31119955))
+_FROM_YIQ = torch.linalg.inv(torch.tensor(_YIQ, dtype=torch.float64)).tolist()
 SIGMA = (0.1, 2.0)  # pixels; what blur draws from (SimCLR, appendix A)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
@@ -35,13 +37,13 @@ def _luma(colour: Tensor) -> Tensor:
 
 def hue_matrix(turns: Tensor) -> Tensor:
     """Turns of the colour circle, [B] -> [B,3,3]: rotation of the chroma plane of YIQ."""
-    to_yiq = torch.tensor(_YIQ, dtype=turns.dtype, device=turns.device)
+    to_yiq, from_yiq = (torch.tensor(m, dtype=turns.dtype, device=turns.device) for m in (_YIQ, _FROM_YIQ))
     angle = turns * (2 * math.pi)
     rotation = torch.zeros(len(turns), 3, 3, dtype=turns.dtype, device=turns.device)
     rotation[:, 0, 0] = 1
     rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
     rotation[:, 1, 2], rotation[:, 2, 1] = angle.sin(), -angle.sin()
-    return _matmul(_matmul(torch.linalg.inv(to_yiq), rotation), to_yiq)
+    return _matmul(_matmul(from_yiq, rotation), to_yiq)
 
 
 def jitter_matrix(mean: Tensor, factors: Tensor, turns: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,60 +71,89 @@ def jitter_matrix(mean: Tensor, factors: Tensor, turns: Tensor, order: Tensor) -
     return matrix, offset
 
 
-def _affine(pixels: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
-    """uint8 [B,3,H,W] -> float32 [B,3,H,W]: matrix @ colour + offset.
+def _strips(images: Tensor) -> Iterator[slice]:
+    """Rows [B,3,H,W] to be done at a time: on CPU so few that their floats stay in the cache from one operation to the next."""
+    step = max(1, len(images) if images.is_cuda else STRIP // (4 * max(1, images[:1].numel())))
+    return (slice(at, at + step) for at in range(0, len(images), step))
+
+
+def _affine(pixels: Tensor, matrix: Tensor, offset: Tensor, out: Tensor) -> None:
+    """uint8 [B,3,H,W] -> float32 `out`: matrix @ colour + offset.
 
     Plain arithmetic: a matrix product would wake MKL's threads on CPU, and round to TF32 on a GPU that is told to.
     """
-    red, green, blue = (pixels[:, c].float() for c in range(3))
-    out = torch.empty(pixels.shape, device=pixels.device) if pixels.is_cuda else buffers.empty(pixels.shape)
-    factor = matrix[..., None, None]
+    colour, factor = pixels.float(), matrix[..., None, None]
     for c in range(3):
-        torch.mul(red, factor[:, c, 0], out=out[:, c])
-        out[:, c].addcmul_(green, factor[:, c, 1]).addcmul_(blue, factor[:, c, 2]).add_(offset[:, c, None, None])
-    return out
+        torch.mul(colour[:, 0], factor[:, c, 0], out=out[:, c])
+        out[:, c].addcmul_(colour[:, 1], factor[:, c, 1]).addcmul_(colour[:, 2], factor[:, c, 2]).add_(offset[:, c, None, None])
 
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 [B,3,H,W] -> float32 (x/255 - mean) / std."""
     mean_, std_ = (torch.tensor(v, device=pixels.device, dtype=torch.float32)[:, None, None] for v in (mean, std))
     scale, shift = 1 / (255 * std_), -mean_ / std_
-    if pixels.is_cuda:
-        return torch.addcmul(shift, pixels.float(), scale)
-    out, step = buffers.empty(pixels.shape), max(1, STRIP // (4 * max(1, pixels[:1].numel())))
-    for strip, part in zip(pixels.split(step), out.split(step)):
-        torch.addcmul(shift, part.copy_(strip), scale, out=part)
+    out = buffers.empty(pixels.shape, device=pixels.device)
+    for rows in _strips(pixels):
+        torch.addcmul(shift, out[rows].copy_(pixels[rows]), scale, out=out[rows])
     return out
 
 
-def _convolve(images: Tensor, sigma: Tensor, reach: int) -> Tensor:
-    """Separable Gaussian of each row, `reach` pixels to either side, weights beyond three sigma zero, edges reflected."""
-    distance = torch.arange(reach + 1, device=sigma.device)
-    taps = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-3)[:, None]) ** 2) * (distance <= (3 * sigma).ceil()[:, None])  # [B, reach+1]
-    taps = (taps / (taps[:, :1] + 2 * taps[:, 1:].sum(1, keepdim=True)))[:, :, None, None, None]
-    for axis, pad in ((-1, (reach, reach, 0, 0)), (-2, (0, 0, reach, reach))):
-        size = images.shape[axis]
-        padded = F.pad(images, pad, mode="reflect")
-        images = padded.narrow(axis, reach, size) * taps[:, 0]
-        for k in range(1, reach + 1):
-            images.addcmul_(padded.narrow(axis, reach - k, size) + padded.narrow(axis, reach + k, size), taps[:, k])
-    return images
+def _convolve(images: Tensor, kernel: Sequence[float] | Sequence[Tensor]) -> Tensor:
+    """Rows [B,3,H,W] with a kernel, its middle first, along both axes; edges reflected. A weight is a number, or one for each row [B,1].
 
-
-def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of each row [B,3,H,W] by its own `sigma` [B], up to 2 pixels; 0 leaves the row alone.
-
-    On CPU rows of the same reach are done together, in place. On a device all rows take the widest reach: grouping would wait for it.
+    A padded image is one line of pixels, so that a step along either axis is an offset; what comes of the padding is cut off.
     """
-    limit = min(images.shape[-2:]) - 1
-    if images.is_cuda:
-        return _convolve(images, sigma, min(math.ceil(3 * SIGMA[1]), limit))
-    radius = (3 * sigma).ceil().long().clamp(max=limit)
-    for reach in radius.unique().tolist():
-        if reach:
-            rows = (radius == reach).nonzero()[:, 0]
-            images[rows] = _convolve(images[rows], sigma[rows], reach)
-    return images
+    reach = len(kernel) - 1
+    padded = F.pad(images, (reach,) * 4, mode="reflect")
+    line = padded.shape[3]
+    pixels = padded.flatten(1)
+    for step in (1, line):
+        length = pixels.shape[1] - 2 * reach * step
+        out = pixels.narrow(1, reach * step, length) * kernel[0]
+        for distance, weight in enumerate(kernel[1:], 1):
+            for at in ((reach - distance) * step, (reach + distance) * step):
+                part = pixels.narrow(1, at, length)
+                out = out.addcmul_(part, weight) if isinstance(weight, Tensor) else out.add_(part, alpha=weight)
+        pixels = out
+    return pixels.as_strided(images.shape, (pixels.shape[1], padded.shape[2] * line, line, 1))
+
+
+class Blur:
+    """Gaussian blur of rows [B,3,H,W], each by its own `sigma` [B], up to 2 pixels, as far as three sigma; 0 leaves a row alone.
+
+    On CPU each row takes its own reach, in place. On a device all rows take the widest: to know theirs would be to wait for it.
+    """
+
+    def __init__(self, sigma: Tensor, height: int, width: int) -> None:
+        distance = torch.arange(min(math.ceil(3 * SIGMA[1]), height - 1, width - 1) + 1, device=sigma.device)
+        half = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-3)[:, None]) ** 2) * (distance <= (3 * sigma).ceil()[:, None])
+        self._half = half / (2 * half.sum(1, keepdim=True) - half[:, :1])  # [B, reach+1], the middle first
+        self._kernels = [] if sigma.is_cuda else [half[: math.ceil(3 * s) + 1] for half, s in zip(self._half.tolist(), sigma.tolist())]
+
+    def __call__(self, images: Tensor, rows: slice = slice(None)) -> Tensor:
+        """`images` are the rows of this slice."""
+        if images.is_cuda:
+            return _convolve(images, self._half[rows].T[..., None].unbind())
+        for row, kernel in zip(images.split(1), self._kernels[rows]):
+            if len(kernel) > 1:
+                row.copy_(_convolve(row, kernel))
+        return images
+
+
+def _colour(pixels: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Colour jitter and greyscale of each row of uint8 [B,3,H,W] as (matrix [B,3,3], offset [B,3]), on values in 0..1."""
+    B, device = len(pixels), pixels.device
+    if "factors" in params:
+        average = torch.cat([pixels[rows].float().mean((2, 3)) for rows in _strips(pixels)]) / 255
+        matrix, offset = jitter_matrix(average, params["factors"], params["turns"], params["order"])
+    else:
+        matrix, offset = torch.eye(3, device=device).expand(B, 3, 3), torch.zeros(B, 3, device=device)
+    if "grey" in params:
+        grey = params["grey"]
+        offset = torch.where(grey[:, None], _luma(offset)[:, None], offset)
+        row = _luma(matrix.transpose(1, 2))[:, None].expand(-1, 3, -1)
+        matrix = torch.where(grey[:, None, None], row, matrix)
+    return matrix, offset
 
 
 def photometric(pixels: Tensor, params: dict[str, Tensor], mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -131,27 +162,28 @@ def photometric(pixels: Tensor, params: dict[str, Tensor], mean: tuple[float, ..
     `params`, all optional: `factors` [B,3], `turns` [B], `order` [B,4] of the colour jitter; `grey` bool [B]; `sigma` [B] of the blur;
     `solarize` bool [B]. In this order, as in SimCLR, MoCo v3 and BYOL.
     """
-    colour = "factors" in params or "grey" in params
-    if not colour:
-        out = normalise(pixels, mean, std)
+    blur = Blur(params["sigma"], *pixels.shape[-2:]) if "sigma" in params else None
+    if "factors" in params or "grey" in params:
+        mean_, std_ = (torch.tensor(v, device=pixels.device, dtype=torch.float32) for v in (mean, std))
+        matrix, offset = _colour(pixels, params)
+        matrix, offset = matrix / (255 * std_[:, None]), (offset - mean_) / std_
+
+        def chain(rows: slice, out: Tensor) -> Tensor:
+            _affine(pixels[rows], matrix[rows], offset[rows], out)
+            for c in range(3):
+                out[:, c].clamp_(-mean[c] / std[c], (1 - mean[c]) / std[c])
+            return out if blur is None else blur(out, rows)
+
+        if pixels.is_cuda:
+            out = chain(slice(None), torch.empty(pixels.shape, device=pixels.device))
+        else:  # in memory that the cache holds, unlike that of a batch
+            out, strips = buffers.empty(pixels.shape), list(_strips(pixels))
+            scratch = torch.empty(pixels[strips[0]].shape)
+            for rows in strips:
+                out[rows] = chain(rows, scratch[: len(pixels[rows])])
     else:
-        B, device = len(pixels), pixels.device
-        mean_, std_ = (torch.tensor(v, device=device, dtype=torch.float32) for v in (mean, std))
-        if "factors" in params:
-            average = torch.stack([pixels[:, c].float().mean((1, 2)) for c in range(3)], 1) / 255
-            matrix, offset = jitter_matrix(average, params["factors"], params["turns"], params["order"])
-        else:
-            matrix, offset = torch.eye(3, device=device).expand(B, 3, 3), torch.zeros(B, 3, device=device)
-        if "grey" in params:
-            grey = params["grey"]
-            offset = torch.where(grey[:, None], _luma(offset)[:, None], offset)
-            row = _luma(matrix.transpose(1, 2))[:, None].expand(-1, 3, -1)
-            matrix = torch.where(grey[:, None, None], row, matrix)
-        out = _affine(pixels, matrix / (255 * std_[:, None]), (offset - mean_) / std_)
-        low, high = -mean_ / std_, (1 - mean_) / std_
-        out.clamp_(low[:, None, None], high[:, None, None])
-    if "sigma" in params:
-        out = blur(out, params["sigma"])
+        out = normalise(pixels, mean, std)
+        out = out if blur is None else blur(out)
     if "solarize" in params:
         out = solarize(out, params["solarize"], mean, std)
     return out

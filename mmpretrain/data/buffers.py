@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 SMALL = 1 << 18  # bytes below which the allocator does well
+CPU = torch.device("cpu")
 KEPT = 16  # free buffers of one size that wait for a use
 
 
@@ -26,11 +27,11 @@ class Buffers:
         self._lock = threading.Lock()
         self._free: dict[int, list[np.ndarray]] = {}
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """As `torch.empty` on CPU."""
+    def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Tensor:
+        """As `torch.empty`; memory of devices is not kept here, torch does that."""
         size = math.prod(shape) * dtype.itemsize
-        if size < SMALL:
-            return torch.empty(shape, dtype=dtype)
+        if size < SMALL or device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
         with self._lock:
             free = self._free.setdefault(size, [])
             memory = free.pop() if free else None
@@ -52,8 +53,12 @@ empty = _shared.empty
 
 
 def cat(parts: Sequence[Tensor]) -> Tensor:
-    """`torch.cat` along the first dimension; on CPU into memory that was used before."""
+    """`torch.cat` along the first dimension, into memory that was used before."""
     first = parts[0]
-    if first.device.type != "cpu":
-        return torch.cat(list(parts))
-    return torch.cat(list(parts), out=empty((sum(map(len, parts)), *first.shape[1:]), first.dtype))
+    return torch.cat(list(parts), out=empty((sum(map(len, parts)), *first.shape[1:]), first.dtype, first.device))
+
+
+def stack(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`, likewise."""
+    first = parts[0]
+    return torch.stack(list(parts), out=empty((len(parts), *first.shape), first.dtype, first.device))

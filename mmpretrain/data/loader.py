@@ -204,9 +204,9 @@ class Loader:
             self._closed = True
             for _ in self._threads:
                 self._queue.put(None)
-            end = time.monotonic() + wait_s
-            for thread in self._threads:
-                thread.join(max(0.0, end - time.monotonic()))
+        end = time.monotonic() + wait_s  # again where an earlier call did not wait to the end
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
 
 
 _open: weakref.WeakSet[Loader] = weakref.WeakSet()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmpretrain import random
-from mmpretrain.data import decode
+from mmpretrain.data import buffers, decode
 from mmpretrain.data.block import Block
 from mmpretrain.data.cache import ShardCache
 from mmpretrain.data.options import ImageConfig, Part, SourceConfig, SplitConfig
@@ -214,7 +214,7 @@ class Source:
             drawn = params[spec] = spec.draw(samples, seeds)
             each = zip(*(value.unbind(0) for value in drawn.values())) if drawn else ((),) * len(samples)
             sources = [sample.image if spec.modality == "image" else sample.captions for sample in samples]
-            pixels[spec] = torch.stack([spec.geometry(source, dict(zip(drawn, values))) for source, values in zip(sources, each)])
+            pixels[spec] = buffers.stack([spec.geometry(source, dict(zip(drawn, values))) for source, values in zip(sources, each)])
         labels = {"label": torch.tensor([s.labels["label"] for s in samples])} if self._wants["label"] else {}
         return Block([s.key for s in samples], seeds, labels, pixels, params, skipped, {})
 

@@ -15,6 +15,7 @@ import torch
 import views
 from common import Row, Spread, alternate, arguments, ratio, record
 
+from mmpretrain.data import buffers
 from mmpretrain.launch import keep_freed_memory
 from mmpretrain.types import Sample
 
@@ -33,8 +34,8 @@ def main() -> None:
     torch.set_num_threads(1)
     for width, height, size in ((500, 375, 224), (128, 128, 64)):
         count = (32 if parsed.quick else 256) if size == 224 else (128 if parsed.quick else 1024)
-        decoded = [pictures.picture(width, height, seed) for seed in range(32)]
-        rows = [Sample(str(i), torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()) for i, image in enumerate(decoded)]
+        decoded = [pictures.picture(width, height, seed) for seed in range(64)]
+        rows = [Sample(str(i), torch.from_numpy(np.array(image)).permute(2, 0, 1)) for i, image in enumerate(decoded)]
         spec, transform = views.ours(size, simclr=True)[0], views.pil(size, simclr=True)
         found: dict[str, list[torch.Tensor]] = {"ours": [], "PIL": []}
         drawn = 0
@@ -48,7 +49,7 @@ def main() -> None:
                 params = spec.draw(rows, seeds)
                 each = zip(*(value.unbind(0) for value in params.values()))
                 cut = [spec.geometry(sample.image, dict(zip(params, values))) for sample, values in zip(rows, each)]
-                batch = spec.render(torch.stack(cut), params).data
+                batch = spec.render(buffers.stack(cut), params).data
                 if at == 0:
                     found["ours"].append(batch)
             return count / (time.perf_counter() - started)

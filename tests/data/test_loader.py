@@ -1,6 +1,6 @@
 """Batches from threads: complete, in order, the same for any threads, ranks and resumption."""
 
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,11 +134,14 @@ def test_a_failure_in_a_thread_names_the_sample(loaders, monkeypatch: pytest.Mon
 
 
 def test_a_thread_that_hangs_is_an_error_that_names_the_sample(loaders, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = decode.decode_image
-    monkeypatch.setattr(decode, "decode_image", lambda *a: time.sleep(1.5) or real(*a))
+    real, alive = decode.decode_image, threading.Event()
+    monkeypatch.setattr(decode, "decode_image", lambda *a: alive.wait() and real(*a))
     loader = loaders(timeout_s=0.3)
     with pytest.raises(RuntimeError, match=r"no batch in 0\.3 s; they are reading .*s/0000\d\.tar/\d+"):
         next(loader)
+    alive.set()
+    loader.close()
+    assert not any(thread.is_alive() for thread in loader._threads)
 
 
 def test_batch_size_must_divide_among_ranks(loaders) -> None:

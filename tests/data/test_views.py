@@ -116,14 +116,16 @@ def test_normalisation_is_folded_in_exactly() -> None:
 def test_blur_equals_torchvisions() -> None:
     x = images(5).float() / 255
     sigma = torch.tensor([0.0, 0.3, 0.8, 1.4, 2.0])
-    found = augment.blur(x.clone(), sigma)
+    found = augment.Blur(sigma, *x.shape[-2:])(x.clone())
     assert torch.equal(found[0], x[0])
     for i, s in list(enumerate(sigma.tolist()))[1:]:
         reach = 2 * math.ceil(3 * s) + 1
         assert (found[i] - T.functional.gaussian_blur(x[i], [reach, reach], [s, s])).abs().max() < 1e-5
-    together = augment._convolve(x, sigma, 6)  # all rows at the widest reach, as on a device
+    together = augment._convolve(
+        x, augment.Blur(sigma, *x.shape[-2:])._half.T[..., None].unbind()
+    )  # all rows at the widest reach, as on a device
     assert (together - found).abs().max() < 1e-6
-    small = augment.blur(images(2, 4).float(), torch.tensor([2.0, 2.0]))  # a reach beyond the image is cut, not an error
+    small = augment.Blur(torch.tensor([2.0, 2.0]), 4, 4)(images(2, 4).float())  # a reach beyond the image is cut, not an error
     assert small.isfinite().all()
 
 
