@@ -8,6 +8,8 @@ several.
 """
 
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pictures
@@ -37,34 +39,30 @@ def main() -> None:
         decoded = [pictures.picture(width, height, seed) for seed in range(64)]
         rows = [Sample(str(i), torch.from_numpy(np.array(image)).permute(2, 0, 1)) for i, image in enumerate(decoded)]
         spec, transform = views.ours(size, simclr=True)[0], views.pil(size, simclr=True)
-        found: dict[str, list[torch.Tensor]] = {"ours": [], "PIL": []}
         drawn = 0
 
-        def ours(count=count, rows=rows, spec=spec, found=found) -> float:
+        def ours(count=count, rows=rows, spec=spec) -> Iterator[torch.Tensor]:
             nonlocal drawn
-            started = time.perf_counter()
-            for at in range(0, count, len(rows)):
+            for _ in range(0, count, len(rows)):
                 seeds = torch.arange(drawn, drawn + len(rows))
                 drawn += len(rows)
                 params = spec.draw(rows, seeds)
                 each = zip(*(value.unbind(0) for value in params.values()))
                 cut = [spec.geometry(sample.image, dict(zip(params, values))) for sample, values in zip(rows, each)]
-                batch = spec.render(buffers.stack(cut), params).data
-                if at == 0:
-                    found["ours"].append(batch)
-            return count / (time.perf_counter() - started)
+                yield spec.render(buffers.stack(cut), params).data
 
-        def theirs(count=count, decoded=decoded, transform=transform, found=found) -> float:
+        def theirs(count=count, decoded=decoded, transform=transform) -> Iterator[torch.Tensor]:
+            for _ in range(0, count, len(decoded)):
+                yield torch.stack([transform(image) for image in decoded])
+
+        def speed(batches: Callable[[], Iterator[torch.Tensor]], count=count) -> float:
             started = time.perf_counter()
-            for at in range(0, count, len(decoded)):
-                batch = torch.stack([transform(image) for image in decoded])
-                if at == 0:
-                    found["PIL"].append(batch)
+            for _ in batches():
+                pass
             return count / (time.perf_counter() - started)
 
-        alternate({"ours": ours, "PIL": theirs}, 1)  # warm up
-        speeds = alternate({"ours": ours, "PIL": theirs}, parsed.rounds)
-        means = {name: moments(torch.cat(images)) for name, images in found.items()}
+        means = {name: moments(torch.cat([batch.clone() for batch in make()])) for name, make in (("ours", ours), ("PIL", theirs))}  # warm
+        speeds = alternate({"ours": partial(speed, ours), "PIL": partial(speed, theirs)}, parsed.rounds)
         allowed = torch.tensor([0.25, 0.25, 0.3]) * (2 if parsed.quick else 1)
         if not ((means["ours"] - means["PIL"]).abs() < allowed).all():
             raise RuntimeError(f"the views differ: [mean, deviation, grey] is {means['ours'].tolist()}, PIL's {means['PIL'].tolist()}")
