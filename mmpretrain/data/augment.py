@@ -59,16 +59,14 @@ def jitter_matrix(mean: Tensor, factors: Tensor, turns: Tensor, order: Tensor) -
     scale = factors[:, :, None, None]
     saturation = scale[:, 2] * eye + (1 - scale[:, 2]) * grey
     operations = torch.stack([scale[:, 0] * eye, scale[:, 1] * eye, saturation, hue_matrix(turns)], 1)  # [B,4,3,3]
-    matrix, offset = eye, torch.zeros_like(mean)
+    chain = torch.cat([eye, torch.zeros(B, 3, 1, device=mean.device), mean[:, :, None]], 2)  # matrix, offset, and the mean colour so far
     rows = torch.arange(B, device=mean.device)
     for position in range(4):
         which = order[:, position]
-        step = operations[rows, which]
-        current = _matmul(matrix, mean[:, :, None])[..., 0] + offset  # the mean colour so far
-        towards = (1 - factors[:, 1]) * _luma(current) * (which == CONTRAST)
-        offset = _matmul(step, offset[:, :, None])[..., 0] + towards[:, None]
-        matrix = _matmul(step, matrix)
-    return matrix, offset
+        towards = (1 - factors[:, 1]) * _luma(chain[:, :, 4]) * (which == CONTRAST)
+        chain = _matmul(operations[rows, which], chain)
+        chain[:, :, 3:] += towards[:, None, None]
+    return chain[:, :, :3], chain[:, :, 3]
 
 
 def _strips(images: Tensor) -> Iterator[slice]:
@@ -108,13 +106,11 @@ def _convolve(images: Tensor, kernel: Sequence[float] | Sequence[Tensor]) -> Ten
     line = padded.shape[3]
     pixels = padded.flatten(1)
     for step in (1, line):
-        length = pixels.shape[1] - 2 * reach * step
-        out = pixels.narrow(1, reach * step, length) * kernel[0]
+        shifted = pixels.unfold(1, pixels.shape[1] - 2 * reach * step, step).unbind(1)
+        pixels = shifted[reach] * kernel[0]
         for distance, weight in enumerate(kernel[1:], 1):
-            for at in ((reach - distance) * step, (reach + distance) * step):
-                part = pixels.narrow(1, at, length)
-                out = out.addcmul_(part, weight) if isinstance(weight, Tensor) else out.add_(part, alpha=weight)
-        pixels = out
+            for part in (shifted[reach - distance], shifted[reach + distance]):
+                pixels = pixels.addcmul_(part, weight) if isinstance(weight, Tensor) else pixels.add_(part, alpha=weight)
     return pixels.as_strided(images.shape, (pixels.shape[1], padded.shape[2] * line, line, 1))
 
 
