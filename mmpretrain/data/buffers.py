@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -58,7 +58,13 @@ def cat(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts), out=empty((sum(map(len, parts)), *first.shape[1:]), first.dtype, first.device))
 
 
-def stack(parts: Sequence[Tensor]) -> Tensor:
-    """`torch.stack`, likewise."""
-    first = parts[0]
-    return torch.stack(list(parts), out=empty((len(parts), *first.shape), first.dtype, first.device))
+def stack(parts: Iterable[Tensor], count: int) -> Tensor:
+    """`count` CPU tensors of one shape -> [count, ...]. Each is copied as it comes, while the cache still holds it."""
+    out = None
+    for i, part in enumerate(parts):
+        if out is None:
+            out = empty((count, *part.shape), part.dtype)
+        out[i] = part
+    if out is None:
+        raise ValueError("nothing to stack")
+    return out

@@ -214,7 +214,8 @@ class Source:
             drawn = params[spec] = spec.draw(samples, seeds)
             each = zip(*(value.unbind(0) for value in drawn.values())) if drawn else ((),) * len(samples)
             sources = [sample.image if spec.modality == "image" else sample.captions for sample in samples]
-            pixels[spec] = buffers.stack([spec.geometry(source, dict(zip(drawn, values))) for source, values in zip(sources, each)])
+            cut = (spec.geometry(source, dict(zip(drawn, values))) for source, values in zip(sources, each))
+            pixels[spec] = buffers.stack(cut, len(samples))
         labels = {"label": torch.tensor([s.labels["label"] for s in samples])} if self._wants["label"] else {}
         return Block([s.key for s in samples], seeds, labels, pixels, params, skipped, {})
 

@@ -29,9 +29,9 @@ NORMALISATION = {
 def resize(image: Tensor, height: int, width: int) -> Tensor:
     """uint8 [3,H,W] -> uint8 [3,height,width], bicubic and antialiased."""
     if tuple(image.shape[-2:]) == (height, width):
-        return image.contiguous()
+        return image
     pixels = image[None].contiguous(memory_format=torch.channels_last)  # as it was decoded, but for the crop: resized faster so
-    return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0].contiguous()
+    return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0]
 
 
 def crop_boxes(samples: Sequence[Sample], seeds: Tensor, name: object, scale: tuple, ratio: tuple) -> Tensor:
@@ -161,7 +161,7 @@ class CenterView(_Tuples, ViewSpec):
         if (height, width) != to:
             source = F.interpolate(source[None], to, mode=self.interpolation, antialias=True)[0]
         top, left = (round((side - self.size) / 2) for side in to)
-        return source[:, top : top + self.size, left : left + self.size].contiguous()
+        return source[:, top : top + self.size, left : left + self.size]
 
     def render(self, pixels: Tensor, params: Params) -> View:
         return View(augment.normalise(pixels, self.mean, self.std))

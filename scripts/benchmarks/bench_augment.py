@@ -48,8 +48,8 @@ def main() -> None:
                 drawn += len(rows)
                 params = spec.draw(rows, seeds)
                 each = zip(*(value.unbind(0) for value in params.values()))
-                cut = [spec.geometry(sample.image, dict(zip(params, values))) for sample, values in zip(rows, each)]
-                yield spec.render(buffers.stack(cut), params).data
+                cut = (spec.geometry(sample.image, dict(zip(params, values))) for sample, values in zip(rows, each))
+                yield spec.render(buffers.stack(cut, len(rows)), params).data
 
         def theirs(count=count, decoded=decoded, transform=transform) -> Iterator[torch.Tensor]:
             for _ in range(0, count, len(decoded)):
