@@ -1,23 +1,29 @@
-"""6. Photometric operations for a whole batch, on the loader's threads or on the device.
+"""6. Photometric operations: image by image on the loader's threads, a whole batch at once on a device.
 
 Brightness, contrast, saturation, hue, greyscale and normalisation are affine in colour, so a row's whole chain is ONE 3x4 matrix; blur
 and solarize follow in normalised space. Departures from torchvision, which clamps after every operation and turns hue in HSV: values are
 clamped once, after the chain; hue is a rotation in YIQ, which keeps luma. Contrast blends with the mean grey of the row's own image, as
 torchvision does: the mean passes exactly through affine operations, so it is taken once, before them.
+
+On CPU the work is OpenCV's, a handful of calls for an image while the cache holds it. What counts is that they are few: threads that leave
+the interpreter for a hundred short operations an image wait for each other more than they work.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
+import cv2
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mmpretrain.data import buffers
 
-STRIP = 1 << 20  # bytes of float pixels at a time on CPU
+cv2.setNumThreads(0)  # the loader's threads are the parallel part
 LUMA = (0.299, 0.587, 0.114)
 _YIQ = ((0.299, 0.587, 0.114), (0.59590059, -0.27455667, -0.32134392), (0.21153661, -0.52273617, 0.31119955))
 _FROM_YIQ = torch.linalg.inv(torch.tensor(_YIQ, dtype=torch.float64)).tolist()
@@ -69,79 +75,20 @@ def jitter_matrix(mean: Tensor, factors: Tensor, turns: Tensor, order: Tensor) -
     return chain[:, :, :3], chain[:, :, 3]
 
 
-def _strips(images: Tensor) -> Iterator[slice]:
-    """Rows [B,3,H,W] to be done at a time: on CPU so few that their floats stay in the cache from one operation to the next."""
-    step = max(1, len(images) if images.is_cuda else STRIP // (4 * max(1, images[:1].numel())))
-    return (slice(at, at + step) for at in range(0, len(images), step))
-
-
-def _affine(pixels: Tensor, matrix: Tensor, offset: Tensor, out: Tensor) -> None:
-    """uint8 [B,3,H,W] -> float32 `out`: matrix @ colour + offset.
-
-    Plain arithmetic: a matrix product would wake MKL's threads on CPU, and round to TF32 on a GPU that is told to.
-    """
-    colour, factor = pixels.float(), matrix[..., None, None]
-    for c in range(3):
-        torch.mul(colour[:, 0], factor[:, c, 0], out=out[:, c])
-        out[:, c].addcmul_(colour[:, 1], factor[:, c, 1]).addcmul_(colour[:, 2], factor[:, c, 2]).add_(offset[:, c, None, None])
-
-
-def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [B,3,H,W] -> float32 (x/255 - mean) / std."""
-    mean_, std_ = (torch.tensor(v, device=pixels.device, dtype=torch.float32)[:, None, None] for v in (mean, std))
-    scale, shift = 1 / (255 * std_), -mean_ / std_
-    out = buffers.empty(pixels.shape, device=pixels.device)
-    for rows in _strips(pixels):
-        torch.addcmul(shift, out[rows].copy_(pixels[rows]), scale, out=out[rows])
-    return out
-
-
-def _convolve(images: Tensor, kernel: Sequence[float] | Sequence[Tensor]) -> Tensor:
-    """Rows [B,3,H,W] with a kernel, its middle first, along both axes; edges reflected. A weight is a number, or one for each row [B,1].
-
-    A padded image is one line of pixels, so that a step along either axis is an offset; what comes of the padding is cut off.
-    """
-    reach = len(kernel) - 1
-    padded = F.pad(images, (reach,) * 4, mode="reflect")
-    line = padded.shape[3]
-    pixels = padded.flatten(1)
-    for step in (1, line):
-        shifted = pixels.unfold(1, pixels.shape[1] - 2 * reach * step, step).unbind(1)
-        pixels = shifted[reach] * kernel[0]
-        for distance, weight in enumerate(kernel[1:], 1):
-            for part in (shifted[reach - distance], shifted[reach + distance]):
-                pixels = pixels.addcmul_(part, weight) if isinstance(weight, Tensor) else pixels.add_(part, alpha=weight)
-    return pixels.as_strided(images.shape, (pixels.shape[1], padded.shape[2] * line, line, 1))
-
-
-class Blur:
-    """Gaussian blur of rows [B,3,H,W], each by its own `sigma` [B], up to 2 pixels, as far as three sigma; 0 leaves a row alone.
-
-    On CPU each row takes its own reach, in place. On a device all rows take the widest: to know theirs would be to wait for it.
-    """
-
-    def __init__(self, sigma: Tensor, height: int, width: int) -> None:
-        distance = torch.arange(min(math.ceil(3 * SIGMA[1]), height - 1, width - 1) + 1, device=sigma.device)
-        half = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-3)[:, None]) ** 2) * (distance <= (3 * sigma).ceil()[:, None])
-        self._half = half / (2 * half.sum(1, keepdim=True) - half[:, :1])  # [B, reach+1], the middle first
-        self._kernels = [] if sigma.is_cuda else [half[: math.ceil(3 * s) + 1] for half, s in zip(self._half.tolist(), sigma.tolist())]
-
-    def __call__(self, images: Tensor, rows: slice = slice(None)) -> Tensor:
-        """`images` are the rows of this slice."""
-        if images.is_cuda:
-            return _convolve(images, self._half[rows].T[..., None].unbind())
-        for row, kernel in zip(images.split(1), self._kernels[rows]):
-            if len(kernel) > 1:
-                row.copy_(_convolve(row, kernel))
-        return images
+def _images(pixels: Tensor) -> Iterator[np.ndarray]:
+    """uint8 [B,3,H,W] on the CPU -> each row as [H,W,3]; no copy where the batch is channels_last."""
+    return map(np.ascontiguousarray, pixels.permute(0, 2, 3, 1).numpy())
 
 
 def _colour(pixels: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Colour jitter and greyscale of each row of uint8 [B,3,H,W] as (matrix [B,3,3], offset [B,3]), on values in 0..1."""
     B, device = len(pixels), pixels.device
     if "factors" in params:
-        average = torch.cat([pixels[rows].float().mean((2, 3)) for rows in _strips(pixels)]) / 255
-        matrix, offset = jitter_matrix(average, params["factors"], params["turns"], params["order"])
+        if device.type == "cpu":
+            average = torch.tensor([cv2.mean(image)[:3] for image in _images(pixels)])
+        else:
+            average = pixels.float().mean((2, 3))
+        matrix, offset = jitter_matrix(average / 255, params["factors"], params["turns"], params["order"])
     else:
         matrix, offset = torch.eye(3, device=device).expand(B, 3, 3), torch.zeros(B, 3, device=device)
     if "grey" in params:
@@ -152,34 +99,79 @@ def _colour(pixels: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return matrix, offset
 
 
+def _reach(sigma: float, height: int, width: int) -> int:
+    """How many pixels to either side a blur looks at: three sigma, and no further than edges can be reflected."""
+    return min(math.ceil(3 * sigma), height - 1, width - 1)
+
+
+def _one_by_one(pixels: Tensor, chain: Tensor, bounds: tuple[Any, Any] | None, sigma: Tensor | None) -> Tensor:
+    """uint8 [B,3,H,W] on the CPU -> float32: `chain` [B,3,4], clamped to `bounds` per channel, blurred by `sigma` [B]."""
+    out = buffers.empty(pixels.shape)
+    sigmas = [0.0] * len(pixels) if sigma is None else sigma.tolist()
+    for image, matrix, s, planes in zip(_images(pixels), chain.numpy(), sigmas, out.numpy()):
+        colour = cv2.transform(image.astype(np.float32), matrix)
+        if bounds is not None:
+            cv2.max(cv2.min(colour, bounds[1], dst=colour), bounds[0], dst=colour)
+        if s > 0:
+            side = 2 * _reach(s, *image.shape[:2]) + 1
+            colour = cv2.GaussianBlur(colour, (side, side), s, borderType=cv2.BORDER_REFLECT_101)
+        np.copyto(planes, colour.transpose(2, 0, 1))
+    return out
+
+
+def _together(pixels: Tensor, chain: Tensor, bounds: tuple[Any, Any] | None, sigma: Tensor | None) -> Tensor:
+    """The same for all rows at once, on a device: nothing here waits for it.
+
+    Plain arithmetic: a matrix product would round to TF32 on a GPU that is told to.
+    """
+    colour, factor = pixels.float(), chain[..., None, None]
+    out = torch.empty(pixels.shape, device=pixels.device)
+    for c in range(3):
+        torch.mul(colour[:, 0], factor[:, c, 0], out=out[:, c])
+        out[:, c].addcmul_(colour[:, 1], factor[:, c, 1]).addcmul_(colour[:, 2], factor[:, c, 2]).add_(factor[:, c, 3])
+        if bounds is not None:
+            out[:, c].clamp_(bounds[0][c], bounds[1][c])
+    return out if sigma is None else _blur(out, sigma)
+
+
+def _blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of each row [B,3,H,W] by its own `sigma` [B], every row at the widest reach: to know its own would be to wait.
+
+    A padded image is one line of pixels, so that a step along either axis is an offset; what comes of the padding is cut off.
+    """
+    reach = _reach(SIGMA[1], *images.shape[-2:])
+    distance = torch.arange(reach + 1, device=sigma.device)
+    half = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-3)[:, None]) ** 2) * (distance <= (3 * sigma).ceil()[:, None])
+    weights = (half / (2 * half.sum(1, keepdim=True) - half[:, :1])).T[..., None]  # [reach+1,B,1], the middle first
+    padded = F.pad(images, (reach,) * 4, mode="reflect")
+    line = padded.shape[3]
+    pixels = padded.flatten(1)
+    for step in (1, line):
+        shifted = pixels.unfold(1, pixels.shape[1] - 2 * reach * step, step).unbind(1)
+        pixels = shifted[reach] * weights[0]
+        for far in range(1, reach + 1):
+            pixels.addcmul_(shifted[reach - far], weights[far]).addcmul_(shifted[reach + far], weights[far])
+    return pixels.as_strided(images.shape, (pixels.shape[1], padded.shape[2] * line, line, 1))
+
+
+def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 [B,3,H,W] -> float32 (x/255 - mean) / std."""
+    return photometric(pixels, {}, mean, std)
+
+
 def photometric(pixels: Tensor, params: dict[str, Tensor], mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 [B,3,H,W] -> normalised float32 [B,3,H,W].
 
     `params`, all optional: `factors` [B,3], `turns` [B], `order` [B,4] of the colour jitter; `grey` bool [B]; `sigma` [B] of the blur;
     `solarize` bool [B]. In this order, as in SimCLR, MoCo v3 and BYOL.
     """
-    blur = Blur(params["sigma"], *pixels.shape[-2:]) if "sigma" in params else None
-    if "factors" in params or "grey" in params:
-        mean_, std_ = (torch.tensor(v, device=pixels.device, dtype=torch.float32) for v in (mean, std))
-        matrix, offset = _colour(pixels, params)
-        matrix, offset = matrix / (255 * std_[:, None]), (offset - mean_) / std_
-
-        def chain(rows: slice, out: Tensor) -> Tensor:
-            _affine(pixels[rows], matrix[rows], offset[rows], out)
-            for c in range(3):
-                out[:, c].clamp_(-mean[c] / std[c], (1 - mean[c]) / std[c])
-            return out if blur is None else blur(out, rows)
-
-        if pixels.is_cuda:
-            out = chain(slice(None), torch.empty(pixels.shape, device=pixels.device))
-        else:  # in memory that the cache holds, unlike that of a batch
-            out, strips = buffers.empty(pixels.shape), list(_strips(pixels))
-            scratch = torch.empty(pixels[strips[0]].shape)
-            for rows in strips:
-                out[rows] = chain(rows, scratch[: len(pixels[rows])])
-    else:
-        out = normalise(pixels, mean, std)
-        out = out if blur is None else blur(out)
+    mean_, std_ = (torch.tensor(v, device=pixels.device, dtype=torch.float32) for v in (mean, std))
+    matrix, offset = _colour(pixels, params)
+    chain = torch.cat([matrix / (255 * std_[:, None]), ((offset - mean_) / std_)[:, :, None]], 2)
+    changes = "factors" in params or "grey" in params
+    bounds = tuple((*((edge - m) / s for m, s in zip(mean, std)), 0.0) for edge in (0, 1)) if changes else None  # OpenCV counts to four
+    apply = _one_by_one if pixels.device.type == "cpu" else _together
+    out = apply(pixels, chain, bounds, params.get("sigma"))
     if "solarize" in params:
         out = solarize(out, params["solarize"], mean, std)
     return out

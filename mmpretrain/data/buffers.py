@@ -52,18 +52,24 @@ _shared = Buffers()
 empty = _shared.empty
 
 
+def _rows(count: int, row: Tensor) -> Tensor:
+    """[count, ...] for rows of this shape and type; images lie channels last where this one does."""
+    if row.ndim == 3 and row.stride(0) == 1:
+        C, H, W = row.shape
+        return empty((count, H, W, C), row.dtype, row.device).permute(0, 3, 1, 2)
+    return empty((count, *row.shape), row.dtype, row.device)
+
+
 def cat(parts: Sequence[Tensor]) -> Tensor:
     """`torch.cat` along the first dimension, into memory that was used before."""
-    first = parts[0]
-    return torch.cat(list(parts), out=empty((sum(map(len, parts)), *first.shape[1:]), first.dtype, first.device))
+    return torch.cat(list(parts), out=_rows(sum(map(len, parts)), parts[0][0]))
 
 
 def stack(parts: Iterable[Tensor], count: int) -> Tensor:
-    """`count` CPU tensors of one shape -> [count, ...]. Each is copied as it comes, while the cache still holds it."""
+    """`torch.stack` of `count` tensors; each is copied as it comes, while the cache still holds it."""
     out = None
     for i, part in enumerate(parts):
-        if out is None:
-            out = empty((count, *part.shape), part.dtype)
+        out = _rows(count, part) if out is None else out
         out[i] = part
     if out is None:
         raise ValueError("nothing to stack")
