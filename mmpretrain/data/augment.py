@@ -115,7 +115,7 @@ def _one_by_one(pixels: Tensor, chain: Tensor, bounds: tuple[Any, Any] | None, s
         if s > 0:
             side = 2 * _reach(s, *image.shape[:2]) + 1
             colour = cv2.GaussianBlur(colour, (side, side), s, borderType=cv2.BORDER_REFLECT_101)
-        np.copyto(planes, colour.transpose(2, 0, 1))
+        cv2.split(colour, list(planes))
     return out
 
 
