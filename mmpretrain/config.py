@@ -59,7 +59,7 @@ class Config:
     deterministic: bool = False  # on CUDA: bit-identical results, at some cost in speed
     max_skipped_steps: int = 5  # consecutive updates that may be skipped for a loss or gradient that is not finite
     log_every: int = 10  # steps between lines of metrics.jsonl
-    cost_every: int = 200  # steps between measurements of what one objective costs, each about two passes; 0: never
+    cost_every: int = 200  # steps between measurements of what one objective costs, each two to three passes; 0: never
     images_every: int = 0  # steps between pictures of views and reconstructions; 0: at the start and the end
     resume: Literal["auto", "force", "never"] = "auto"  # force: also from a run whose recipe differs; never: refuse a used run_dir
     sources: dict[str, SourceConfig] = field(default_factory=dict)  # named shards read one way

@@ -18,7 +18,7 @@ from mmpretrain.types import Batch
 
 
 class CostProbe:
-    """One objective's turn every `every` steps (0: never), on one chunk of the batch: about two passes, so the overhead is 2 / `every`.
+    """One objective's turn every `every` steps (0: never), on one chunk of the batch: two to three passes, which is what measuring costs.
 
     Changes nothing: gradients are dropped and running statistics put back. Call it where no gradient is held.
     """
@@ -28,30 +28,33 @@ class CostProbe:
     ) -> None:
         self.model, self.every, self.chunks, self.autocast, self.device = model, every, chunks, autocast, device
         self.names = list(model.objectives)
-        self._memory: dict[tuple[str, ...], int] = {}
+        self._memory: dict[tuple[str, ...], float] = {}
 
     def due(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
 
     def measure(self, step: int, batch: Batch) -> dict[str, float]:
         """cost_s, the seconds of all objectives; NAME/cost_alone_s and cost_without_s; cost_alone and cost_added, the same as fractions of
-        cost_s; NAME/cost_memory_mb, activations kept alone.
+        cost_s; NAME/cost_memory_mb, activations kept alone; cost_probe_s, the seconds that measuring took.
 
         Every rank calls it at the same step: objectives gather.
         """
+        started = time.perf_counter()
         name = self.names[step // self.every % len(self.names)]
         part = take(batch, 0, self.chunks)
-        whole = self._seconds(part, self.names)
-        alone = self._seconds(part, [name])
         others = [other for other in self.names if other != name]
+        whole, alone = self._seconds(part, self.names), self._seconds(part, [name])
         without = self._seconds(part, others) if others else 0.0
-        found = {"cost_alone_s": alone * self.chunks, "cost_without_s": without * self.chunks}
-        found |= {"cost_alone": alone / whole, "cost_added": 1 - without / whole}
-        for key, names in ((f"{name}/cost_memory_mb", [name]), ("cost_memory_mb", self.names)):
-            if tuple(names) not in self._memory:  # shapes hardly change: once is enough
-                self._memory[tuple(names)] = self._kept_bytes(part, names)
-            found[key] = self._memory[tuple(names)] / 1e6
-        return {key if "cost_memory" in key else f"{name}/{key}": value for key, value in found.items()} | {"cost_s": whole * self.chunks}
+        return {
+            "cost_s": whole * self.chunks,
+            f"{name}/cost_alone_s": alone * self.chunks,
+            f"{name}/cost_without_s": without * self.chunks,
+            f"{name}/cost_alone": alone / whole,
+            f"{name}/cost_added": 1 - without / whole,
+            "cost_memory_mb": self._kept_mb(part, self.names),
+            f"{name}/cost_memory_mb": self._kept_mb(part, [name]),
+            "cost_probe_s": time.perf_counter() - started,
+        }
 
     def _seconds(self, batch: Batch, names: Iterable[str]) -> float:
         self._wait()
@@ -60,8 +63,10 @@ class CostProbe:
         self._wait()
         return time.perf_counter() - started
 
-    def _kept_bytes(self, batch: Batch, names: Iterable[str]) -> int:
-        """Bytes that autograd keeps between forward and backward, weights not counted, each storage once."""
+    def _kept_mb(self, batch: Batch, names: list[str]) -> float:
+        """What autograd keeps between forward and backward, weights not counted, each storage once. Taken once: shapes hardly change."""
+        if (known := self._memory.get(tuple(names))) is not None:
+            return known
         weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         kept: dict[int, int] = {}
 
@@ -73,7 +78,7 @@ class CostProbe:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             self._pass(batch, names)
-        return sum(kept.values())
+        return self._memory.setdefault(tuple(names), sum(kept.values()) / 1e6)
 
     def _pass(self, batch: Batch, names: Iterable[str]) -> None:
         statistics = running_statistics(self.model)

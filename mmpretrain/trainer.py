@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -88,8 +89,12 @@ def _train(config: Config, closing: ExitStack) -> int:
     samples_per_step = sum(source.batch_size for source in config.sources.values())
     costs = CostProbe(model, config.cost_every, config.accumulate, accelerator.autocast, device)
     save_due = False
-    model.train()
 
+    def save(state: dict[str, Any]) -> None:
+        check_weights(named, state["step"], state["skipped_steps"])
+        snapshot.save(config, model, teacher, optimizer, state)
+
+    model.train()
     while step < steps and not stop:
         started = time.perf_counter()
         batch = batch if batch is not None else next(batches)
@@ -146,14 +151,12 @@ def _train(config: Config, closing: ExitStack) -> int:
         save_due = save_due or step % config.checkpoint.every == 0
         saved = (save_due and not skipped_steps) or step == steps or stop is not None
         if saved:
-            check_weights(named, step, skipped_steps)
-            snapshot.save(config, model, teacher, optimizer, state)
+            save(state)
             save_due = False
         if not stop:
             stop = evaluations.run(evaluations.due(step), step, interrupts)
             if stop and not saved:
-                check_weights(named, step, skipped_steps)
-                snapshot.save(config, model, teacher, optimizer, state)
+                save(state)
         batch = None
     if stop:
         tracker.message(f"stopped by {stop} after step {step}; saved. The same command goes on from there.")

@@ -62,6 +62,6 @@ class SourceConfig:
     min_side: int = 8  # pixels; smaller images are bad samples
     max_aspect: float = 20.0  # longer side over shorter side; more elongated images are bad samples
     max_member_bytes: int = 64 << 20  # larger members are bad samples; a caption may have 64 KiB
-    verify: bool = True  # compare members with the index's sha256 where it has them
+    verify: bool = True  # compare members with the index's checksums where it has them
     cache_dir: str | None = None  # copies of remote shards; default: the user's cache folder
     cache_bytes: int = 100 << 30  # how much they may take

@@ -90,7 +90,11 @@ def _facts(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> 
         facts["samples seen"] = tables.show(metrics[-1].get("samples_seen"))
         steps, took = _column(metrics, "step_s")
         if len(took):
-            facts["time in steps"] = duration(float(np.nansum(took * np.diff(steps, prepend=0))))
+            inside = float(np.nansum(took * np.diff(steps, prepend=0)))
+            facts["time in steps"] = duration(inside)
+            _, probes = _column(metrics, "cost_probe_s")
+            if len(probes) and inside > 0:
+                facts["measuring what objectives cost"] = f"{100 * np.nansum(probes) / inside:.1f} % of that, added"
     _, rate = _column(metrics, "samples_per_s")
     if np.isfinite(rate).any():
         facts["samples/s, median"] = f"{np.nanmedian(rate):,.0f}"

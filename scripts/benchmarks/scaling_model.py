@@ -157,7 +157,7 @@ def reads(cases: list[tuple[int, int]]) -> str:
 
 
 def index_bytes() -> tuple[float, float]:
-    """Bytes a sample of a shard's index, with and without sha256, for an image and a caption each."""
+    """Bytes a sample of a shard's index, with and without checksums, for an image and a caption each."""
     from data_prep.writer import Record, write_shards
     from mmpretrain.data import index
 
@@ -205,7 +205,7 @@ def tables() -> str:
         [
             BEGIN, "", "256 pairs a GPU:", "", steps(weak), "", "32,768 pairs a step:", "", steps(strong), "",
             "Reads, 256 pairs a GPU:", "", reads(weak), "", "Data:", "", sizes(), "",
-            f"An index takes {with_sums:.0f} bytes a sample of an image and a caption, {without:.0f} without the members' sha256.", "", END,
+            f"An index takes {with_sums:.0f} bytes a sample of an image and a caption, {without:.0f} without the members' checksums.", "", END,
         ]
     )  # fmt: skip
 
