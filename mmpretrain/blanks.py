@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import Any
 
 LIBRARIES = frozenset({
-    "accelerate", "datasets", "huggingface_hub", "imagehash", "matplotlib", "open_clip", "pandas", "pyarrow", "safetensors", "scipy",
-    "sklearn", "tensorboard", "timm", "tokenizers", "torch", "torchmetrics", "torchvision", "transformers", "webdataset",
+    "accelerate", "cv2", "datasets", "huggingface_hub", "imagehash", "matplotlib", "open_clip", "pandas", "pyarrow", "safetensors",
+    "scipy", "sklearn", "tensorboard", "timm", "tokenizers", "torch", "torchmetrics", "torchvision", "transformers", "webdataset", "xxhash",
 })  # fmt: skip
 
 
