@@ -38,7 +38,7 @@ def join(base: str | Path, name: str) -> str:
     return f"{str(base).rstrip('/')}/{name}" if is_remote(str(base)) else str(Path(place(base)) / name)
 
 
-def _plain(url: str | Path) -> str | None:
+def local_path(url: str | Path) -> str | None:
     """The local path of what `place` gives a Path of, without the microseconds that a Path takes: for what is done for every image."""
     text = str(url)
     return None if is_remote(text) else text.removeprefix("file://")
@@ -46,8 +46,8 @@ def _plain(url: str | Path) -> str | None:
 
 def read_bytes(url: str | Path) -> bytes:
     """Raises FileNotFoundError, or ShardError where a remote one stays out of reach."""
-    if (local_path := _plain(url)) is not None:
-        file = os.open(local_path, os.O_RDONLY | os.O_CLOEXEC)
+    if (path := local_path(url)) is not None:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             size = os.fstat(file).st_size
             data = os.read(file, size + 1)  # one more than there is: a file that grows is noticed
@@ -105,9 +105,9 @@ def states(names: Iterable[str | None]) -> str:
         if name is None:
             continue
         state = "-"
-        if (local_path := _plain(name)) is not None:
+        if (path := local_path(name)) is not None:
             with suppress(OSError, ValueError):
-                found = os.stat(local_path)
+                found = os.stat(path)
                 state = f"{found.st_size} {found.st_mtime_ns}"
         digest.update(f"{name}\0{state}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

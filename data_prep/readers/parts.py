@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import posixpath
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from data_prep import files
@@ -50,9 +51,8 @@ def image_member(data: bytes, what: str) -> tuple[str, bytes]:
 def read(url: str, reason: str = "missing_image") -> bytes:
     """A file's bytes. Raises BadSample: `reason`, also for a pipe or a device, which inputs may name and which has no end."""
     try:
-        where = files.place(url)
-        if isinstance(where, Path):
-            mode = where.stat().st_mode
+        if (path := files.local_path(url)) is not None:
+            mode = os.stat(path).st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 raise BadSample(reason, f"{url}: a pipe, a device or a socket, expected a file")
         return files.read_bytes(url)

@@ -205,7 +205,7 @@ def tables() -> str:
         [
             BEGIN, "", "256 pairs a GPU:", "", steps(weak), "", "32,768 pairs a step:", "", steps(strong), "",
             "Reads, 256 pairs a GPU:", "", reads(weak), "", "Data:", "", sizes(), "",
-            f"An index takes {with_sums:.0f} bytes a sample of an image and a caption, {without:.0f} without the members' checksums.", "", END,
+            f"An index takes {with_sums:.0f} bytes a sample of an image and a caption, {without:.0f} without checksums.", "", END,
         ]
     )  # fmt: skip
 
