@@ -1,6 +1,6 @@
 """Shards from a folder of JPEGs: `build folder` against a plain loop over webdataset.ShardWriter, and against `cp` of the shards' bytes.
 
-    python scripts/benchmarks/bench_build.py [--quick] [--rounds 3] [--images 20000] [--width 420] [--memory 200000] [--out FILE]
+    python scripts/benchmarks/bench_build.py [--quick] [--rounds 5] [--images 20000] [--width 420] [--memory 200000] [--out FILE]
 
 Ours and the peer are whole programs, from the start of the interpreter; the time of the peer's loop alone, without its imports, is a row of
 its own, still against our whole program. Ours also takes a checksum of every member and the sha256 of every shard, writes indexes and waits
@@ -10,6 +10,7 @@ compared: the same bytes. Memory is that of the command and its workers, pages t
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def peak_mb(images: int, count: int, files: list[bytes], work: Path) -> float:
 
 
 def main() -> None:
-    parsed = arguments(__doc__, rounds=3, images=0, width=420, memory=0, folder="")
+    parsed = arguments(__doc__, rounds=5, images=0, width=420, memory=0, folder="")
     images, memory = parsed.images or (1000 if parsed.quick else 20_000), parsed.memory or (20_000 if parsed.quick else 200_000)
     with tempfile.TemporaryDirectory(dir=parsed.folder or None) as name:
         work = Path(name)
@@ -129,6 +130,7 @@ def main() -> None:
             return images / seconds
 
         kinds.copy(work / "first")  # makes the shards that are copied
+        os.sync()  # what was prepared is on the disk before anything is timed
         found = alternate({kind.__name__: lambda kind=kind: run(kind) for kind in (kinds.ours, kinds.peer, kinds.copy)}, parsed.rounds)
         found["loop"] = [images / seconds for seconds in kinds.loops]
         shutil.rmtree(work / "source")
