@@ -12,7 +12,7 @@ import typer
 
 from data_prep import files
 from data_prep.engine import WorkerLostError, run
-from data_prep.options import Engine, Processes
+from data_prep.options import Engine, Processes, one_line
 from mmpretrain.data import index as shard_index
 from mmpretrain.data.cache import remote_index
 from mmpretrain.data.checksum import BYTES
@@ -125,7 +125,7 @@ def index(
 
     failed = 0
     counts: dict[str, int] = {}
-    try:
+    with one_line(ValueError, OSError, WorkerLostError):
         names = [name.removeprefix("file://") for name in expand(shards)]
         for result in run(IndexShard(checksums, replace), names, engine=engine, processes=processes, title="shards"):
             for damage in result.damage:
@@ -135,8 +135,5 @@ def index(
                 counts[result.name] = result.count
                 typer.echo(f"{result.name}: {result.summary}")
         _write_sizes(counts)
-    except (ValueError, OSError, WorkerLostError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     if failed:
         raise typer.Exit(1)

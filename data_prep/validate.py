@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from typing import Annotated
 
 import typer
 
 from data_prep.engine import WorkerLostError, run
-from data_prep.options import Engine, JsonOutput, Processes
+from data_prep.options import Engine, JsonOutput, Processes, command_line, one_line
 from data_prep.samples import Shard, expand, image_member
 from mmpretrain.data.decode import ImageLimits
 from mmpretrain.data.names import is_remote
@@ -61,7 +59,7 @@ def validate(
     from data_prep.validate_report import repaired, show, summarise
     from data_prep.validate_shard import Examine
 
-    try:
+    with one_line(ValueError, OSError, WorkerLostError, status=2):
         names = expand(shards)
         needed = usual(names) if need is None else [part.strip() for part in need.split(",") if part.strip()]
         needed = list(dict.fromkeys("image" if part in IMAGE_EXTENSIONS else part for part in needed))
@@ -74,12 +72,8 @@ def validate(
             from data_prep.validate_repair import repair as write
 
             tasks = [ToRepair(i, name, again) for i, (name, again) in enumerate(zip(names, clashes))]
-            command = shlex.join(["python", "-m", "data_prep", *sys.argv[1:]])
-            manifest = write(repair, checks, tasks, engine=engine, processes=processes, command=command)
+            manifest = write(repair, checks, tasks, engine=engine, processes=processes, command=command_line())
             verdict.repaired = repaired(verdict, repair, manifest)
-    except (ValueError, OSError, WorkerLostError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     if as_json:
         typer.echo(json.dumps(verdict.as_json(), indent=1))
     else:

@@ -12,6 +12,7 @@ import logging
 import mmap
 import os
 import tempfile
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 VERSION = 2
 _CHECKSUMS = {1: "sha256", 2: "checksum"}  # the array's name by version
 SUFFIX = ".index.npz"
+_PARSING = threading.Lock()  # NumPy parses headers with `ast`, which CPython 3.11 lets fail now and then in two threads at once
 
 
 class Member(NamedTuple):
@@ -161,26 +163,34 @@ def save(index: ShardIndex, path: Path, mtime_ns: int = 0) -> None:
         raise
 
 
+def _read(path: str | Path | Any) -> tuple[ShardIndex, int]:
+    with _PARSING, np.load(path, allow_pickle=False) as saved:
+        head = json.loads(_items(saved["head"])[0])
+        if head["version"] not in _CHECKSUMS:
+            raise ValueError(f"version {head['version']}, expected at most {VERSION}")
+        digests = saved[_CHECKSUMS[head["version"]]]
+        index = ShardIndex(
+            keys=_items(saved["keys"]),
+            extensions=_items(saved["extensions"]),
+            starts=saved["starts"],
+            extension=saved["extension"],
+            offset=saved["offset"],
+            size=saved["size"],
+            tar_bytes=head["bytes"],
+            checksum=digests if len(digests) else None,
+            damage=[Damage(*d) for d in head["damage"]],
+            duplicates=head["duplicates"],
+        )
+    return index, head["mtime_ns"]
+
+
 def load(path: str | Path | Any) -> tuple[ShardIndex, int]:
     """Read a saved index: (index, the tar's mtime in ns when it was scanned, 0 if written by the builder)."""
     try:
-        with np.load(path, allow_pickle=False) as saved:
-            head = json.loads(_items(saved["head"])[0])
-            if head["version"] not in _CHECKSUMS:
-                raise ValueError(f"version {head['version']}, expected at most {VERSION}")
-            digests = saved[_CHECKSUMS[head["version"]]]
-            index = ShardIndex(
-                keys=_items(saved["keys"]),
-                extensions=_items(saved["extensions"]),
-                starts=saved["starts"],
-                extension=saved["extension"],
-                offset=saved["offset"],
-                size=saved["size"],
-                tar_bytes=head["bytes"],
-                checksum=digests if len(digests) else None,
-                damage=[Damage(*d) for d in head["damage"]],
-                duplicates=head["duplicates"],
-            )
+        try:
+            index, mtime_ns = _read(path)
+        except SystemError:  # see _PARSING: another thread was parsing something else. It says nothing of the file
+            index, mtime_ns = _read(path)
         if len(index.starts) != len(index) + 1 or int(index.starts[-1]) != len(index.offset) or len(index.size) != len(index.offset):
             raise ValueError("its arrays disagree in length")
         if len(index.extension) != len(index.offset):
@@ -193,7 +203,7 @@ def load(path: str | Path | Any) -> tuple[ShardIndex, int]:
             raise ValueError("it names places outside the shard")
     except Exception as error:
         raise ShardError(f"{path}: not a readable shard index ({error}). Delete it, and run `python -m data_prep index`.") from error
-    return index, head["mtime_ns"]
+    return index, mtime_ns
 
 
 def index_path(shard: str | Path) -> Path:
@@ -223,7 +233,7 @@ def open_index(shard: str | Path, expected: int | None = None, save_new: bool = 
     try:
         status = os.stat(shard)
     except FileNotFoundError:
-        raise ShardError(f"{shard}: no such file. Check `shards:` in the recipe.") from None
+        raise ShardError(f"{shard}: no such file. Check the name, and the folder it is relative to.") from None
     places = [index_path(shard)]
     if cache is not None:
         places.append(cache / (hashlib.sha256(os.path.abspath(shard).encode()).hexdigest()[:24] + SUFFIX))

@@ -159,7 +159,7 @@ def _expand_one(spec: str) -> Sequence[str]:
             folder = os.path.dirname(name) or "."
             there = sorted(os.listdir(folder))[:5] if os.path.isdir(folder) else None
             holds = f"{folder} holds {', '.join(there) or 'nothing'}" if there is not None else f"there is no folder {folder}"
-            raise ShardError(f"{name}: no such shard ({holds}). Check `shards:` in the recipe.")
+            raise ShardError(f"{name}: no such shard ({holds}). Check the name, and the folder it is relative to.")
         names += found
     return names
 

@@ -302,3 +302,19 @@ def test_damage_far_into_a_shard_keeps_what_precedes_it() -> None:
     index = scan_bytes(whole, "x.tar")
     assert index.keys == [name.removesuffix(".jpg") for name in names[:4100]]
     assert [(d.offset, d.reason, d.lost) for d in index.damage] == [(4100 * 512, "corrupt_header", (len(whole) - 4100 * 512) // 512)]
+
+
+def test_a_failure_of_the_interpreter_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython 3.11's parser of NumPy's headers fails now and then beside another thread's."""
+    (tmp_path / "a.tar").write_bytes(tar_bytes([("a.txt", b"x")]))
+    open_index(tmp_path / "a.tar")
+    real, failures = np.load, [SystemError("AST constructor recursion depth mismatch")]
+
+    def load(*arguments, **options):
+        if failures:
+            raise failures.pop()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(np, "load", load)
+    assert shard_index.load(shard_index.index_path(tmp_path / "a.tar"))[0].keys == ["a"]
+    assert not failures
