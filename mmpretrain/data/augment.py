@@ -27,6 +27,7 @@ cv2.setNumThreads(0)  # the loader's threads are the parallel part
 LUMA = (0.299, 0.587, 0.114)
 _YIQ = ((0.299, 0.587, 0.114), (0.59590059, -0.27455667, -0.32134392), (0.21153661, -0.52273617, 0.31119955))
 _FROM_YIQ = torch.linalg.inv(torch.tensor(_YIQ, dtype=torch.float64)).tolist()
+STRIP = 1 << 20  # bytes of float pixels at a time on CPU
 SIGMA = (0.1, 2.0)  # pixels; what blur draws from (SimCLR, appendix A)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
@@ -104,16 +105,31 @@ def _reach(sigma: float, height: int, width: int) -> int:
     return min(math.ceil(3 * sigma), height - 1, width - 1)
 
 
+def _coloured(pixels: Tensor, chain: Tensor) -> Iterator[np.ndarray]:
+    """Each row of uint8 [B,3,H,W] as float32 [H,W,3] through its own `chain` [B,3,4], or through the one [1,3,4] of all.
+
+    One for all is applied to as many rows at once as the cache holds: small images would cost more calls than work.
+    """
+    images, chains = np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy()), chain.numpy()
+    if len(chains) > 1:
+        yield from (cv2.transform(image.astype(np.float32), own) for image, own in zip(images, chains))
+        return
+    B, H, W, _ = images.shape
+    step = max(1, STRIP // (12 * H * W))
+    for at in range(0, B, step):
+        strip = images[at : at + step].reshape(-1, W, 3)
+        yield from cv2.transform(strip.astype(np.float32), chains[0]).reshape(-1, H, W, 3)
+
+
 def _one_by_one(pixels: Tensor, chain: Tensor, bounds: tuple[Any, Any] | None, sigma: Tensor | None) -> Tensor:
-    """uint8 [B,3,H,W] on the CPU -> float32: `chain` [B,3,4], clamped to `bounds` per channel, blurred by `sigma` [B]."""
+    """uint8 [B,3,H,W] on the CPU -> float32: through `chain` [B or 1,3,4], clamped to `bounds` per channel, blurred by `sigma` [B]."""
     out = buffers.empty(pixels.shape)
     sigmas = [0.0] * len(pixels) if sigma is None else sigma.tolist()
-    for image, matrix, s, planes in zip(_images(pixels), chain.numpy(), sigmas, out.numpy()):
-        colour = cv2.transform(image.astype(np.float32), matrix)
+    for colour, s, planes in zip(_coloured(pixels, chain), sigmas, out.numpy()):
         if bounds is not None:
             cv2.max(cv2.min(colour, bounds[1], dst=colour), bounds[0], dst=colour)
         if s > 0:
-            side = 2 * _reach(s, *image.shape[:2]) + 1
+            side = 2 * _reach(s, *colour.shape[:2]) + 1
             colour = cv2.GaussianBlur(colour, (side, side), s, borderType=cv2.BORDER_REFLECT_101)
         cv2.split(colour, list(planes))
     return out
@@ -166,9 +182,9 @@ def photometric(pixels: Tensor, params: dict[str, Tensor], mean: tuple[float, ..
     `solarize` bool [B]. In this order, as in SimCLR, MoCo v3 and BYOL.
     """
     mean_, std_ = (torch.tensor(v, device=pixels.device, dtype=torch.float32) for v in (mean, std))
-    matrix, offset = _colour(pixels, params)
-    chain = torch.cat([matrix / (255 * std_[:, None]), ((offset - mean_) / std_)[:, :, None]], 2)
     changes = "factors" in params or "grey" in params
+    matrix, offset = _colour(pixels, params) if changes else (torch.eye(3, device=pixels.device)[None], torch.zeros_like(mean_)[None])
+    chain = torch.cat([matrix / (255 * std_[:, None]), ((offset - mean_) / std_)[:, :, None]], 2)
     bounds = tuple((*((edge - m) / s for m, s in zip(mean, std)), 0.0) for edge in (0, 1)) if changes else None  # OpenCV counts to four
     apply = _one_by_one if pixels.device.type == "cpu" else _together
     out = apply(pixels, chain, bounds, params.get("sigma"))
