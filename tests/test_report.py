@@ -375,3 +375,9 @@ def test_costs_that_an_older_version_measured_are_no_obstacle():
     shown = str(costs([line]))
     assert "25 %" in shown
     assert "'b'" not in shown
+
+
+def test_what_measuring_costs_is_a_share_of_the_steps(tmp_path: Path):
+    probe = {"step": 40, "samples_seen": 2560, "cost_s": 0.1, "cost_probe_s": 0.05}
+    lines(tmp_path / "metrics.jsonl", [*metric_lines(40), probe])  # 40 steps of 0.125 s
+    assert "measuring costs adds 1.0 %" in read(write_report(tmp_path)).text

@@ -94,7 +94,7 @@ def _facts(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> 
             facts["time in steps"] = duration(inside)
             _, probes = _column(metrics, "cost_probe_s")
             if len(probes) and inside > 0:
-                facts["measuring what objectives cost"] = f"{100 * np.nansum(probes) / inside:.1f} % of that, added"
+                facts["measuring costs adds"] = f"{100 * np.nansum(probes) / inside:.1f} %"
     _, rate = _column(metrics, "samples_per_s")
     if np.isfinite(rate).any():
         facts["samples/s, median"] = f"{np.nanmedian(rate):,.0f}"
