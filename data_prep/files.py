@@ -18,10 +18,16 @@ from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import ShardError
 
 
-def place(name: str | Path) -> str | Path:
-    """A local Path, also of a file:// URL; else the URL."""
+def local_path(name: str | Path) -> str | None:
+    """The path of a local file, also of a file:// URL; None for other URLs. Without a Path, which takes microseconds: for every image."""
     text = str(name)
-    return text.rstrip("/") if is_remote(text) else Path(text.removeprefix("file://"))
+    return None if is_remote(text) else text.removeprefix("file://")
+
+
+def place(name: str | Path) -> str | Path:
+    """A local Path; else the URL."""
+    path = local_path(name)
+    return str(name).rstrip("/") if path is None else Path(path)
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -36,12 +42,6 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 def join(base: str | Path, name: str) -> str:
     return f"{str(base).rstrip('/')}/{name}" if is_remote(str(base)) else str(Path(place(base)) / name)
-
-
-def local_path(url: str | Path) -> str | None:
-    """The local path of what `place` gives a Path of, without the microseconds that a Path takes: for what is done for every image."""
-    text = str(url)
-    return None if is_remote(text) else text.removeprefix("file://")
 
 
 def read_bytes(url: str | Path) -> bytes:
@@ -59,8 +59,7 @@ def read_bytes(url: str | Path) -> bytes:
             return b"".join(parts)
         finally:
             os.close(file)
-    where = place(url)
-    assert isinstance(where, str)
+    where = str(place(url))
     system, path = filesystem(where)
     if not retried(lambda: system.exists(path), where):
         raise FileNotFoundError(2, "no such file", where)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from data_prep.job import key_digest
 from data_prep.validate_kinds import Finding, severity
 from data_prep.validate_layout import Layout, Unit, unique
 from data_prep.validate_members import Checks, Found, Members, examine
@@ -57,12 +57,12 @@ class Examine:
             for i, key in enumerate(layout.index.keys):
                 if key not in used and sound(i):
                     used.add(key)
-                    digests += _digest(key)
+                    digests += key_digest(key)
                     report.samples += 1
                     incomplete = False
                     continue
                 for unit in unique(layout.units_of(i), used):
-                    digests += _digest(unit.key)
+                    digests += key_digest(unit.key)
                     found = judge(unit, layout, self.checks)
                     for kind, offset, detail in found:
                         report.add(Finding(name, unit.name, offset if offset >= 0 else unit.offset, kind, detail), self.max_findings)
@@ -82,10 +82,6 @@ class Examine:
             if not report.samples and not report.lost:
                 report.add(Finding(name, "", 0, "empty_shard", f"a tar of {layout.size} bytes without samples"), self.max_findings)
         return report
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.blake2b(key.encode(), digest_size=8).digest()
 
 
 def judge(unit: Unit, layout: Layout, checks: Checks) -> list[Found]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-import xxhash
-
 from data_prep.validate_layout import MAX_KEY, Layout
 from data_prep.validate_members import COMPRESSED, EXECUTABLE, EXTENSION, Checks, image, most_bytes, role_of, text
-from mmpretrain.data.checksum import BYTES
+from mmpretrain.data.checksum import BYTES, checksum
 from mmpretrain.data.schema import SAFE_KEY, BadSample, image_extension
 from mmpretrain.data.tar import read_at
 
@@ -71,7 +69,7 @@ class Sound:
         whole = None
         if self._checksums is not None:
             whole = read_at(self._file, offset, size)
-            if xxhash.xxh3_128_digest(whole) != self._checksums[m * BYTES : (m + 1) * BYTES]:
+            if checksum(whole) != self._checksums[m * BYTES : (m + 1) * BYTES]:
                 return False
         if role == "image":
             image(lambda length: whole[:length] if whole is not None else read_at(self._file, offset, length), size, self._checks)

@@ -76,22 +76,17 @@ def jitter_matrix(mean: Tensor, factors: Tensor, turns: Tensor, order: Tensor) -
     return chain[:, :, :3], chain[:, :, 3]
 
 
-def _images(pixels: Tensor) -> Iterator[np.ndarray]:
-    """uint8 [B,3,H,W] on the CPU -> each row as [H,W,3]; no copy where the batch is channels_last."""
-    return map(np.ascontiguousarray, pixels.permute(0, 2, 3, 1).numpy())
-
-
 def _colour(pixels: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Colour jitter and greyscale of each row of uint8 [B,3,H,W] as (matrix [B,3,3], offset [B,3]), on values in 0..1."""
-    B, device = len(pixels), pixels.device
+    """Colour jitter and greyscale of uint8 [B,3,H,W] as (matrix [B,3,3], offset [B,3]), on values in 0..1; one row for all without them."""
+    device = pixels.device
     if "factors" in params:
         if device.type == "cpu":
-            average = torch.tensor([cv2.mean(image)[:3] for image in _images(pixels)])
+            average = torch.tensor([cv2.mean(image)[:3] for image in pixels.permute(0, 2, 3, 1).numpy()])
         else:
             average = pixels.float().mean((2, 3))
         matrix, offset = jitter_matrix(average / 255, params["factors"], params["turns"], params["order"])
     else:
-        matrix, offset = torch.eye(3, device=device).expand(B, 3, 3), torch.zeros(B, 3, device=device)
+        matrix, offset = torch.eye(3, device=device)[None], torch.zeros(1, 3, device=device)
     if "grey" in params:
         grey = params["grey"]
         offset = torch.where(grey[:, None], _luma(offset)[:, None], offset)
@@ -127,7 +122,8 @@ def _one_by_one(pixels: Tensor, chain: Tensor, bounds: tuple[Any, Any] | None, s
     sigmas = [0.0] * len(pixels) if sigma is None else sigma.tolist()
     for colour, s, planes in zip(_coloured(pixels, chain), sigmas, out.numpy()):
         if bounds is not None:
-            cv2.max(cv2.min(colour, bounds[1], dst=colour), bounds[0], dst=colour)
+            low, high = ((*edge, 0.0) for edge in bounds)  # OpenCV's scalars have four values
+            cv2.max(cv2.min(colour, high, dst=colour), low, dst=colour)
         if s > 0:
             side = 2 * _reach(s, *colour.shape[:2]) + 1
             colour = cv2.GaussianBlur(colour, (side, side), s, borderType=cv2.BORDER_REFLECT_101)
@@ -182,10 +178,10 @@ def photometric(pixels: Tensor, params: dict[str, Tensor], mean: tuple[float, ..
     `solarize` bool [B]. In this order, as in SimCLR, MoCo v3 and BYOL.
     """
     mean_, std_ = (torch.tensor(v, device=pixels.device, dtype=torch.float32) for v in (mean, std))
-    changes = "factors" in params or "grey" in params
-    matrix, offset = _colour(pixels, params) if changes else (torch.eye(3, device=pixels.device)[None], torch.zeros_like(mean_)[None])
+    matrix, offset = _colour(pixels, params)
     chain = torch.cat([matrix / (255 * std_[:, None]), ((offset - mean_) / std_)[:, :, None]], 2)
-    bounds = tuple((*((edge - m) / s for m, s in zip(mean, std)), 0.0) for edge in (0, 1)) if changes else None  # OpenCV counts to four
+    changes = "factors" in params or "grey" in params
+    bounds = tuple(tuple((edge - m) / s for m, s in zip(mean, std)) for edge in (0, 1)) if changes else None
     apply = _one_by_one if pixels.device.type == "cpu" else _together
     out = apply(pixels, chain, bounds, params.get("sigma"))
     if "solarize" in params:

@@ -133,7 +133,7 @@ def test_a_device_gives_what_the_cpu_gives() -> None:
     pixels, drawn = images(32), view.draw(samples(32), seeds(32))
     matrix, offset = augment._colour(pixels, drawn)
     chain = torch.cat([matrix / 255, offset[:, :, None]], 2)
-    bounds = (0.0,) * 4, (1.0,) * 4
+    bounds = (0.0,) * 3, (1.0,) * 3
     one, many = (apply(pixels, chain, bounds, drawn["sigma"]) for apply in (augment._one_by_one, augment._together))
     assert (one - many).abs().max() < 1e-5
     assert torch.equal(one, augment.photometric(pixels, drawn, ZERO, ONE))
