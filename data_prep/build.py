@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -25,20 +27,20 @@ app = typer.Typer(
 
 def finish(
     reader: Reader,
-    out: str,
+    out: shared.Out,
     *,
-    max_count: int = 10_000,
-    max_bytes: int = 1 << 30,
-    resize: int | None = None,
-    reencode: str | None = None,
-    quality: int = 95,
-    holdout: float | None = None,
-    holdout_by: str = "image",
-    licence: str | None = None,
-    skip_bad: bool = False,
-    engine: str = "local",
-    processes: int | None = None,
-    json_output: bool = False,
+    max_count: shared.MaxCount = 10_000,
+    max_bytes: shared.MaxBytes = 1 << 30,
+    resize: shared.Resize = None,
+    reencode: shared.Reencode = None,
+    quality: shared.Quality = 95,
+    holdout: shared.Holdout = None,
+    holdout_by: shared.HoldoutBy = "image",
+    licence: shared.Licence = None,
+    skip_bad: shared.SkipBad = False,
+    engine: shared.Engine = "local",
+    processes: shared.Processes = None,
+    json_output: shared.JsonOutput = False,
 ) -> dict[str, Any]:
     """Build what the reader reads, and print what came of it; returns the manifest. Errors are one line, and the exit status."""
     produce, split = reader, None
@@ -79,6 +81,28 @@ def finish(
     return manifest
 
 
+def kind(name: str, epilog: str) -> Callable[[Callable[..., Reader]], Callable[..., None]]:
+    """A command `build NAME` from a function that opens the reader of its inputs: the options of `finish` are added to its own."""
+    common = [p for p in inspect.signature(finish, eval_str=True).parameters.values() if p.name != "reader"]
+
+    def register(command: Callable[..., Reader]) -> Callable[..., None]:
+        own = list(inspect.signature(command, eval_str=True).parameters.values())
+
+        def wrapped(**arguments: Any) -> None:
+            with shared.input_errors():
+                reader = command(**{p.name: arguments[p.name] for p in own})
+            finish(reader, **{p.name: arguments[p.name] for p in common})
+
+        alone = [p for p in own if p.name not in {other.name for other in common}]  # `out`, where a command looks at it, is common
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*alone, *common)]
+        wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+        wrapped.__signature__ = inspect.Signature(parameters)  # what typer reads
+        wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+        return app.command(name, epilog=epilog)(wrapped)
+
+    return register
+
+
 def _report(manifest: dict[str, Any], out: str, json_output: bool) -> None:
     if json_output:
         typer.echo(json.dumps(manifest, indent=1, ensure_ascii=False))
@@ -91,19 +115,16 @@ def _report(manifest: dict[str, Any], out: str, json_output: bool) -> None:
         typer.echo(f"{manifest['skipped']} inputs left out: see {files.join(out, 'skipped.jsonl')}")
 
 
-@app.command("folder", epilog="python -m data_prep build folder photos/ --out shards/photos --label-from-folder")
-@shared.with_build_options
+@kind("folder", "python -m data_prep build folder photos/ --out shards/photos --label-from-folder")
 def build_folder(
+    out: str,
     folder: Annotated[str, typer.Argument(help="folder or URL of images, at any depth")],
     label_from_folder: Annotated[
         bool, typer.Option("--label-from-folder", help="the first folder is the class: cls and classnames.txt")
     ] = False,
-    **common: Any,
-) -> None:
+) -> Reader:
     """Shards from a folder of images, with classes or without."""
     from data_prep.readers.folder import Folder
 
-    with shared.input_errors():
-        shared.check_apart(common["out"], folder)
-        reader = Folder.open(folder, label_from_folder)
-    finish(reader, **common)
+    shared.check_apart(out, folder)
+    return Folder.open(folder, label_from_folder)

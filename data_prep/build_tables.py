@@ -11,7 +11,8 @@ import typer
 
 from data_prep import files
 from data_prep import options as shared
-from data_prep.build import app, finish
+from data_prep.build import kind
+from data_prep.readers.base import Reader
 
 Fields = Annotated[
     list[str], typer.Option("--caption", help="a column, or a template over columns, '{name}: {keywords}'; repeated: several captions")
@@ -40,12 +41,12 @@ def _column_options(
     """The options of every table."""
 
 
-def _with_columns(command: Callable[..., None]) -> Callable[..., None]:
+def _with_columns(command: Callable[..., Reader]) -> Callable[..., Reader]:
     """A command whose argument `columns`, a function of the input files, comes from options of its own."""
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD and p.name != "columns"]
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "columns"]
     of_columns = inspect.signature(_column_options, eval_str=True).parameters
 
-    def wrapped(**arguments: Any) -> None:
+    def wrapped(**arguments: Any) -> Reader:
         given = {name: arguments.pop(name) for name in of_columns}
 
         def columns(inputs: list[str]) -> Any:
@@ -64,11 +65,11 @@ def _with_columns(command: Callable[..., None]) -> Callable[..., None]:
                 root=given["root"] if given["root"] is not None else _folder_of(inputs),
             )
 
-        command(columns=columns, **arguments)
+        return command(columns=columns, **arguments)
 
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
     parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *of_columns.values())]
-    wrapped.__signature__ = inspect.Signature(parameters)  # what with_build_options reads
+    wrapped.__signature__ = inspect.Signature(parameters)  # what `kind` reads
     return wrapped
 
 
@@ -77,8 +78,7 @@ def _folder_of(inputs: list[str]) -> str:
     return (inputs[0].rpartition("/")[0] if inputs else "") or "."
 
 
-@app.command("csv", epilog="python -m data_prep build csv pairs.csv --out shards/pairs --image-column file --caption '{name}: {keywords}'")
-@shared.with_build_options
+@kind("csv", "python -m data_prep build csv pairs.csv --out shards/pairs --image-column file --caption '{name}: {keywords}'")
 @_with_columns
 def build_csv(
     file: Annotated[str, typer.Argument(help="the table, a path or URL; UTF-8, with a header line")],
@@ -86,33 +86,24 @@ def build_csv(
     where: Annotated[list[str], typer.Option(help="COLUMN=VALUE: keep only rows that hold it")] = [],  # noqa: B006
     exclude_regex: Annotated[list[str], typer.Option(help="COLUMN=PATTERN: drop rows that match")] = [],  # noqa: B006
     separator: Annotated[str, typer.Option(help="field separator; tab for tabs")] = ",",
-    **common: Any,
-) -> None:
+) -> Reader:
     """Shards from a table with image paths and captions."""
     from data_prep.readers.table import Table
 
     kept, dropped = pairs(where, "--where"), pairs(exclude_regex, "--exclude-regex")
-    with shared.input_errors():
-        reader = Table.open(file, columns([file]), kept, dropped, separator)
-    finish(reader, **common)
+    return Table.open(file, columns([file]), kept, dropped, separator)
 
 
-@app.command(
-    "jsonl", epilog="python -m data_prep build jsonl pairs.jsonl --out shards/pairs --image-column file --caption '{title}, {year}'"
-)
-@shared.with_build_options
+@kind("jsonl", "python -m data_prep build jsonl pairs.jsonl --out shards/pairs --image-column file --caption '{title}, {year}'")
 @_with_columns
-def build_jsonl(file: Annotated[list[str], typer.Argument(help="JSON Lines, paths or URLs")], columns: Any, **common: Any) -> None:
+def build_jsonl(file: Annotated[list[str], typer.Argument(help="JSON Lines, paths or URLs")], columns: Any) -> Reader:
     """Shards from JSON Lines: one object a line, with an image's path or its bytes in base64."""
     from data_prep.readers.lines import json_lines
 
-    with shared.input_errors():
-        reader = json_lines(file, columns(file))
-    finish(reader, **common)
+    return json_lines(file, columns(file))
 
 
-@app.command("tsv", epilog="python -m data_prep build tsv pairs.tsv --out shards/pairs --columns id,image,text --base64 --caption text")
-@shared.with_build_options
+@kind("tsv", "python -m data_prep build tsv pairs.tsv --out shards/pairs --columns id,image,text --base64 --caption text")
 @_with_columns
 def build_tsv(
     file: Annotated[list[str], typer.Argument(help="tab-separated values without quoting, paths or URLs")],
@@ -120,32 +111,26 @@ def build_tsv(
     column_names: Annotated[
         str | None, typer.Option("--columns", help="names of the columns, joined by commas, where the files have no header line")
     ] = None,
-    **common: Any,
-) -> None:
+) -> Reader:
     """Shards from tab-separated values without quoting, with paths or base64. For quoted fields use `csv --separator tab`."""
     from data_prep.readers.lines import tab_separated
 
-    with shared.input_errors():
-        reader = tab_separated(file, columns(file), column_names.split(",") if column_names else None)
-    finish(reader, **common)
+    return tab_separated(file, columns(file), column_names.split(",") if column_names else None)
 
 
-@app.command("parquet", epilog="python -m data_prep build parquet data/train-*.parquet --out shards/pairs --caption text")
-@shared.with_build_options
+@kind("parquet", "python -m data_prep build parquet data/train-*.parquet --out shards/pairs --caption text")
 @_with_columns
-def build_parquet(file: Annotated[list[str], typer.Argument(help="parquet files, paths or URLs")], columns: Any, **common: Any) -> None:
+def build_parquet(file: Annotated[list[str], typer.Argument(help="parquet files, paths or URLs")], columns: Any) -> Reader:
     """Shards from parquet: a column of bytes, of {bytes, path} as the Hugging Face hub has it, of base64 or of paths."""
     from data_prep.readers.parquet import parquet_files
 
-    with shared.input_errors():
-        reader = parquet_files(file, columns(file))
-    finish(reader, **common)
+    return parquet_files(file, columns(file))
 
 
-@app.command("datasets", epilog="python -m data_prep build datasets saved/flowers --split train --out shards/flowers --label-column label")
-@shared.with_build_options
+@kind("datasets", "python -m data_prep build datasets saved/flowers --split train --out shards/flowers --label-column label")
 @_with_columns
 def build_datasets(
+    out: str,
     name: Annotated[str, typer.Argument(help="a folder of save_to_disk, a data set of the hub, or a loader such as imagefolder")],
     columns: Any,
     config: Annotated[str | None, typer.Option("--name", help="configuration of the data set")] = None,
@@ -153,15 +138,12 @@ def build_datasets(
     stream: Annotated[bool, typer.Option("--stream", help="read the hub as a stream, without a copy of the set on disk")] = False,
     data_dir: Annotated[str | None, typer.Option(help="passed to load_dataset")] = None,
     data_files: Annotated[list[str], typer.Option(help="passed to load_dataset; may be repeated")] = [],  # noqa: B006
-    **common: Any,
-) -> None:
+) -> Reader:
     """Shards from a Hugging Face data set; the image column is not decoded, its bytes pass through."""
     from data_prep.readers.hub import folders, from_dataset, load
 
-    with shared.input_errors():
-        for read in (data_dir, name if files.exists(name) else None):
-            if read is not None:
-                shared.check_apart(common["out"], read)
-        dataset = load(name, config, split, stream, data_dir, data_files or None)
-        reader = from_dataset(dataset, replace(columns([]), folders=folders(name, data_dir, data_files)), name)
-    finish(reader, **common)
+    for read in (data_dir, name if files.exists(name) else None):
+        if read is not None:
+            shared.check_apart(out, read)
+    dataset = load(name, config, split, stream, data_dir, data_files or None)
+    return from_dataset(dataset, replace(columns([]), folders=folders(name, data_dir, data_files)), name)

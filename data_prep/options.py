@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -45,39 +44,6 @@ Holdout = Annotated[
 HoldoutBy = Annotated[
     str, typer.Option("--holdout-by", help="image: by a hash of its pixels, so that duplicates stay on one side; key: by a hash of the key")
 ]
-
-
-def _build_options(
-    out: Out,
-    max_count: MaxCount = 10_000,
-    max_bytes: MaxBytes = 1 << 30,
-    resize: Resize = None,
-    reencode: Reencode = None,
-    quality: Quality = 95,
-    holdout: Holdout = None,
-    holdout_by: HoldoutBy = "image",
-    licence: Licence = None,
-    skip_bad: SkipBad = False,
-    engine: Engine = "local",
-    processes: Processes = None,
-    json_output: JsonOutput = False,
-) -> None:
-    """The options of every `build` command."""
-
-
-def with_build_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose `**common` are the options of every `build` command."""
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    common = inspect.signature(_build_options, eval_str=True).parameters.values()
-    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *common)]
-
-    def wrapped(**arguments: Any) -> None:
-        command(**arguments)
-
-    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-    wrapped.__signature__ = inspect.Signature(parameters)  # what typer reads
-    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
-    return wrapped
 
 
 def command_line() -> str:
