@@ -36,10 +36,14 @@ class Buffers:
             free = self._free.setdefault(size, [])
             memory = free.pop() if free else None
         if memory is None:
-            memory = np.empty(size, np.uint8)
+            memory = self.allocate(size)
         lent = memory[:]  # the tensor's storage holds this array: its end is the end of all views
         weakref.finalize(lent, self._back, memory).atexit = False
         return torch.from_numpy(lent).view(dtype).view(*shape)
+
+    def allocate(self, size: int) -> np.ndarray:
+        """Memory that the kernel has yet to give: uint8 [size]."""
+        return np.empty(size, np.uint8)
 
     def _back(self, memory: np.ndarray) -> None:
         # A lock here could be held by the very thread that the garbage collector interrupts: appending needs none.
@@ -48,8 +52,18 @@ class Buffers:
             free.append(memory)
 
 
-_shared = Buffers()
-empty = _shared.empty
+_pool = Buffers()
+
+
+def use(pool: Buffers) -> None:
+    """From now on this process's batches lie in memory of `pool`."""
+    global _pool
+    _pool = pool
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Tensor:
+    """`Buffers.empty` of this process."""
+    return _pool.empty(shape, dtype, device)
 
 
 def _rows(count: int, row: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""8. Loader threads, rows of every source -> Batch.
+"""8. The loader, rows of every source -> Batch.
 
-Threads, not processes: decoding and resizing release the GIL, and nothing has to be copied between processes. Every step's rows are cut
-into blocks that threads decode, cut and (on CPU) render; the thread that finishes a step's last block joins them.
+Every step's rows are cut into blocks. Each thread has its blocks decoded, cut and (on CPU) rendered by a worker, which on Linux is a process
+of its own; the thread that gets a step's last block joins them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from mmpretrain.data.block import Block, join
 from mmpretrain.data.source import Source
+from mmpretrain.data.worker import ProcessWorker, ThreadWorker, forkable
 from mmpretrain.machine import cores
 from mmpretrain.types import Batch
 
@@ -41,9 +42,10 @@ class _Step:
 class Loader:
     """Endless batches of this rank's rows. Source s at step t covers its slots [t * batch_size, (t+1) * batch_size), rank r the r-th part.
 
-    `start` slots already consumed, per source, as `position()` gave them. `threads` decode; `prefetch` steps are worked on ahead. On CPU
-    the threads render too; otherwise uint8 pixels are pinned, sent, and rendered on `device` on a stream of their own. A step that takes
-    longer than `timeout_s` is an error that names what the threads were reading.
+    `start` slots already consumed, per source, as `position()` gave them. `threads` decode, each in a process of its own if `processes`
+    says so (by default where the system can fork); `prefetch` steps are worked on ahead. On CPU they render too; otherwise uint8 pixels
+    are pinned, sent, and rendered on `device` on a stream of their own. A step that takes longer than `timeout_s` is an error that names
+    what was being read.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Loader:
         world_size: int = 1,
         start: Mapping[str, int] | None = None,
         threads: int | None = None,
+        processes: bool | None = None,
         prefetch: int | None = None,
         device: torch.device | str = "cpu",
         timeout_s: float = 600.0,
@@ -80,16 +83,18 @@ class Loader:
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._queue: queue.SimpleQueue[tuple[_Step, str, int] | None] = queue.SimpleQueue()
         self._closed = False
-        self._start_threads(threads)
+        make = ProcessWorker if (forkable() if processes is None else processes) else ThreadWorker
+        self._workers = [make(self.sources, render=self.device.type == "cpu") for _ in range(threads)]
+        self._start_threads()
         _open.add(self)
 
-    def _start_threads(self, count: int) -> None:
+    def _start_threads(self) -> None:
         """Loader threads compute on one core each. OpenMP's thread count is per thread, but torch also notes the last value given as the
         one for threads to come: the calling thread puts its own back."""
         own = torch.get_num_threads()
-        ready = threading.Barrier(count + 1)
+        ready = threading.Barrier(len(self._workers) + 1)
 
-        def run() -> None:
+        def run(worker: ThreadWorker | ProcessWorker) -> None:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # pinning would open a context on device 0
             torch.set_num_threads(1)
@@ -97,10 +102,12 @@ class Loader:
             ready.wait()
             ready.wait()
             while (job := self._queue.get()) is not None:
-                self._work(*job)
+                self._work(worker, *job)
 
         # Daemons: a thread that hangs in a file system must not keep the process from ending.
-        self._threads = [threading.Thread(target=run, name=f"loader-{i}", daemon=True) for i in range(count)]
+        self._threads = [
+            threading.Thread(target=run, args=(worker,), name=f"loader-{i}", daemon=True) for i, worker in enumerate(self._workers)
+        ]
         for thread in self._threads:
             thread.start()
         ready.wait()
@@ -121,11 +128,10 @@ class Loader:
             for i in range(len(parts)):
                 self._queue.put((step, name, i))
 
-    def _work(self, step: _Step, name: str, i: int) -> None:
+    def _work(self, worker: ThreadWorker | ProcessWorker, step: _Step, name: str, i: int) -> None:
         try:
             if not self._closed and step.error is None:
-                block = self.sources[name].rows(step.slots[name][i])
-                step.blocks[name][i] = block.render("image") if self.device.type == "cpu" else block
+                step.blocks[name][i] = self.sources[name].account(worker.block(name, step.slots[name][i]))
         except BaseException as error:
             step.error = step.error or error
         with step.lock:
@@ -156,7 +162,7 @@ class Loader:
             self._schedule()
         step = self._steps[0]
         if not step.done.wait(self.timeout_s):
-            at = "; ".join(sorted({place for source in self.sources.values() for place in list(source.reading.values())})) or "no sample"
+            at = "; ".join(sorted(set().union(*(worker.reading() for worker in self._workers)))) or "no sample"
             self.close(wait_s=0)
             raise RuntimeError(
                 f"the loader's threads made no batch in {self.timeout_s:g} s; they are reading {at}. Is the file system alive?"
@@ -205,8 +211,9 @@ class Loader:
             for _ in self._threads:
                 self._queue.put(None)
         end = time.monotonic() + wait_s  # again where an earlier call did not wait to the end
-        for thread in self._threads:
+        for thread, worker in zip(self._threads, self._workers):
             thread.join(max(0.0, end - time.monotonic()))
+            worker.close(max(0.0, end - time.monotonic()))
 
 
 _open: weakref.WeakSet[Loader] = weakref.WeakSet()

@@ -30,6 +30,23 @@ __all__ = ["ImageConfig", "Source", "SourceConfig", "SplitConfig"]
 MAX_CAPTION_BYTES = 1 << 16
 
 
+class _Tally:
+    """How many samples were read, and what was wrong with the bad ones."""
+
+    def __init__(self) -> None:
+        self.read = self.bad = 0
+        self.reasons: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}  # one for each reason
+
+    def add(self, good: int, bad: list[dict[str, Any]]) -> _Tally:
+        self.read += good + len(bad)
+        self.bad += len(bad)
+        for record in bad:
+            self.reasons[record["reason"]] += 1
+            self.examples.setdefault(record["reason"], "{shard}/{key}: {reason}: {detail}".format_map(record))
+        return self
+
+
 class Source:
     """Stages 1-6 for one source. Construction opens every local shard and raises ShardError for what cannot work.
 
@@ -66,9 +83,7 @@ class Source:
         self._blend = Blend([weight for _, weight in parts], self._base)
         self.num_samples = sum(order.total for order in self._orders)
         self._lock = threading.Lock()
-        self._read = 0
-        self._bad: Counter[str] = Counter()
-        self._examples: dict[str, str] = {}
+        self._tally = _Tally()
         self.reading: dict[int, str] = {}  # thread -> the sample it is at, for errors
         self._preflight()
 
@@ -130,6 +145,10 @@ class Source:
 
     def rows(self, slots: range | Sequence[int]) -> Block:
         """Decode and cut the samples of these slots. Raises BadSampleBudgetError, ShardError, or RuntimeError naming the sample."""
+        return self.account(self.make(slots))
+
+    def make(self, slots: range | Sequence[int]) -> Block:
+        """The same without looking at the budget, which is not known to every process that makes blocks."""
         slots_ = np.asarray(slots, np.int64)
         component, own = self._blend.locate(slots_)
         samples: list[Sample] = []
@@ -147,14 +166,35 @@ class Source:
                     sample = self._sample(c, where[0], where[1])
                     break
                 except BadSample as error:
-                    bad.append(self._count_bad(c, where[0], where[1], slot, len(bad) + 1, error))
+                    bad.append(self._record(c, where[0], where[1], slot, error))
+                    if len(bad) >= self.config.max_consecutive_bad:
+                        limit = f"{len(bad)} in a row (max_consecutive_bad: {self.config.max_consecutive_bad})"
+                        raise self._over_budget(_Tally().add(len(samples), skipped + bad), limit) from error
                     where = self._orders[c].replacement(own_slot, len(bad))
             skipped += [record | {"replaced_by": sample.key} for record in bad]
             samples.append(sample)
             origin.append((c, where[2], int(self._orders[c].first[where[0]]) + where[1], len(bad)))
-        with self._lock:
-            self._read += len(samples)
         return self._cut(samples, random.combine(self._base, *torch.tensor(origin).unbind(1)), skipped)
+
+    def account(self, block: Block) -> Block:
+        """Count what `make` read; raises BadSampleBudgetError where too much of all was bad."""
+        with self._lock:
+            self._tally.add(len(block.keys), block.skipped)
+            if self._tally.bad > 10 + self.config.max_bad_fraction * self._tally.read:
+                raise self._over_budget(self._tally, f"more than max_bad_fraction: {self.config.max_bad_fraction}")
+        return block
+
+    def _record(self, c: int, shard: int, number: int, slot: int, bad: BadSample) -> dict[str, Any]:
+        name = self.shard_sets[c].names[shard]
+        key = self.shard_sets[c].members(shard, number)[0]
+        return {"source": self.name, "shard": shard_label(name), "key": key, "reason": bad.reason, "detail": bad.detail, "slot": slot}
+
+    def _over_budget(self, tally: _Tally, limit: str) -> BadSampleBudgetError:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in tally.reasons.most_common())
+        return BadSampleBudgetError(
+            f"source {self.name!r}: {tally.bad} of {tally.read} samples read are bad, {limit}: {reasons}. "
+            f"For instance {'; '.join(list(tally.examples.values())[:3])}. Repair the shards or raise the limit."
+        )
 
     def _sample(self, c: int, shard: int, number: int) -> Sample:
         name = shard_label(self.shard_sets[c].names[shard])
@@ -218,25 +258,3 @@ class Source:
             pixels[spec] = buffers.stack(cut, len(samples))
         labels = {"label": torch.tensor([s.labels["label"] for s in samples])} if self._wants["label"] else {}
         return Block([s.key for s in samples], seeds, labels, pixels, params, skipped, {})
-
-    def _count_bad(self, c: int, shard: int, number: int, slot: int, consecutive: int, bad: BadSample) -> dict[str, Any]:
-        """A bad sample's record, the `consecutive`-th in a row for its slot. Raises BadSampleBudgetError."""
-        name = self.shard_sets[c].names[shard]
-        key = self.shard_sets[c].members(shard, number)[0]
-        with self._lock:
-            self._read += 1
-            self._bad[bad.reason] += 1
-            self._examples.setdefault(bad.reason, f"{shard_label(name)}/{key}: {bad}")
-            total = sum(self._bad.values())
-            if consecutive >= self.config.max_consecutive_bad or total > 10 + self.config.max_bad_fraction * self._read:
-                reasons = ", ".join(f"{n} {reason}" for reason, n in self._bad.most_common())
-                limit = (
-                    f"{consecutive} in a row (max_consecutive_bad: {self.config.max_consecutive_bad})"
-                    if consecutive >= self.config.max_consecutive_bad
-                    else f"more than max_bad_fraction: {self.config.max_bad_fraction}"
-                )
-                raise BadSampleBudgetError(
-                    f"source {self.name!r}: {total} of {self._read} samples read are bad, {limit}: {reasons}. "
-                    f"For instance {'; '.join(list(self._examples.values())[:3])}. Repair the shards or raise the limit."
-                )
-        return {"source": self.name, "shard": shard_label(name), "key": key, "reason": bad.reason, "detail": bad.detail, "slot": slot}

@@ -1,0 +1,254 @@
+"""8a. Loader workers: each makes blocks, in the thread that asks or in a process forked for it.
+
+A process shares no interpreter with the trainer and the other workers, where threads take turns in one between the hundred short calls of
+an image. Pixels cross in memory that both sides map: a memory file that the process makes, fills, and fills again once the parent has let
+go of all tensors over it. Nothing is copied, nothing counts against /dev/shm.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import mmap
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import traceback
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmpretrain.data import buffers
+from mmpretrain.data.block import Block
+from mmpretrain.data.source import Source
+from mmpretrain.types import ViewSpec
+
+WATCH_S = 1.0  # how often an idle process looks whether its parent lives
+PLACE_BYTES = 1024
+Memory = tuple[int, int]  # number, bytes
+
+
+def forkable() -> bool:
+    """Whether workers can be processes here: forking and memory files, as on Linux."""
+    return sys.platform == "linux" and hasattr(os, "memfd_create") and not multiprocessing.current_process().daemon
+
+
+class ThreadWorker:
+    """Makes blocks in the thread that asks; on CPU it renders the images too."""
+
+    def __init__(self, sources: Mapping[str, Source], render: bool) -> None:
+        self._sources, self._render = sources, render
+
+    def block(self, source: str, slots: range) -> Block:
+        block = self._sources[source].make(slots)
+        return block.render("image") if self._render else block
+
+    def reading(self) -> set[str]:
+        """What is being read at this moment, by all threads."""
+        return {place for source in self._sources.values() for place in list(source.reading.values())}
+
+    def close(self, wait_s: float) -> None:
+        """Nothing to end: the thread ends by itself."""
+
+
+class ProcessWorker:
+    """The same in a forked process of its own. One thread asks; any may let go of the tensors."""
+
+    def __init__(self, sources: Mapping[str, Source], render: bool) -> None:
+        self._views = {name: source.views for name, source in sources.items()}
+        self._place = _Place()
+        self._connection, theirs = multiprocessing.Pipe()
+        self._maps: dict[int, np.ndarray] = {}
+        self._released: deque[int] = deque()
+        context = multiprocessing.get_context("fork")
+        arguments = (ThreadWorker(sources, render), sources, theirs, self._place)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True, name="loader")
+        with warnings.catch_warnings():  # Python 3.12 warns where other threads run: none of them holds a lock that the process needs
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process.start()
+        theirs.close()
+
+    def block(self, source: str, slots: range) -> Block:
+        """Raises what the process raised, or RuntimeError where it ended."""
+        released = [self._released.popleft() for _ in range(len(self._released))]
+        try:
+            self._connection.send((source, slots, released))
+            made: list[Memory] = self._connection.recv()
+            for number, size in made:
+                file = reduction.recv_handle(self._connection)
+                self._maps[number] = np.frombuffer(mmap.mmap(file, size), np.uint8)
+                os.close(file)
+            error, data = self._connection.recv()
+        except (EOFError, OSError) as ended:
+            self._process.join(1)
+            at = self._place.text() or "no sample"
+            raise RuntimeError(f"a loader process ended with status {self._process.exitcode} while reading {at}") from ended
+        if error is not None:
+            raise error
+        return _Reader(data, self._views[source], self._lend).load()
+
+    def _lend(self, number: int) -> np.ndarray:
+        """The memory for as long as a tensor over it lives; then the process may fill it again."""
+        lent = self._maps[number][:]
+        weakref.finalize(lent, self._released.append, number).atexit = False
+        return lent
+
+    def reading(self) -> set[str]:
+        return {self._place.text()} - {""}
+
+    def close(self, wait_s: float) -> None:
+        """End the process, at once if it is busy for longer than `wait_s`."""
+        try:
+            self._connection.send(None)
+        except OSError:  # it ended already
+            pass
+        self._process.join(wait_s)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join(wait_s)
+        self._connection.close()
+
+
+class _Place(dict[int, str]):
+    """What a process reads, where its parent can see it: stands for `Source.reading` there."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, PLACE_BYTES)  # shared with forked processes
+
+    def __setitem__(self, thread: int, text: str) -> None:
+        data = text.encode("utf-8", "replace")[: PLACE_BYTES - 1]
+        self._memory[: len(data) + 1] = data + b"\0"
+
+    def pop(self, *_: Any) -> Any:
+        self._memory[:1] = b"\0"
+
+    def text(self) -> str:
+        return self._memory[:].partition(b"\0")[0].decode("utf-8", "replace")
+
+
+class _MemoryFiles(buffers.Buffers):
+    """Buffers of a process that its parent maps too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._number: dict[int, int] = {}  # by address
+        self._unsent: list[tuple[Memory, int]] = []  # and the file
+        self._lent: dict[int, list[Tensor]] = {}  # by number: what the parent has not let go of
+
+    def allocate(self, size: int) -> np.ndarray:
+        file = os.memfd_create("loader")
+        os.ftruncate(file, size)
+        memory = np.frombuffer(mmap.mmap(file, size), np.uint8)
+        number = self._number[memory.ctypes.data] = len(self._number)
+        self._unsent.append(((number, size), file))
+        return memory
+
+    def lend(self, tensor: Tensor) -> tuple[int, int] | None:
+        """(number, offset in bytes) of a tensor in memory of ours, which is not filled again until `take_back`; None for any other."""
+        start = tensor.untyped_storage().data_ptr()
+        if start not in self._number:
+            return None
+        number = self._number[start]
+        self._lent.setdefault(number, []).append(tensor)
+        return number, tensor.data_ptr() - start
+
+    def take_back(self, numbers: list[int]) -> None:
+        for number in numbers:
+            del self._lent[number]
+
+    def send_new(self, connection: Connection, parent: int) -> None:
+        unsent, self._unsent = self._unsent, []
+        connection.send([memory for memory, _ in unsent])
+        for _, file in unsent:
+            reduction.send_handle(connection, file, parent)
+            os.close(file)
+
+
+class _Writer(pickle.Pickler):
+    """A block for the parent: large tensors as their place in shared memory, view specs as their place in the source."""
+
+    def __init__(self, file: io.BytesIO, views: list[ViewSpec], memory: _MemoryFiles) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._views, self._memory = views, memory
+
+    def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, ViewSpec) and obj in self._views:
+            return "view", self._views.index(obj)
+        if not isinstance(obj, Tensor):
+            return None
+        if obj.nbytes < buffers.SMALL:
+            return "array", obj.numpy()
+        place = self._memory.lend(obj)
+        if place is None:  # memory of the spec's own
+            obj = buffers.empty(obj.shape, obj.dtype).copy_(obj)
+            place = self._memory.lend(obj)
+        return "shared", place, obj.dtype, tuple(obj.shape), obj.stride()
+
+
+class _Reader(pickle.Unpickler):
+    """The block in the parent, over the same memory."""
+
+    def __init__(self, data: bytes, views: list[ViewSpec], lend: Callable[[int], np.ndarray]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._views, self._lend = views, functools.cache(lend)
+
+    def persistent_load(self, pid: Any) -> Any:
+        kind, what, *layout = pid
+        if kind == "view":
+            return self._views[what]
+        if kind == "array":
+            return torch.from_numpy(what)
+        (number, offset), (dtype, shape, stride) = what, layout
+        return torch.from_numpy(self._lend(number)).view(dtype).as_strided(shape, stride, offset // dtype.itemsize)
+
+
+def _serve(worker: ThreadWorker, sources: Mapping[str, Source], connection: Connection, place: _Place) -> None:
+    """Make blocks until told to stop, or until the parent is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the trainer's to answer: it still needs batches for its last step
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process().pid
+    torch.set_num_threads(1)
+    memory = _MemoryFiles()
+    buffers.use(memory)
+    for source in sources.values():
+        source.reading = place
+    while True:
+        while not connection.poll(WATCH_S):
+            if os.getppid() != parent:
+                return
+        try:
+            job = connection.recv()
+            if job is None:
+                return
+            name, slots, released = job
+            memory.take_back(released)
+            error, data = None, io.BytesIO()
+            try:
+                _Writer(data, sources[name].views, memory).dump(worker.block(name, slots))
+            except BaseException as raised:
+                error = _portable(raised)
+            memory.send_new(connection, parent)
+            connection.send((error, data.getvalue()))
+        except (EOFError, OSError):  # nobody is there any more
+            return
+
+
+def _portable(error: BaseException) -> BaseException:
+    """An exception that can be sent, with the place it came from."""
+    trace = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(f"in a loader process:\n{trace}")
+    return error
