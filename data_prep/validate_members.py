@@ -66,7 +66,7 @@ class Members:
 def _seen(kind: str, head: bytes) -> tuple[int, int] | None:
     """(width, height) where the first bytes show them."""
     if kind == "jpeg" and (header := decode.jpeg_header(head)) is not None:
-        return header[0], header[1]
+        return header.width, header.height
     if kind == "png" and len(head) >= 24:
         return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
     return None

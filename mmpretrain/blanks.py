@@ -15,7 +15,8 @@ from typing import Any
 
 LIBRARIES = frozenset({
     "accelerate", "cv2", "datasets", "huggingface_hub", "imagehash", "matplotlib", "open_clip", "pandas", "pyarrow", "safetensors",
-    "scipy", "sklearn", "tensorboard", "timm", "tokenizers", "torch", "torchmetrics", "torchvision", "transformers", "webdataset", "xxhash",
+    "scipy", "simplejpeg", "sklearn", "tensorboard", "timm", "tokenizers", "torch", "torchmetrics", "torchvision", "transformers",
+    "webdataset", "xxhash",
 })  # fmt: skip
 
 

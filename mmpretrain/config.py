@@ -52,7 +52,8 @@ class Config:
     image_size: int | None = None  # pixels a side; default: the model's own
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device computes in it
     threads: int | None = None  # for computing; default: cores divided by local processes
-    loader_threads: int = 2  # threads that read, decode and cut
+    loader_threads: int | None = None  # how many read, decode and cut at once; default: 2, beside an accelerator up to 16
+    loader_processes: bool | None = None  # each of them in a process of its own; default: on Linux
     prefetch: int = 4  # batches in flight
     compile: bool = False  # torch.compile the towers' blocks
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more compute
@@ -83,8 +84,8 @@ class EvaluationConfig:
 
 # What may differ between a run and its continuation: it changes how fast the result comes, not the result's meaning.
 FREE = {
-    "run_dir", "accumulate", "threads", "loader_threads", "prefetch", "compile", "activation_checkpointing", "deterministic",
-    "max_skipped_steps", "log_every", "cost_every", "images_every", "resume", "checkpoint", "evaluators",
+    "run_dir", "accumulate", "threads", "loader_threads", "loader_processes", "prefetch", "compile", "activation_checkpointing",
+    "deterministic", "max_skipped_steps", "log_every", "cost_every", "images_every", "resume", "checkpoint", "evaluators",
 }  # fmt: skip
 FREE_OF_SOURCE = {"max_bad_fraction", "max_consecutive_bad", "cache_dir", "cache_bytes", "verify"}
 

@@ -62,7 +62,7 @@ def _train(config: Config, closing: ExitStack) -> int:
     model.to(device)
     loader = Loader(
         sources, rank=distributed.rank(), world_size=processes, start=state["positions"],
-        threads=config.loader_threads, prefetch=config.prefetch, device=device,
+        threads=config.loader_threads, processes=config.loader_processes, prefetch=config.prefetch, device=device,
     )  # fmt: skip
     closing.callback(loader.close)
     batches = iter(loader)

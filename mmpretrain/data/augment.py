@@ -101,32 +101,33 @@ def _reach(sigma: float, height: int, width: int) -> int:
 
 
 def _coloured(pixels: Tensor, chain: Tensor) -> Iterator[np.ndarray]:
-    """Each row of uint8 [B,3,H,W] as float32 [H,W,3] through its own `chain` [B,3,4], or through the one [1,3,4] of all.
+    """Each row of uint8 [B,3,H,W] as float32 [H,W,3] through its own `chain` [B,3,4] or the one [1,3,4] of all; good until the next.
 
     One for all is applied to as many rows at once as the cache holds: small images would cost more calls than work.
     """
     images, chains = np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy()), chain.numpy()
-    if len(chains) > 1:
-        yield from (cv2.transform(image.astype(np.float32), own) for image, own in zip(images, chains))
-        return
     B, H, W, _ = images.shape
-    step = max(1, STRIP // (12 * H * W))
+    step = 1 if len(chains) > 1 else max(1, STRIP // (12 * H * W))
+    plain, coloured = np.empty((2, step * H, W, 3), np.float32)  # used again and again: they stay in the cache
     for at in range(0, B, step):
         strip = images[at : at + step].reshape(-1, W, 3)
-        yield from cv2.transform(strip.astype(np.float32), chains[0]).reshape(-1, H, W, 3)
+        np.copyto(plain[: len(strip)], strip)
+        cv2.transform(plain[: len(strip)], chains[at % len(chains)], dst=coloured[: len(strip)])
+        yield from coloured[: len(strip)].reshape(-1, H, W, 3)
 
 
 def _one_by_one(pixels: Tensor, chain: Tensor, bounds: tuple[Any, Any] | None, sigma: Tensor | None) -> Tensor:
     """uint8 [B,3,H,W] on the CPU -> float32: through `chain` [B or 1,3,4], clamped to `bounds` per channel, blurred by `sigma` [B]."""
     out = buffers.empty(pixels.shape)
     sigmas = [0.0] * len(pixels) if sigma is None else sigma.tolist()
+    blurred = np.empty((*pixels.shape[2:], 3), np.float32)
     for colour, s, planes in zip(_coloured(pixels, chain), sigmas, out.numpy()):
         if bounds is not None:
             low, high = ((*edge, 0.0) for edge in bounds)  # OpenCV's scalars have four values
             cv2.max(cv2.min(colour, high, dst=colour), low, dst=colour)
         if s > 0:
             side = 2 * _reach(s, *colour.shape[:2]) + 1
-            colour = cv2.GaussianBlur(colour, (side, side), s, borderType=cv2.BORDER_REFLECT_101)
+            colour = cv2.GaussianBlur(colour, (side, side), s, dst=blurred, borderType=cv2.BORDER_REFLECT_101)
         cv2.split(colour, list(planes))
     return out
 

@@ -17,11 +17,12 @@ from torch import Tensor
 
 SMALL = 1 << 18  # bytes below which the allocator does well
 CPU = torch.device("cpu")
-KEPT = 16  # free buffers of one size that wait for a use
 
 
 class Buffers:
     """Any thread may ask; a buffer comes back by itself when its tensor and all views of it are gone."""
+
+    kept = 16  # free buffers of one size that wait for a use
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -48,7 +49,7 @@ class Buffers:
     def _back(self, memory: np.ndarray) -> None:
         # A lock here could be held by the very thread that the garbage collector interrupts: appending needs none.
         free = self._free.get(memory.nbytes)
-        if free is not None and len(free) < KEPT:
+        if free is not None and len(free) < self.kept:
             free.append(memory)
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import struct
 import unicodedata
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import numpy as np
+import simplejpeg
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from mmpretrain.data.formats import decode_text, sniff
 from mmpretrain.data.schema import BadSample
 
+EXIF = b"Exif\0\0"
+# EXIF orientation -> transposed?, and the axes flipped after that
+TURNS = {2: (False, 2), 3: (False, 1, 2), 4: (False, 1), 5: (True,), 6: (True, 2), 7: (True, 1, 2), 8: (True, 1)}
 PILLOW_FORMATS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF", "ppm": "PPM"}
 
 
@@ -40,9 +44,19 @@ class ImageLimits:
             raise BadSample("too_elongated", f"{width} x {height}, sides may differ {self.max_aspect:g} times (max_aspect)")
 
 
-def jpeg_header(data: bytes) -> tuple[int, int, int, int] | None:
-    """(width, height, components, bits) from the frame header; None where there is none."""
-    at = 2
+class JpegHeader(NamedTuple):
+    """What a JPEG says of itself before its pixels."""
+
+    width: int
+    height: int
+    components: int
+    bits: int
+    exif: bytes
+
+
+def jpeg_header(data: bytes) -> JpegHeader | None:
+    """None where there is no frame header."""
+    at, exif = 2, b""
     while at + 9 < len(data):
         if data[at] != 0xFF:
             return None
@@ -50,13 +64,25 @@ def jpeg_header(data: bytes) -> tuple[int, int, int, int] | None:
         if marker == 0xFF:  # fill byte
             at += 1
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack(">HH", data[at + 5 : at + 9])
-            return width, height, data[at + 9], data[at + 4]
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return JpegHeader(width, height, data[at + 9], data[at + 4], exif)
         elif marker == 0xDA:
             return None
         else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+            length = int.from_bytes(data[at + 2 : at + 4], "big")
+            if marker == 0xE1 and data[at + 4 : at + 10] == EXIF:
+                exif = data[at + 4 : at + 2 + length]
+            at += 2 + length
     return None
+
+
+def upright(image: Tensor, exif: bytes) -> Tensor:
+    """uint8 [3,H,W] turned as its EXIF block says; as it is where that says nothing that can be read."""
+    tags = Image.Exif()
+    with contextlib.suppress(Exception):  # as hostile as the rest of the file
+        tags.load(exif)
+    transposed, *axes = TURNS.get(tags.get(ExifTags.Base.Orientation), (False,))
+    return (image.transpose(1, 2) if transposed else image).flip(axes) if transposed or axes else image
 
 
 def composite(rgba: Tensor, background: tuple[int, int, int]) -> Tensor:
@@ -67,18 +93,18 @@ def composite(rgba: Tensor, background: tuple[int, int, int]) -> Tensor:
 
 
 def _jpeg(data: bytes, limits: ImageLimits) -> Tensor | None:
-    """torchvision's decoder for plain 8-bit JPEG; None leaves the rest to Pillow.
-
-    Its PNG decoder is not used: an error inside libpng, such as one bad filter byte, ends the process with a segmentation fault.
-    """
+    """libjpeg-turbo for plain 8-bit JPEG; None leaves the rest to Pillow, which also judges what is not as it should be."""
     header = jpeg_header(data)
     if header is None:
         raise BadSample("undecodable_image", "JPEG without a frame header")
-    width, height, components, bits = header
-    limits.check(width, height)
-    if components not in (1, 3) or bits != 8:
+    limits.check(header.width, header.height)
+    if header.components not in (1, 3) or header.bits != 8:
         return None
-    return cast(Tensor, decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True))
+    try:
+        image = torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
+    except ValueError:
+        return None
+    return upright(image, header.exif) if header.exif else image
 
 
 def _eight_bit(values: np.ndarray) -> np.ndarray:

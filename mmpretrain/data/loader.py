@@ -1,7 +1,7 @@
 """8. The loader, rows of every source -> Batch.
 
-Every step's rows are cut into blocks. Each thread has its blocks decoded, cut and (on CPU) rendered by a worker, which on Linux is a process
-of its own; the thread that gets a step's last block joins them.
+Every step's rows are split into blocks. Each thread has its blocks decoded, cut and (on CPU) rendered by a worker, on Linux a process of
+its own; the thread that gets a step's last block joins them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 
 from mmpretrain.data.block import Block, join
 from mmpretrain.data.source import Source
-from mmpretrain.data.worker import ProcessWorker, ThreadWorker, forkable
+from mmpretrain.data.worker import Worker, start_workers
 from mmpretrain.machine import cores
 from mmpretrain.types import Batch
 
-MIN_BLOCK, MAX_BLOCK = 32, 256  # rows
+MIN_BLOCK, MAX_BLOCK = 64, 256  # rows
 
 
 class _Step:
@@ -83,8 +83,7 @@ class Loader:
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._queue: queue.SimpleQueue[tuple[_Step, str, int] | None] = queue.SimpleQueue()
         self._closed = False
-        make = ProcessWorker if (forkable() if processes is None else processes) else ThreadWorker
-        self._workers = [make(self.sources, render=self.device.type == "cpu") for _ in range(threads)]
+        self._workers = start_workers(threads, processes, self.sources, render=self.device.type == "cpu")
         self._start_threads()
         _open.add(self)
 
@@ -94,7 +93,7 @@ class Loader:
         own = torch.get_num_threads()
         ready = threading.Barrier(len(self._workers) + 1)
 
-        def run(worker: ThreadWorker | ProcessWorker) -> None:
+        def run(worker: Worker) -> None:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # pinning would open a context on device 0
             torch.set_num_threads(1)
@@ -128,7 +127,7 @@ class Loader:
             for i in range(len(parts)):
                 self._queue.put((step, name, i))
 
-    def _work(self, worker: ThreadWorker | ProcessWorker, step: _Step, name: str, i: int) -> None:
+    def _work(self, worker: Worker, step: _Step, name: str, i: int) -> None:
         try:
             if not self._closed and step.error is None:
                 step.blocks[name][i] = self.sources[name].account(worker.block(name, step.slots[name][i]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -116,6 +117,7 @@ class ShardSet:
         return iter(zip(self.names, self.counts.tolist()))
 
 
+@functools.lru_cache(1024)
 def shard_label(name: str) -> str:
     """A shard's name in sample keys and logs: the last folder and the file."""
     return "/".join(Path(name).parts[-2:])

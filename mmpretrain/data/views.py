@@ -30,7 +30,8 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     """uint8 [3,H,W] -> uint8 [3,height,width], bicubic and antialiased."""
     if tuple(image.shape[-2:]) == (height, width):
         return image
-    pixels = image[None].contiguous(memory_format=torch.channels_last)  # as it was decoded, but for the crop: resized faster so
+    # Channels last, as it was decoded, is resized faster; the batch's axis comes while they lie last, or torch would not see that they do.
+    pixels = image.permute(1, 2, 0)[None].contiguous().permute(0, 3, 1, 2)
     return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0]
 
 

@@ -7,6 +7,7 @@ go of all tensors over it. Nothing is copied, nothing counts against /dev/shm.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import mmap
@@ -36,11 +37,6 @@ from mmpretrain.types import ViewSpec
 WATCH_S = 1.0  # how often an idle process looks whether its parent lives
 PLACE_BYTES = 1024
 Memory = tuple[int, int]  # number, bytes
-
-
-def forkable() -> bool:
-    """Whether workers can be processes here: forking and memory files, as on Linux."""
-    return sys.platform == "linux" and hasattr(os, "memfd_create") and not multiprocessing.current_process().daemon
 
 
 class ThreadWorker:
@@ -108,15 +104,31 @@ class ProcessWorker:
 
     def close(self, wait_s: float) -> None:
         """End the process, at once if it is busy for longer than `wait_s`."""
-        try:
+        with contextlib.suppress(OSError):  # it ended already
             self._connection.send(None)
-        except OSError:  # it ended already
-            pass
         self._process.join(wait_s)
         if self._process.is_alive():
             self._process.kill()
             self._process.join(wait_s)
-        self._connection.close()
+
+
+Worker = ThreadWorker | ProcessWorker
+
+
+def start_workers(count: int, processes: bool | None, sources: Mapping[str, Source], render: bool) -> list[Worker]:
+    """`count` workers; processes by default where the system can fork and has memory files, as Linux. Raises ValueError where it cannot."""
+    forkable = hasattr(os, "fork") and hasattr(os, "memfd_create") and not multiprocessing.current_process().daemon
+    if processes and not forkable:
+        raise ValueError("loader processes need Linux and a process that may have children: leave loader_processes out or set it to false")
+    workers: list[Worker] = []
+    try:
+        for _ in range(count):
+            workers.append((ThreadWorker if processes is False or not forkable else ProcessWorker)(sources, render))
+    except BaseException:
+        for worker in workers:
+            worker.close(0.0)
+        raise
+    return workers
 
 
 class _Place(dict[int, str]):
@@ -137,7 +149,9 @@ class _Place(dict[int, str]):
 
 
 class _MemoryFiles(buffers.Buffers):
-    """Buffers of a process that its parent maps too."""
+    """Buffers of a process that its parent maps too, and does not let go of: each is used again."""
+
+    kept = sys.maxsize
 
     def __init__(self) -> None:
         super().__init__()

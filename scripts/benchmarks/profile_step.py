@@ -71,7 +71,7 @@ def main() -> None:
     bf16 = launch.computes_bf16() and config.precision != "fp32"
     model, _ = build_model(config)
     sources = build_sources(config, model)
-    loader = Loader(sources, threads=1)
+    loader = Loader(sources, threads=1, processes=False)
     taken = iter(loader)
     batches = [next(taken) for _ in range(4)]
     cpu, wall = time.process_time(), time.perf_counter()

@@ -7,8 +7,9 @@ import zlib
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mmpretrain.data import decode
 from mmpretrain.data.decode import ImageLimits, decode_image
@@ -85,6 +86,32 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     assert tuple(found.shape[1:]) == ((20, 40) if orientation in (1, 3) else (40, 20))
     red_at_start = found[0, 3, 3] > 128
     assert bool(red_at_start) == (orientation in (1, 6))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_jpeg_is_turned_as_pillow_turns_it(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    exif[0x0112] = orientation  # 0 and 9 mean nothing
+    data = encoded(picture(size=(40, 24)), exif=exif)
+    close(decode_image(data), pixels(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))))
+
+
+@pytest.mark.parametrize("exif", [b"", b"II*\0", b"MM\0*\0\0\0\x08\xff\xff", b"\xff" * 300])
+def test_an_exif_block_that_cannot_be_read_turns_nothing(exif: bytes) -> None:
+    plain = encoded(picture())
+    block = b"Exif\0\0" + exif
+    data = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + plain[2:]
+    close(decode_image(data), decode_image(plain), 0)
+
+
+def test_a_jpeg_with_stray_bytes_is_read_as_pillow_reads_it() -> None:
+    plain = encoded(picture())
+    scan = plain.index(b"\xff\xda")
+    data = plain[:scan] + bytes(7) + plain[scan:]
+    with pytest.raises(ValueError, match="xtraneous"):
+        simplejpeg.decode_jpeg(data)
+    close(decode_image(data), pixels(Image.open(io.BytesIO(data))))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

@@ -1,4 +1,4 @@
-"""Batches from threads: complete, in order, the same for any threads, ranks and resumption."""
+"""Batches: complete, in order, the same for any threads, processes, ranks and resumption."""
 
 import threading
 from collections.abc import Iterator
@@ -60,12 +60,14 @@ def same(a: Batch, b: Batch) -> None:
             assert torch.equal(view.data, b[name].views[spec].data)
 
 
-def test_batches_do_not_depend_on_threads_and_blocks(loaders, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = loaders(threads=1, prefetch=1)
+@pytest.mark.parametrize("processes", [True, False])
+def test_batches_do_not_depend_on_threads_processes_and_blocks(loaders, monkeypatch: pytest.MonkeyPatch, processes: bool) -> None:
+    first = loaders(threads=1, prefetch=1, processes=False)
     monkeypatch.setattr("mmpretrain.data.loader.MIN_BLOCK", 3)
-    second = loaders(threads=5)
+    second = loaders(threads=5, processes=processes)
     for _ in range(8):
         same(next(first), next(second))
+        assert first.drain_skipped() == second.drain_skipped()
 
 
 def test_resume_at_any_step_gives_the_same_batches(loaders) -> None:
@@ -116,7 +118,7 @@ def test_threads_compute_on_one_core_and_leave_the_others_alone(loaders, monkeyp
         seen: set[int] = set()
         real = decode.decode_image
         monkeypatch.setattr(decode, "decode_image", lambda *a: seen.add(torch.get_num_threads()) or real(*a))
-        loader = loaders()
+        loader = loaders(processes=False)
         next(loader)
         assert seen == {1}
         assert torch.get_num_threads() == 2
@@ -124,19 +126,21 @@ def test_threads_compute_on_one_core_and_leave_the_others_alone(loaders, monkeyp
         torch.set_num_threads(before)
 
 
-def test_a_failure_in_a_thread_names_the_sample(loaders, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("processes", [True, False])
+def test_a_failure_names_the_sample(loaders, monkeypatch: pytest.MonkeyPatch, processes: bool) -> None:
     monkeypatch.setattr(decode, "decode_text", lambda data: 1 / 0)
-    loader = loaders()
+    loader = loaders(processes=processes)
     with pytest.raises(RuntimeError, match=r"source 'pairs': reading .*s/0000\d\.tar/\d+ of .*ZeroDivisionError"):
         next(loader)
     with pytest.raises(StopIteration):
         next(loader)
 
 
-def test_a_thread_that_hangs_is_an_error_that_names_the_sample(loaders, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("processes", [True, False])
+def test_what_hangs_is_an_error_that_names_the_sample(loaders, monkeypatch: pytest.MonkeyPatch, processes: bool) -> None:
     real, alive = decode.decode_image, threading.Event()
     monkeypatch.setattr(decode, "decode_image", lambda *a: alive.wait() and real(*a))
-    loader = loaders(timeout_s=0.3)
+    loader = loaders(timeout_s=0.3, processes=processes)
     with pytest.raises(RuntimeError, match=r"no batch in 0\.3 s; they are reading .*s/0000\d\.tar/\d+"):
         next(loader)
     alive.set()
