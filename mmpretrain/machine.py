@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +23,18 @@ def cores() -> int:
     return os.cpu_count() or 1  # macOS, Windows
 
 
+_held: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    for file in list(_held):
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):  # a forked process that outlives this one must not go on holding its locks
+    os.register_at_fork(after_in_child=_let_go)
+
+
 def hold(path: str | Path, wait: bool = True) -> IO[str]:
     """Lock the file `path`, made if need be, while what is returned is open; the system lets go when the process ends, however it ends.
 
@@ -32,6 +45,7 @@ def hold(path: str | Path, wait: bool = True) -> IO[str]:
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     file = Path(path).open("w")  # noqa: SIM115 (the caller closes it)
+    _held.add(file)
     if fcntl is None:
         log.warning("this system has no file locks: see to it that no other process writes to %s", Path(path).parent)
         return file

@@ -1,6 +1,7 @@
 """Cores and locks, where the system has the calls for them and where it has not."""
 
 import os
+import signal
 import threading
 
 import pytest
@@ -36,3 +37,22 @@ def test_a_system_without_locks_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(machine, "fcntl", None)
     with machine.hold(tmp_path / "lock"), machine.hold(tmp_path / "lock", wait=False):
         assert "no file locks" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_does_not_hold_the_locks_of_its_parent(tmp_path):
+    read, write = os.pipe()
+    held = machine.hold(tmp_path / "lock")
+    child = os.fork()
+    if child == 0:
+        os.write(write, b"I live")
+        signal.pause()
+    try:
+        os.read(read, 6)
+        with pytest.raises(BlockingIOError):
+            machine.hold(tmp_path / "lock", wait=False)  # the parent's own is there still
+        held.close()
+        machine.hold(tmp_path / "lock", wait=False).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

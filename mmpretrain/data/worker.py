@@ -34,7 +34,7 @@ from mmpretrain.data.block import Block
 from mmpretrain.data.source import Source
 from mmpretrain.types import ViewSpec
 
-WATCH_S = 1.0  # how often an idle process looks whether its parent lives
+WATCH_S = 0.2  # how often an idle process looks whether its parent lives
 PLACE_BYTES = 1024
 Memory = tuple[int, int]  # number, bytes
 

@@ -1,4 +1,4 @@
-"""Shards to normalised float32 batches on two cores, images/s: our loader with two threads, webdataset with two worker processes.
+"""Shards to normalised float32 batches on two cores, images/s: our loader with two workers, webdataset with two worker processes.
 
     python scripts/benchmarks/bench_loader.py [--quick] [--rounds 2] [--out FILE]
 
