@@ -54,7 +54,7 @@ class Config:
     threads: int | None = None  # for computing; default: cores divided by local processes
     loader_threads: int | None = None  # how many read, decode and cut at once; default: 2, beside an accelerator up to 16
     loader_processes: bool | None = None  # each of them in a process of its own; default: on Linux
-    prefetch: int = 4  # batches in flight
+    prefetch: int | None = None  # batches in flight; default: 4, or as many as keep the loader busy
     compile: bool = False  # torch.compile the towers' blocks
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more compute
     deterministic: bool = False  # on CUDA: bit-identical results, at some cost in speed

@@ -85,7 +85,19 @@ def computes_bf16() -> bool:
 
 def environment(accelerator: Accelerator, config: Config) -> dict[str, Any]:
     """What a reader needs to repeat the run."""
-    packages = ["torch", "torchvision", "open_clip_torch", "accelerate", "transformers", "timm", "webdataset", "numpy", "pillow"]
+    packages = [
+        "torch",
+        "torchvision",
+        "open_clip_torch",
+        "accelerate",
+        "transformers",
+        "timm",
+        "webdataset",
+        "numpy",
+        "pillow",
+        "simplejpeg",
+        "opencv-python-headless",
+    ]
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "mmpretrain": __version__,

@@ -217,7 +217,8 @@ def describe(config: Config, accelerator: Accelerator, model: PretrainModel, sou
     lines = [
         f"{config.run_dir}: {config.steps} steps of {', '.join(config.objectives)}; "
         f"towers {millions['towers']:.1f}M, heads {millions['heads']:.1f}M parameters",
-        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {config.threads} threads, {config.precision}",
+        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {config.threads} threads, "
+        f"{config.loader_threads} for data, {config.precision}",
     ]
     for name, source in sources.items():
         rows = config.sources[name].batch_size

@@ -1,12 +1,12 @@
-"""6. Photometric operations: image by image on the loader's threads, a whole batch at once on a device.
+"""6. Photometric operations: image by image in the loader's workers, a whole batch at once on a device.
 
 Brightness, contrast, saturation, hue, greyscale and normalisation are affine in colour, so a row's whole chain is ONE 3x4 matrix; blur
 and solarize follow in normalised space. Departures from torchvision, which clamps after every operation and turns hue in HSV: values are
 clamped once, after the chain; hue is a rotation in YIQ, which keeps luma. Contrast blends with the mean grey of the row's own image, as
 torchvision does: the mean passes exactly through affine operations, so it is taken once, before them.
 
-On CPU the work is OpenCV's, a handful of calls for an image while the cache holds it. What counts is that they are few: threads that leave
-the interpreter for a hundred short operations an image wait for each other more than they work.
+On CPU the work is OpenCV's, a handful of calls for an image while the cache holds it. What counts is that they are few: a hundred short
+operations an image cost more in calls than in work, and threads of one interpreter would wait for each other between them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from mmpretrain.data import buffers
 
-cv2.setNumThreads(0)  # the loader's threads are the parallel part
+cv2.setNumThreads(0)  # the loader's workers are the parallel part
 LUMA = (0.299, 0.587, 0.114)
 _YIQ = ((0.299, 0.587, 0.114), (0.59590059, -0.27455667, -0.32134392), (0.21153661, -0.52273617, 0.31119955))
 _FROM_YIQ = torch.linalg.inv(torch.tensor(_YIQ, dtype=torch.float64)).tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import struct
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import simplejpeg
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from mmpretrain.data.formats import decode_text, sniff
@@ -70,18 +69,31 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
             return None
         else:
             length = int.from_bytes(data[at + 2 : at + 4], "big")
-            if marker == 0xE1 and data[at + 4 : at + 10] == EXIF:
+            if marker == 0xE1 and not exif and data[at + 4 : at + 10] == EXIF:
                 exif = data[at + 4 : at + 2 + length]
             at += 2 + length
     return None
 
 
-def upright(image: Tensor, exif: bytes) -> Tensor:
-    """uint8 [3,H,W] turned as its EXIF block says; as it is where that says nothing that can be read."""
-    tags = Image.Exif()
-    with contextlib.suppress(Exception):  # as hostile as the rest of the file
-        tags.load(exif)
-    transposed, *axes = TURNS.get(tags.get(ExifTags.Base.Orientation), (False,))
+def orientation(exif: bytes) -> int:
+    """What the first directory of an EXIF block says, 1 to 8 as a rule; 1, upright, where it says nothing that can be read."""
+    order = {b"II": "<", b"MM": ">"}.get(exif[6:8])
+    if order is None:
+        return 1
+    try:
+        directory = 6 + struct.unpack_from(order + "I", exif, 10)[0]
+        for entry in range(struct.unpack_from(order + "H", exif, directory)[0]):
+            tag, kind, _, value = struct.unpack_from(order + "HHIH", exif, directory + 2 + 12 * entry)
+            if (tag, kind) == (0x0112, 3):
+                return value
+    except struct.error:
+        pass
+    return 1
+
+
+def upright(image: Tensor, turn: int) -> Tensor:
+    """uint8 [3,H,W] turned as its EXIF orientation says."""
+    transposed, *axes = TURNS.get(turn, (False,))
     return (image.transpose(1, 2) if transposed else image).flip(axes) if transposed or axes else image
 
 
@@ -104,7 +116,7 @@ def _jpeg(data: bytes, limits: ImageLimits) -> Tensor | None:
         image = torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
     except ValueError:
         return None
-    return upright(image, header.exif) if header.exif else image
+    return upright(image, orientation(header.exif)) if header.exif else image
 
 
 def _eight_bit(values: np.ndarray) -> np.ndarray:

@@ -12,7 +12,6 @@ import logging
 import mmap
 import os
 import tempfile
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +22,13 @@ from mmpretrain.data.checksum import BYTES, checksum, known
 from mmpretrain.data.grouping import group
 from mmpretrain.data.schema import ShardError
 from mmpretrain.data.tar import Headers, Stop, read_headers
+from mmpretrain.machine import lock_across_forks
 
 log = logging.getLogger(__name__)
 VERSION = 2
 _CHECKSUMS = {1: "sha256", 2: "checksum"}  # the array's name by version
 SUFFIX = ".index.npz"
-_PARSING = threading.Lock()  # NumPy parses headers with `ast`, which CPython 3.11 lets fail now and then in two threads at once
+_PARSING = lock_across_forks()  # NumPy parses headers with `ast`, which CPython 3.11 lets fail now and then in two threads at once
 
 
 class Member(NamedTuple):

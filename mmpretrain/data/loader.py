@@ -7,6 +7,7 @@ its own; the thread that gets a step's last block joins them.
 from __future__ import annotations
 
 import atexit
+import os
 import queue
 import threading
 import time
@@ -43,9 +44,9 @@ class Loader:
     """Endless batches of this rank's rows. Source s at step t covers its slots [t * batch_size, (t+1) * batch_size), rank r the r-th part.
 
     `start` slots already consumed, per source, as `position()` gave them. `threads` decode, each in a process of its own if `processes`
-    says so (by default where the system can fork); `prefetch` steps are worked on ahead. On CPU they render too; otherwise uint8 pixels
-    are pinned, sent, and rendered on `device` on a stream of their own. A step that takes longer than `timeout_s` is an error that names
-    what was being read.
+    says so (by default where the system can fork); `prefetch` steps are worked on ahead, by default 4 or as many as keep all busy. On CPU
+    they render too; otherwise uint8 pixels are pinned, sent, and rendered on `device` on a stream of their own. A step that takes longer
+    than `timeout_s` is an error that names what was being read.
     """
 
     def __init__(
@@ -77,15 +78,19 @@ class Loader:
         rows = [source.batch_size // world_size for source in sources.values()]
         self._block = min(MAX_BLOCK, max(MIN_BLOCK, -(-max(rows) // threads)))
         blocks = sum(-(-n // self._block) for n in rows)
-        self._ahead = prefetch or max(2, -(-2 * threads // blocks))
+        self._ahead = prefetch or max(4, -(-2 * threads // blocks))
         self._steps: deque[_Step] = deque()
         self._staged: tuple[_Step, Batch] | None = None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._queue: queue.SimpleQueue[tuple[_Step, str, int] | None] = queue.SimpleQueue()
         self._closed = False
         self._workers = start_workers(threads, processes, self.sources, render=self.device.type == "cpu")
-        self._start_threads()
         _open.add(self)
+        try:
+            self._start_threads()
+        except BaseException:
+            self.close(0.0)
+            raise
 
     def _start_threads(self) -> None:
         """Loader threads compute on one core each. OpenMP's thread count is per thread, but torch also notes the last value given as the
@@ -207,15 +212,20 @@ class Loader:
         """Stop the threads and wait for them; those that hang are left to end with the process."""
         if not self._closed:
             self._closed = True
-            for _ in self._threads:
+            for _ in self._workers:
                 self._queue.put(None)
         end = time.monotonic() + wait_s  # again where an earlier call did not wait to the end
-        for thread, worker in zip(self._threads, self._workers):
+        for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
+        for worker in self._workers:
+            worker.stop()
+        for worker in self._workers:
             worker.close(max(0.0, end - time.monotonic()))
 
 
 _open: weakref.WeakSet[Loader] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):  # a forked process must not close its parent's
+    os.register_at_fork(after_in_child=_open.clear)
 
 
 @atexit.register

@@ -48,7 +48,7 @@ class ShardSet:
         self.names = expand(spec)
         self._split, self._cache, self._verify = split, cache, verify
         self._stated = stated_counts(self.names)
-        self._opened = Recent(self._open, max(64, 2 * window + 8))
+        self._opened = Recent(self._open, window + 8)
         self.damage: list[tuple[str, Damage]] = []
         self.duplicates = 0
         self.found: dict[str, int] = {}  # extension -> samples that have it, over the shards looked at

@@ -148,7 +148,7 @@ class Source:
         return self.account(self.make(slots))
 
     def make(self, slots: range | Sequence[int]) -> Block:
-        """The same without looking at the budget, which is not known to every process that makes blocks."""
+        """The same without the budget of all samples, which a process that makes blocks cannot know; it counts bad ones in a row."""
         slots_ = np.asarray(slots, np.int64)
         component, own = self._blend.locate(slots_)
         samples: list[Sample] = []
@@ -168,8 +168,8 @@ class Source:
                 except BadSample as error:
                     bad.append(self._record(c, where[0], where[1], slot, error))
                     if len(bad) >= self.config.max_consecutive_bad:
-                        limit = f"{len(bad)} in a row (max_consecutive_bad: {self.config.max_consecutive_bad})"
-                        raise self._over_budget(_Tally().add(len(samples), skipped + bad), limit) from error
+                        found = f"{len(bad)} samples in a row are bad (max_consecutive_bad: {self.config.max_consecutive_bad})"
+                        raise self._over_budget(found, _Tally().add(0, bad)) from error
                     where = self._orders[c].replacement(own_slot, len(bad))
             skipped += [record | {"replaced_by": sample.key} for record in bad]
             samples.append(sample)
@@ -181,7 +181,8 @@ class Source:
         with self._lock:
             self._tally.add(len(block.keys), block.skipped)
             if self._tally.bad > 10 + self.config.max_bad_fraction * self._tally.read:
-                raise self._over_budget(self._tally, f"more than max_bad_fraction: {self.config.max_bad_fraction}")
+                found = f"{self._tally.bad} of {self._tally.read} samples read are bad"
+                raise self._over_budget(f"{found}, more than max_bad_fraction: {self.config.max_bad_fraction}", self._tally)
         return block
 
     def _record(self, c: int, shard: int, number: int, slot: int, bad: BadSample) -> dict[str, Any]:
@@ -189,10 +190,10 @@ class Source:
         key = self.shard_sets[c].members(shard, number)[0]
         return {"source": self.name, "shard": shard_label(name), "key": key, "reason": bad.reason, "detail": bad.detail, "slot": slot}
 
-    def _over_budget(self, tally: _Tally, limit: str) -> BadSampleBudgetError:
+    def _over_budget(self, found: str, tally: _Tally) -> BadSampleBudgetError:
         reasons = ", ".join(f"{n} {reason}" for reason, n in tally.reasons.most_common())
         return BadSampleBudgetError(
-            f"source {self.name!r}: {tally.bad} of {tally.read} samples read are bad, {limit}: {reasons}. "
+            f"source {self.name!r}: {found}: {reasons}. "
             f"For instance {'; '.join(list(tally.examples.values())[:3])}. Repair the shards or raise the limit."
         )
 

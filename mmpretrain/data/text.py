@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import os
-import threading
 from typing import Any
 
 from torch import Tensor
 
+from mmpretrain.machine import lock_across_forks
+
 WORDS = 1 << 16  # whose ids are remembered
 SPECIAL = ("<start_of_text>", "<end_of_text>")
-_LOCK = threading.Lock()
+_LOCK = lock_across_forks()
 _FOUND: dict[str, Tokenizer] = {}
-if hasattr(os, "register_at_fork"):  # a forked process must not find it held by a thread that it does not have
-    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 
 
 class Tokenizer:

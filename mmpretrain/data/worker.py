@@ -2,7 +2,8 @@
 
 A process shares no interpreter with the trainer and the other workers, where threads take turns in one between the hundred short calls of
 an image. Pixels cross in memory that both sides map: a memory file that the process makes, fills, and fills again once the parent has let
-go of all tensors over it. Nothing is copied, nothing counts against /dev/shm.
+go of all tensors over it. Crossing copies nothing, and nothing counts against /dev/shm. To a process forked off the parent such a batch is
+good only while the parent holds it, too.
 """
 
 from __future__ import annotations
@@ -36,25 +37,28 @@ from mmpretrain.types import ViewSpec
 
 WATCH_S = 0.2  # how often an idle process looks whether its parent lives
 PLACE_BYTES = 1024
-Memory = tuple[int, int]  # number, bytes
+Memory = tuple[int, int]  # a memory file: number, bytes
 
 
 class ThreadWorker:
     """Makes blocks in the thread that asks; on CPU it renders the images too."""
 
     def __init__(self, sources: Mapping[str, Source], render: bool) -> None:
-        self._sources, self._render = sources, render
+        self.sources, self._render = sources, render
 
     def block(self, source: str, slots: range) -> Block:
-        block = self._sources[source].make(slots)
+        block = self.sources[source].make(slots)
         return block.render("image") if self._render else block
 
     def reading(self) -> set[str]:
         """What is being read at this moment, by all threads."""
-        return {place for source in self._sources.values() for place in list(source.reading.values())}
+        return {place for source in self.sources.values() for place in list(source.reading.values())}
+
+    def stop(self) -> None:
+        """Nothing to end: the thread ends by itself."""
 
     def close(self, wait_s: float) -> None:
-        """Nothing to end: the thread ends by itself."""
+        """The same."""
 
 
 class ProcessWorker:
@@ -67,9 +71,9 @@ class ProcessWorker:
         self._maps: dict[int, np.ndarray] = {}
         self._released: deque[int] = deque()
         context = multiprocessing.get_context("fork")
-        arguments = (ThreadWorker(sources, render), sources, theirs, self._place)
+        arguments = (ThreadWorker(sources, render), theirs, self._connection, self._place)
         self._process = context.Process(target=_serve, args=arguments, daemon=True, name="loader")
-        with warnings.catch_warnings():  # Python 3.12 warns where other threads run: none of them holds a lock that the process needs
+        with warnings.catch_warnings():  # Python 3.12 warns where other threads run; the locks that both need are `lock_across_forks`
             warnings.simplefilter("ignore", DeprecationWarning)
             self._process.start()
         theirs.close()
@@ -80,18 +84,25 @@ class ProcessWorker:
         try:
             self._connection.send((source, slots, released))
             made: list[Memory] = self._connection.recv()
-            for number, size in made:
-                file = reduction.recv_handle(self._connection)
-                self._maps[number] = np.frombuffer(mmap.mmap(file, size), np.uint8)
-                os.close(file)
+        except (EOFError, OSError) as ended:
+            raise self._ended() from ended
+        for number, size in made:
+            self._maps[number] = _map(reduction.recv_handle(self._connection), size)
+        try:
             error, data = self._connection.recv()
         except (EOFError, OSError) as ended:
-            self._process.join(1)
-            at = self._place.text() or "no sample"
-            raise RuntimeError(f"a loader process ended with status {self._process.exitcode} while reading {at}") from ended
+            raise self._ended() from ended
         if error is not None:
             raise error
         return _Reader(data, self._views[source], self._lend).load()
+
+    def _ended(self) -> RuntimeError:
+        self._process.join(1)
+        at, status = self._place.text(), self._process.exitcode
+        why = f"a loader process ended with status {status}" + (f" while reading {at}" if at else "")
+        if status == -signal.SIGKILL:
+            why += ". It was killed, most often because memory ran out: fewer loader_threads or a smaller prefetch need less"
+        return RuntimeError(why + ".")
 
     def _lend(self, number: int) -> np.ndarray:
         """The memory for as long as a tensor over it lives; then the process may fill it again."""
@@ -102,10 +113,13 @@ class ProcessWorker:
     def reading(self) -> set[str]:
         return {self._place.text()} - {""}
 
-    def close(self, wait_s: float) -> None:
-        """End the process, at once if it is busy for longer than `wait_s`."""
+    def stop(self) -> None:
+        """Have the process end when it is done."""
         with contextlib.suppress(OSError):  # it ended already
             self._connection.send(None)
+
+    def close(self, wait_s: float) -> None:
+        """Wait for the process, and kill it if it is busy for longer than `wait_s`."""
         self._process.join(wait_s)
         if self._process.is_alive():
             self._process.kill()
@@ -126,12 +140,19 @@ def start_workers(count: int, processes: bool | None, sources: Mapping[str, Sour
             workers.append((ThreadWorker if processes is False or not forkable else ProcessWorker)(sources, render))
     except BaseException:
         for worker in workers:
-            worker.close(0.0)
+            worker.close(0.0)  # kills it
         raise
     return workers
 
 
-class _Place(dict[int, str]):
+def _map(file: int, size: int) -> np.ndarray:
+    """A memory file as uint8 [size]; `file` is closed (Python's own mmap would keep a second descriptor open)."""
+    mapped = torch.from_file(f"/proc/self/fd/{file}", shared=True, size=size, dtype=torch.uint8).numpy()
+    os.close(file)
+    return mapped
+
+
+class _Place:
     """What a process reads, where its parent can see it: stands for `Source.reading` there."""
 
     def __init__(self) -> None:
@@ -156,15 +177,16 @@ class _MemoryFiles(buffers.Buffers):
     def __init__(self) -> None:
         super().__init__()
         self._number: dict[int, int] = {}  # by address
-        self._unsent: list[tuple[Memory, int]] = []  # and the file
+        self._unsent: dict[int, tuple[int, int]] = {}  # number -> file and bytes, of those that the parent does not know
+        self._new: list[int] = []  # those of them that it is about to see
         self._lent: dict[int, list[Tensor]] = {}  # by number: what the parent has not let go of
 
     def allocate(self, size: int) -> np.ndarray:
         file = os.memfd_create("loader")
         os.ftruncate(file, size)
-        memory = np.frombuffer(mmap.mmap(file, size), np.uint8)
+        memory = _map(os.dup(file), size)
         number = self._number[memory.ctypes.data] = len(self._number)
-        self._unsent.append(((number, size), file))
+        self._unsent[number] = file, size
         return memory
 
     def lend(self, tensor: Tensor) -> tuple[int, int] | None:
@@ -173,6 +195,8 @@ class _MemoryFiles(buffers.Buffers):
         if start not in self._number:
             return None
         number = self._number[start]
+        if number in self._unsent and number not in self._new:
+            self._new.append(number)
         self._lent.setdefault(number, []).append(tensor)
         return number, tensor.data_ptr() - start
 
@@ -181,9 +205,9 @@ class _MemoryFiles(buffers.Buffers):
             del self._lent[number]
 
     def send_new(self, connection: Connection, parent: int) -> None:
-        unsent, self._unsent = self._unsent, []
-        connection.send([memory for memory, _ in unsent])
-        for _, file in unsent:
+        new, self._new = [(number, *self._unsent.pop(number)) for number in self._new], []
+        connection.send([(number, size) for number, _, size in new])
+        for _, file, _ in new:
             reduction.send_handle(connection, file, parent)
             os.close(file)
 
@@ -201,12 +225,12 @@ class _Writer(pickle.Pickler):
         if not isinstance(obj, Tensor):
             return None
         if obj.nbytes < buffers.SMALL:
-            return "array", obj.numpy()
+            return "bytes", obj.detach().contiguous().flatten().view(torch.uint8).numpy(), obj.dtype, obj.shape
         place = self._memory.lend(obj)
         if place is None:  # memory of the spec's own
             obj = buffers.empty(obj.shape, obj.dtype).copy_(obj)
             place = self._memory.lend(obj)
-        return "shared", place, obj.dtype, tuple(obj.shape), obj.stride()
+        return "shared", place, obj.dtype, obj.shape, obj.stride()
 
 
 class _Reader(pickle.Unpickler):
@@ -220,22 +244,24 @@ class _Reader(pickle.Unpickler):
         kind, what, *layout = pid
         if kind == "view":
             return self._views[what]
-        if kind == "array":
-            return torch.from_numpy(what)
+        if kind == "bytes":
+            dtype, shape = layout
+            return torch.from_numpy(what).view(dtype).view(shape)
         (number, offset), (dtype, shape, stride) = what, layout
         return torch.from_numpy(self._lend(number)).view(dtype).as_strided(shape, stride, offset // dtype.itemsize)
 
 
-def _serve(worker: ThreadWorker, sources: Mapping[str, Source], connection: Connection, place: _Place) -> None:
-    """Make blocks until told to stop, or until the parent is gone."""
+def _serve(worker: ThreadWorker, connection: Connection, parents: Connection, place: _Place) -> None:
+    """Make blocks until told to stop, or until the parent is gone, which nobody notices while its own end of the line is open here."""
+    parents.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # the trainer's to answer: it still needs batches for its last step
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process().pid
     torch.set_num_threads(1)
     memory = _MemoryFiles()
     buffers.use(memory)
-    for source in sources.values():
-        source.reading = place
+    for source in worker.sources.values():
+        source.reading = place  # type: ignore[assignment]
     while True:
         while not connection.poll(WATCH_S):
             if os.getppid() != parent:
@@ -248,7 +274,7 @@ def _serve(worker: ThreadWorker, sources: Mapping[str, Source], connection: Conn
             memory.take_back(released)
             error, data = None, io.BytesIO()
             try:
-                _Writer(data, sources[name].views, memory).dump(worker.block(name, slots))
+                _Writer(data, worker.sources[name].views, memory).dump(worker.block(name, slots))
             except BaseException as raised:
                 error = _portable(raised)
             memory.send_new(connection, parent)

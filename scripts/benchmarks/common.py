@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every program timed here, ours and theirs, finds its modules compiled, as a user's does
-PACKAGES = ("torch", "torchvision", "open_clip_torch", "webdataset", "pillow", "opencv-python-headless", "numpy")
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "webdataset", "pillow", "opencv-python-headless", "simplejpeg", "numpy")
 sys.path.insert(0, str(ROOT))  # the scripts run from a checkout, installed or not
 
 

@@ -71,7 +71,7 @@ def main() -> None:
     bf16 = launch.computes_bf16() and config.precision != "fp32"
     model, _ = build_model(config)
     sources = build_sources(config, model)
-    loader = Loader(sources, threads=1, processes=False)
+    loader = Loader(sources, threads=1, processes=False)  # in this process, whose CPU time is read below
     taken = iter(loader)
     batches = [next(taken) for _ in range(4)]
     cpu, wall = time.process_time(), time.perf_counter()
@@ -108,7 +108,8 @@ def main() -> None:
     phases.update(dict.fromkeys(phases, 0.0))
     for i in range(arguments.steps):
         step(batches[i % len(batches)])
-    whole = sum(phases.values()) / arguments.steps
+    timed = {name: value / arguments.steps for name, value in phases.items()}  # without the profiler
+    whole = sum(timed.values())
     with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:
         for i in range(5):
             step(batches[i])
@@ -124,7 +125,7 @@ def main() -> None:
     peak, bandwidth = limits(torch.bfloat16 if bf16 else torch.float32)
 
     print(f"{arguments.recipe}: {arguments.threads} thread(s), {'bf16' if bf16 else 'fp32'}")
-    print(f"step without the loader: {1e3 * whole:.1f} ms; " + ", ".join(f"{k} {1e3 * v / arguments.steps:.1f}" for k, v in phases.items()))
+    print(f"step without the loader: {1e3 * whole:.1f} ms; " + ", ".join(f"{name} {1e3 * value:.1f}" for name, value in timed.items()))
     print(f"loader, one thread: {1e3 * loading_wall:.1f} ms a step ({1e3 * loading:.1f} of CPU)")
     for kind, value in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"  {kind:32} {100 * value / everything:5.1f}%  {1e3 * whole * value / everything:7.1f} ms")

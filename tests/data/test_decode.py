@@ -97,12 +97,30 @@ def test_a_jpeg_is_turned_as_pillow_turns_it(orientation: int) -> None:
     close(decode_image(data), pixels(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))))
 
 
+def exif_block(order: str, *orientations: int) -> bytes:
+    """A directory of so many orientation tags, behind one of another kind."""
+    tags = [struct.pack(order + "HHII", 0x0100, 4, 1, 9)]
+    tags += [struct.pack(order + "HHIHH", 0x0112, 3, 1, orientation, 0) for orientation in orientations]
+    start = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8) + struct.pack(order + "H", len(tags))
+    return b"Exif\0\0" + start + b"".join(tags) + bytes(4)
+
+
+def with_blocks(plain: bytes, *blocks: bytes) -> bytes:
+    return plain[:2] + b"".join(b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block for block in blocks) + plain[2:]
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_both_byte_orders_and_the_first_of_two_blocks(order: str) -> None:
+    plain = encoded(picture(size=(40, 24)))
+    turned = decode_image(with_blocks(plain, exif_block(order, 6)))
+    close(turned, pixels(ImageOps.exif_transpose(Image.open(io.BytesIO(with_blocks(plain, exif_block(order, 6)))))))
+    close(decode_image(with_blocks(plain, exif_block(order, 6), exif_block(order, 3))), turned, 0)
+
+
 @pytest.mark.parametrize("exif", [b"", b"II*\0", b"MM\0*\0\0\0\x08\xff\xff", b"\xff" * 300])
 def test_an_exif_block_that_cannot_be_read_turns_nothing(exif: bytes) -> None:
     plain = encoded(picture())
-    block = b"Exif\0\0" + exif
-    data = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + plain[2:]
-    close(decode_image(data), decode_image(plain), 0)
+    close(decode_image(with_blocks(plain, b"Exif\0\0" + exif)), decode_image(plain), 0)
 
 
 def test_a_jpeg_with_stray_bytes_is_read_as_pillow_reads_it() -> None:

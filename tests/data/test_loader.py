@@ -146,6 +146,7 @@ def test_what_hangs_is_an_error_that_names_the_sample(loaders, monkeypatch: pyte
     alive.set()
     loader.close()
     assert not any(thread.is_alive() for thread in loader._threads)
+    assert not any(worker._process.is_alive() for worker in loader._workers if processes)
 
 
 def test_batch_size_must_divide_among_ranks(loaders) -> None:

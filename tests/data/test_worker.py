@@ -1,11 +1,13 @@
 """Loader processes: nothing is overwritten while it is held, nothing lives on, and what goes wrong is told."""
 
+import gc
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -39,8 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaders(folder: Path) -> Iterator[Any]:
     made: list[Loader] = []
 
-    def make(views: list[ViewSpec] = [IMAGE], path: Path = folder, config: dict[str, Any] = {}, **options: Any) -> Loader:
-        source = Source("s", SourceConfig(shards=str(path), batch_size=32, **config), views)
+    def make(views: Sequence[ViewSpec] = (IMAGE,), path: Path = folder, config: Any = None, **options: Any) -> Loader:
+        source = Source("s", SourceConfig(shards=str(path), batch_size=32, **(config or {})), views)
         made.append(Loader({"s": source}, **{"threads": 2, "processes": True, "timeout_s": 60.0} | options))
         return made[-1]
 
@@ -71,6 +73,27 @@ def test_a_batch_that_is_held_is_not_overwritten_and_memory_is_used_again(loader
     assert memory_files() <= mapped + 2
 
 
+def test_a_batch_outlives_its_loader(loaders) -> None:
+    loader = loaders()
+    held = next(loader)["s"].views[IMAGE].data
+    copy = held.clone()
+    next(loader)
+    loader.close()
+    del loader
+    gc.collect()
+    assert torch.equal(held, copy)
+
+
+def test_memory_costs_no_file_descriptors(loaders) -> None:
+    loader = loaders([ImageView(size=64, index=i) for i in range(4)])
+    next(loader)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(12):
+        next(loader)
+    assert memory_files() >= 8
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
 def test_an_exception_comes_with_the_place_it_was_raised_at(loaders, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "decode_image", lambda *_: 1 / 0)
     with pytest.raises(RuntimeError, match="ZeroDivisionError") as caught:
@@ -80,14 +103,14 @@ def test_an_exception_comes_with_the_place_it_was_raised_at(loaders, monkeypatch
 
 
 def test_an_exception_that_cannot_be_sent_is_told_in_words(loaders, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Odd(ShardError):  # local: cannot be pickled
+    class OddError(ShardError):  # local: cannot be pickled
         pass
 
     def fail(*_: object) -> None:
-        raise Odd("the disk is wet")
+        raise OddError("the disk is wet")
 
     monkeypatch.setattr(decode, "decode_image", fail)
-    with pytest.raises(RuntimeError, match="Odd: the disk is wet"):
+    with pytest.raises(RuntimeError, match="OddError: the disk is wet"):
         next(loaders())
 
 
@@ -102,8 +125,15 @@ def test_all_processes_share_one_budget(loaders, tmp_path: Path) -> None:
     write_shards(records, tmp_path / "s")
     loader = loaders(path=tmp_path / "s", config={"max_bad_fraction": 0.4})
     with pytest.raises(BadSampleBudgetError, match=r"samples read are bad, more than max_bad_fraction: 0\.4.*undecodable_image"):
-        for _ in range(20):
-            next(loader)
+        list(itertools.islice(loader, 20))
+    every = loaders(path=tmp_path / "s", config={"max_bad_fraction": 1.0})
+    skipped = 0
+    for _ in range(10):
+        next(every)
+        skipped += len(every.drain_skipped())
+    tally = every.sources["s"]._tally
+    assert tally.bad >= skipped > 0  # whichever process met them; a few batches are ahead
+    assert tally.read >= 10 * 32 + skipped
 
 
 def test_signals_are_the_trainers_to_answer(loaders) -> None:
@@ -135,14 +165,56 @@ print(*(worker._process.pid for worker in loader._workers), flush=True)
 time.sleep(60)
 """
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    _killed_parent_leaves_none(parent, 2)
+
+
+def test_a_process_that_is_sending_ends_with_its_parent(folder: Path) -> None:
+    code = f"""
+import time
+from mmpretrain.data.source import Source, SourceConfig
+from mmpretrain.data.views import TextView
+from mmpretrain.data.worker import start_workers
+views = [TextView(context_length=900 + i) for i in range(8)]  # each too small for shared memory, together more than a pipe holds
+workers = start_workers(2, True, {{"s": Source("s", SourceConfig(shards={str(folder)!r}, batch_size=32), views)}}, render=True)
+for worker in workers:
+    worker._connection.send(("s", range(32), []))
+time.sleep(3)
+print(*(worker._process.pid for worker in workers), flush=True)
+time.sleep(60)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    _killed_parent_leaves_none(parent, 2)
+
+
+def test_a_forked_process_that_exits_leaves_its_parents_loader_alone(folder: Path) -> None:
+    code = f"""
+import os, sys
+from mmpretrain.data.loader import Loader
+from mmpretrain.data.source import Source, SourceConfig
+from mmpretrain.data.views import ImageView
+loader = Loader({{"s": Source("s", SourceConfig(shards={str(folder)!r}, batch_size=32), [ImageView(size=64)])}}, threads=2, processes=True)
+next(loader)
+if os.fork() == 0:
+    sys.exit(0)
+os.wait()
+for _ in range(10):
+    next(loader)
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+    assert done.stdout.strip() == "done", done.stderr
+
+
+def _killed_parent_leaves_none(parent: subprocess.Popen, count: int) -> None:
     children = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(children) == 2
+    assert len(children) == count
+    assert all(map(_alive, children))
     parent.kill()
     parent.wait()
     end = time.monotonic() + 10
-    while any(_alive(pid) for pid in children) and time.monotonic() < end:
+    while any(map(_alive, children)) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not any(_alive(pid) for pid in children)
+    assert not any(map(_alive, children))
 
 
 def _alive(pid: int) -> bool:
@@ -152,7 +224,8 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_a_specs_own_memory_and_a_spec_that_cannot_be_pickled(loaders) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_specs_own_memory_and_a_spec_that_cannot_be_pickled(loaders, dtype: torch.dtype) -> None:
     @dataclass(frozen=True)
     class Inverted(ViewSpec):
         modality: ClassVar[Literal["image", "text"]] = "image"
@@ -164,7 +237,7 @@ def test_a_specs_own_memory_and_a_spec_that_cannot_be_pickled(loaders) -> None:
             return source[:, :16, :16].repeat(1, 4, 4)
 
         def render(self, pixels, params):
-            return View(255.0 - pixels.double(), torch.arange(len(pixels)))
+            return View(255.0 - pixels.to(dtype), torch.arange(len(pixels)).to(dtype))
 
     spec = Inverted()
     forked, threaded = loaders([spec]), loaders([spec], processes=False)
