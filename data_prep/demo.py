@@ -26,6 +26,7 @@ import typer
 from data_prep.demo_captions import TEMPLATES
 from data_prep.demo_records import chunk
 from data_prep.demo_scenes import CLASS_NAMES, GENERATOR_VERSION, NUM_TRAINED, SPLITS
+from data_prep.files import local_folder
 from data_prep.writer import Record, write_shards
 from mmpretrain.machine import cores
 
@@ -169,9 +170,9 @@ def ensure_demo(
     splits: names from SPLITS, all by default. counts: scenes per split, where not the benchmark's own number. processes: one per core by
     default. say: receives progress lines.
 
-    Raises ValueError for an unknown split or count, FileExistsError where a split's folder was not written by this generator.
+    Raises ValueError for an unknown split or count or a URL, FileExistsError where a split's folder was not written by this generator.
     """
-    root, counts = Path(root), dict(counts or {})
+    root, counts = local_folder(root), dict(counts or {})
     missing = unwritten(root, seed, splits=splits, counts=counts)
     total = {name: counts.get(name, SPLITS[name].count) for name in missing}
     if missing:

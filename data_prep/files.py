@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,13 @@ def place(name: str | Path) -> str | Path:
     """A local Path; else the URL."""
     path = local_path(name)
     return str(name).rstrip("/") if path is None else Path(path)
+
+
+def local_folder(name: str | Path) -> Path:
+    """A local folder's path. Raises ValueError for a URL, also one that has been through a Path, which would make folders of it."""
+    if re.match(r"(?!file:)\w{2,}:/", str(name)):
+        raise ValueError(f"{name} is a URL; this writes to a local folder only. Copy the result there afterwards.")
+    return Path(local_path(name) or name)
 
 
 def filesystem(url: str) -> tuple[Any, str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import write_json
+from data_prep.files import local_folder, write_json
 from data_prep.shard_file import MANIFEST, SIZES, Record, ShardFile, manifest_of, open_temporary
 from mmpretrain.data import index as shard_index
 
@@ -81,9 +81,9 @@ def write_shards(
     The same records give the same bytes. A shard takes its final name when it is whole, so a killed build resumes: run it again with the
     same records, and finished shards are compared (keys, checksums) and kept. Anything else found in `out` is refused, never overwritten.
 
-    Raises ValueError for duplicate, dotted or unsafe keys; FileExistsError where `out` holds something else.
+    Raises ValueError for duplicate, dotted or unsafe keys and for a URL; FileExistsError where `out` holds something else.
     """
-    out = Path(out)
+    out = local_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     ours = (out / MANIFEST).exists() or (out / UNFINISHED).exists()
     if not ours and any(out.iterdir()):

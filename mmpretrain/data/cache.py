@@ -59,7 +59,13 @@ def retried(action: Callable[[], T], what: str, attempts: int = 5, first_wait: f
 
 def _read(url: str) -> bytes | None:
     filesystem, path = _filesystem(url)
-    return retried(lambda: filesystem.cat_file(path) if filesystem.exists(path) else None, url)
+
+    def read() -> bytes | None:
+        with contextlib.suppress(FileNotFoundError):  # asked for rather than looked up: a listing may be older than the file
+            return filesystem.cat_file(path)
+        return None
+
+    return retried(read, url)
 
 
 def stated_counts(names: Sequence[str]) -> np.ndarray:

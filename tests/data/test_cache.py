@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -48,6 +49,23 @@ def test_remote_shards_read_like_local_ones(bucket: str, tmp_path: Path) -> None
     loader.close()
     assert sorted(keys) == [f"{i:02d}" for i in range(12)]
     assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [True, False])
+def test_loader_processes_read_from_an_object_store(
+    object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    """Its client runs threads, which forked processes do not have; without read-ahead in the parent the processes fetch themselves."""
+    write_shards([Record(f"{i:02d}", {"jpg": encoded(picture(i))}) for i in range(12)], tmp_path / "set", max_count=4)
+    object_store.put(str(tmp_path / "set"), "bucket/set", recursive=True)
+    remote = source("s3://bucket/set", tmp_path / "cache")
+    if not ahead:
+        monkeypatch.setattr(remote, "read_ahead", lambda slot: None)
+    loader = Loader({"remote": remote}, threads=2, timeout_s=60)
+    keys = [key.rpartition("/")[2] for _ in range(3) for key in next(loader)["remote"].keys]
+    loader.close()
+    assert sorted(keys) == [f"{i:02d}" for i in range(12)]
 
 
 def test_without_sizes_the_indexes_count_and_without_both_the_command_is_printed(bucket: str, tmp_path: Path) -> None:
@@ -163,15 +181,15 @@ def test_two_processes_fetch_a_shard_once(bucket: str, tmp_path: Path, monkeypat
 
 
 def test_a_hiccup_while_looking_for_an_index_is_retried(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    failures, real = [1], MemoryFileSystem.exists
+    failures, real = [1], MemoryFileSystem.cat_file
 
-    def flaky(self: MemoryFileSystem, path: str, **options: object) -> bool:
+    def flaky(self: MemoryFileSystem, path: str, **options: object) -> bytes:
         if failures[0]:
             failures[0] -= 1
             raise ConnectionResetError("reset by peer")
         return real(self, path, **options)
 
-    monkeypatch.setattr(MemoryFileSystem, "exists", flaky)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", flaky)
     monkeypatch.setattr(cache_module.time, "sleep", lambda _: None)
     assert len(cache_module.read_sizes([bucket + "/00000.tar"])) == 1
     assert failures == [0]

@@ -102,6 +102,16 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         write_shards(records(), tmp_path / "other")
 
 
+@pytest.mark.parametrize("out", ["s3://bucket/set", Path("s3://bucket/set"), "memory://set"])
+def test_a_url_is_refused_where_only_folders_are_written(out: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is a URL; this writes to a local folder only"):
+        write_shards([Record("a", {"txt": b"a"})], out)
+    assert list(tmp_path.iterdir()) == []
+    write_shards([Record("a", {"txt": b"a"})], f"file://{tmp_path}/set")
+    assert (tmp_path / "set" / "00000.tar").is_file()
+
+
 @pytest.mark.parametrize("key", ["a.b", "../x", "/x", "a//b", "", "a b", "a\nb", "x" * 201, "a/../b", "con:x"])
 def test_unsafe_keys_are_refused(key: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="key"):
@@ -396,20 +406,10 @@ def test_ray_writes_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_object_store_gets_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    try:
-        for name, value in {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
-            monkeypatch.setenv(name, value)
-        store = fsspec.filesystem("s3")
-        store.mkdir("bucket")
-        numbers("s3://bucket/set/s", max_bytes=20_000, processes=2)
-        numbers(tmp_path / "s", max_bytes=20_000)
-        store.invalidate_cache()
-        found = {name.rpartition("/")[2]: hashlib.sha256(store.cat_file(name)).hexdigest() for name in store.find("bucket/set/s")}
-        assert found == tree(tmp_path / "s")
-    finally:
-        server.stop()
+def test_an_object_store_gets_the_same_bytes(tmp_path: Path, object_store: Any) -> None:
+    numbers("s3://bucket/set/s", max_bytes=20_000, processes=2)
+    numbers(tmp_path / "s", max_bytes=20_000)
+    object_store.invalidate_cache()
+    files = object_store.find("bucket/set/s")
+    found = {name.rpartition("/")[2]: hashlib.sha256(object_store.cat_file(name)).hexdigest() for name in files}
+    assert found == tree(tmp_path / "s")
