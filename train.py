@@ -53,7 +53,7 @@ def run(config, demo) -> int:
     """Train. What is known to go wrong is one line, and status 1; anything else keeps its traceback."""
     from data_prep.demo_background import DemoError
     from mmpretrain.checkpoint import CheckpointError
-    from mmpretrain.data.schema import BadSampleBudgetError, ShardError
+    from mmpretrain.data.schema import BadSampleBudgetError, LoaderError, ShardError
     from mmpretrain.tracking import LogError
     from mmpretrain.trainer import TrainingError, train
 
@@ -61,7 +61,7 @@ def run(config, demo) -> int:
         if demo is not None:
             demo.prepare(config)
         return train(config)
-    except (BadSampleBudgetError, CheckpointError, DemoError, LogError, ShardError, TrainingError) as error:
+    except (BadSampleBudgetError, CheckpointError, DemoError, LoaderError, LogError, ShardError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -24,6 +24,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "undecodable_image": ("bad", _DROP),
     "too_many_pixels": ("bad", "resize it, raise --max-pixels (and max_pixels in the recipe), or leave it out with --repair"),
     "too_small": ("bad", "lower --min-side (and min_side in the recipe), or leave it out with --repair"),
+    "too_many_scans": ("bad", "write it again as a JPEG of few scans, or leave it out with --repair"),
     "too_elongated": ("bad", "crop it, raise --max-aspect (and max_aspect in the recipe), or leave it out with --repair"),
     "empty_caption": ("bad", _DROP),
     "not_utf8": ("bad", "re-encode the text as UTF-8, or leave it out with --repair"),

@@ -19,6 +19,8 @@ from mmpretrain.data.formats import decode_text, sniff
 from mmpretrain.data.schema import BadSample
 
 EXIF = b"Exif\0\0"
+INTEGERS = {3: "H", 4: "I", 8: "h", 9: "i"}  # EXIF's kinds of numbers
+MAX_SCANS = 100  # of a progressive JPEG; a writer makes about ten, and each costs a pass over the image
 # EXIF orientation -> transposed?, and the axes flipped after that
 TURNS = {2: (False, 2), 3: (False, 1, 2), 4: (False, 1), 5: (True,), 6: (True, 2), 7: (True, 1, 2), 8: (True, 1)}
 PILLOW_FORMATS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF", "ppm": "PPM"}
@@ -50,6 +52,7 @@ class JpegHeader(NamedTuple):
     height: int
     components: int
     bits: int
+    progressive: bool
     exif: bytes
 
 
@@ -64,28 +67,31 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
             at += 1
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = struct.unpack_from(">HH", data, at + 5)
-            return JpegHeader(width, height, data[at + 9], data[at + 4], exif)
+            return JpegHeader(width, height, data[at + 9], data[at + 4], marker == 0xC2, exif)
         elif marker == 0xDA:
             return None
         else:
             length = int.from_bytes(data[at + 2 : at + 4], "big")
-            if marker == 0xE1 and not exif and data[at + 4 : at + 10] == EXIF:
+            if marker == 0xE1 and not exif and length > 16 and data[at + 4 : at + 10] == EXIF:
                 exif = data[at + 4 : at + 2 + length]
             at += 2 + length
     return None
 
 
 def orientation(exif: bytes) -> int:
-    """What the first directory of an EXIF block says, 1 to 8 as a rule; 1, upright, where it says nothing that can be read."""
-    order = {b"II": "<", b"MM": ">"}.get(exif[6:8])
+    """What the first directory of an EXIF block says, 1 to 8 as a rule; 1, upright, where it says nothing that can be read.
+
+    Read is a block before the frame header; an orientation in XMP alone is not.
+    """
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[6:10])
     if order is None:
         return 1
     try:
         directory = 6 + struct.unpack_from(order + "I", exif, 10)[0]
         for entry in range(struct.unpack_from(order + "H", exif, directory)[0]):
-            tag, kind, _, value = struct.unpack_from(order + "HHIH", exif, directory + 2 + 12 * entry)
-            if (tag, kind) == (0x0112, 3):
-                return value
+            tag, kind, count, value = struct.unpack_from(order + "HHI4s", exif, directory + 2 + 12 * entry)
+            if tag == 0x0112 and kind in INTEGERS and count == 1:
+                return struct.unpack_from(order + INTEGERS[kind], value)[0]
     except struct.error:
         pass
     return 1
@@ -108,8 +114,10 @@ def _jpeg(data: bytes, limits: ImageLimits) -> Tensor | None:
     """libjpeg-turbo for plain 8-bit JPEG; None leaves the rest to Pillow, which also judges what is not as it should be."""
     header = jpeg_header(data)
     if header is None:
-        raise BadSample("undecodable_image", "JPEG without a frame header")
+        return None
     limits.check(header.width, header.height)
+    if header.progressive and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+        raise BadSample("too_many_scans", f"a progressive JPEG of {scans} scans, the limit is {MAX_SCANS}")
     if header.components not in (1, 3) or header.bits != 8:
         return None
     try:
@@ -141,7 +149,10 @@ def _pillow(data: bytes, kind: str, limits: ImageLimits) -> Tensor:
     with Image.open(io.BytesIO(data), formats=[PILLOW_FORMATS[kind]]) as opened:
         limits.check(*opened.size)
         opened.load()  # the first frame of an animation
-        image = ImageOps.exif_transpose(opened)
+        try:
+            image = ImageOps.exif_transpose(opened)
+        except Exception:  # an EXIF block of whatever bytes
+            image = opened
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.rint(np.asarray(image, np.float64) / 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -155,7 +166,7 @@ def _pillow(data: bytes, kind: str, limits: ImageLimits) -> Tensor:
 def decode_image(data: bytes, limits: ImageLimits = ImageLimits()) -> Tensor:
     """Image file -> uint8 [3,H,W] RGB, upright (EXIF orientation applied), transparency over `limits.background`.
 
-    Raises BadSample: unknown_format, undecodable_image (truncated too), too_many_pixels, too_small, too_elongated.
+    Raises BadSample: unknown_format, undecodable_image (truncated too), too_many_pixels, too_many_scans, too_small, too_elongated.
     """
     kind = sniff(data)
     if kind is None:

@@ -7,6 +7,9 @@ its own; the thread that gets a step's last block joins them.
 from __future__ import annotations
 
 import atexit
+import logging
+import multiprocessing
+import multiprocessing.util
 import os
 import queue
 import threading
@@ -19,12 +22,15 @@ from typing import Any
 import torch
 
 from mmpretrain.data.block import Block, join
+from mmpretrain.data.schema import LoaderError
 from mmpretrain.data.source import Source
 from mmpretrain.data.worker import Worker, start_workers
 from mmpretrain.machine import cores
 from mmpretrain.types import Batch
 
+log = logging.getLogger(__name__)
 MIN_BLOCK, MAX_BLOCK = 64, 256  # rows
+PATIENCE_S = 20.0  # without a batch, until the log says so, again and again
 
 
 class _Step:
@@ -62,6 +68,11 @@ class Loader:
         device: torch.device | str = "cpu",
         timeout_s: float = 600.0,
     ) -> None:
+        for name, value in {"threads": threads, "prefetch": prefetch}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value}: at least 1 is needed")
+        if not sources or not 0 <= rank < world_size or any(name not in sources for name in start or {}):
+            raise ValueError(f"sources {list(sources)}, start {start}, rank {rank} of {world_size}: they do not belong together")
         for name, source in sources.items():
             if source.batch_size < 1 or source.batch_size % world_size:
                 raise ValueError(f"source {name!r}: batch_size {source.batch_size} does not divide among {world_size} ranks")
@@ -86,6 +97,8 @@ class Loader:
         self._closed = False
         self._workers = start_workers(threads, processes, self.sources, render=self.device.type == "cpu")
         _open.add(self)
+        if multiprocessing.parent_process() is not None:  # where `atexit` is not heard
+            multiprocessing.util.Finalize(None, _close_all, exitpriority=100)
         try:
             self._start_threads()
         except BaseException:
@@ -103,8 +116,11 @@ class Loader:
                 torch.cuda.set_device(self.device)  # pinning would open a context on device 0
             torch.set_num_threads(1)
             torch.get_num_threads()  # a thread's first look takes torch's noted value: it must see this one
-            ready.wait()
-            ready.wait()
+            try:
+                ready.wait()
+                ready.wait()
+            except threading.BrokenBarrierError:  # another could not start
+                return
             while (job := self._queue.get()) is not None:
                 self._work(worker, *job)
 
@@ -112,8 +128,12 @@ class Loader:
         self._threads = [
             threading.Thread(target=run, args=(worker,), name=f"loader-{i}", daemon=True) for i, worker in enumerate(self._workers)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:
+            ready.abort()
+            raise
         ready.wait()
         torch.set_num_threads(own)
         ready.wait()
@@ -165,12 +185,13 @@ class Loader:
         while len(self._steps) < self._ahead:
             self._schedule()
         step = self._steps[0]
-        if not step.done.wait(self.timeout_s):
+        while not step.done.wait(max(0.0, min(PATIENCE_S, self.timeout_s - (waited := time.perf_counter() - started)))):
             at = "; ".join(sorted(set().union(*(worker.reading() for worker in self._workers)))) or "no sample"
-            self.close(wait_s=0)
-            raise RuntimeError(
-                f"the loader's threads made no batch in {self.timeout_s:g} s; they are reading {at}. Is the file system alive?"
-            )
+            if waited >= self.timeout_s:
+                self.close(wait_s=0)
+                raise LoaderError(f"the loader made no batch in {self.timeout_s:g} s; it is reading {at}. Is the file system alive?")
+            if waited >= PATIENCE_S:
+                log.warning("no batch for %.0f s; the loader is reading %s", waited, at)
         if step.error is not None:
             self.close()
             raise step.error
@@ -216,7 +237,8 @@ class Loader:
                 self._queue.put(None)
         end = time.monotonic() + wait_s  # again where an earlier call did not wait to the end
         for thread in self._threads:
-            thread.join(max(0.0, end - time.monotonic()))
+            if thread.ident is not None:  # it started
+                thread.join(max(0.0, end - time.monotonic()))
         for worker in self._workers:
             worker.stop()
         for worker in self._workers:

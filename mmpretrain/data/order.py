@@ -7,7 +7,6 @@ Shards are permuted, then samples within a window of shards, so that reads stay 
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -18,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from mmpretrain import random
+from mmpretrain.machine import lock_across_forks
 
 
 class Place(NamedTuple):
@@ -28,20 +28,23 @@ class Place(NamedTuple):
     epoch: np.ndarray
 
 
+_LOCK = lock_across_forks()
+
+
 class Recent:
     """The few results last used; computed twice rather than waited for when threads race."""
 
     def __init__(self, make: Callable[[Any], Any], keep: int) -> None:
-        self._make, self._keep, self._lock = make, keep, threading.Lock()
+        self._make, self._keep = make, keep
         self._found: OrderedDict[Any, Any] = OrderedDict()
 
     def __call__(self, key: Any) -> Any:
-        with self._lock:
+        with _LOCK:
             if key in self._found:
                 self._found.move_to_end(key)
                 return self._found[key]
         value = self._make(key)
-        with self._lock:
+        with _LOCK:
             self._found[key] = value
             while len(self._found) > self._keep:
                 self._found.popitem(last=False)

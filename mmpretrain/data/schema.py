@@ -26,6 +26,10 @@ class BadSample(ValueError):  # noqa: N818 (it is counted and replaced, seldom a
         self.detail = detail
 
 
+class LoaderError(RuntimeError):
+    """The loader can make no more batches: a process of its ended, or nothing came in time. The message says what was being read."""
+
+
 class BadSampleBudgetError(RuntimeError):
     """More samples are bad than the source allows. The message gives counts per reason and examples."""
 

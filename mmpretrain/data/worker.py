@@ -32,6 +32,7 @@ from torch import Tensor
 
 from mmpretrain.data import buffers
 from mmpretrain.data.block import Block
+from mmpretrain.data.schema import LoaderError
 from mmpretrain.data.source import Source
 from mmpretrain.types import ViewSpec
 
@@ -79,16 +80,13 @@ class ProcessWorker:
         theirs.close()
 
     def block(self, source: str, slots: range) -> Block:
-        """Raises what the process raised, or RuntimeError where it ended."""
+        """Raises what the process raised, or LoaderError where it ended."""
         released = [self._released.popleft() for _ in range(len(self._released))]
         try:
             self._connection.send((source, slots, released))
             made: list[Memory] = self._connection.recv()
-        except (EOFError, OSError) as ended:
-            raise self._ended() from ended
-        for number, size in made:
-            self._maps[number] = _map(reduction.recv_handle(self._connection), size)
-        try:
+            for number, size in made:
+                self._maps[number] = _map(reduction.recv_handle(self._connection), size)
             error, data = self._connection.recv()
         except (EOFError, OSError) as ended:
             raise self._ended() from ended
@@ -96,13 +94,13 @@ class ProcessWorker:
             raise error
         return _Reader(data, self._views[source], self._lend).load()
 
-    def _ended(self) -> RuntimeError:
+    def _ended(self) -> LoaderError:
         self._process.join(1)
         at, status = self._place.text(), self._process.exitcode
         why = f"a loader process ended with status {status}" + (f" while reading {at}" if at else "")
         if status == -signal.SIGKILL:
             why += ". It was killed, most often because memory ran out: fewer loader_threads or a smaller prefetch need less"
-        return RuntimeError(why + ".")
+        return LoaderError(why + ".")
 
     def _lend(self, number: int) -> np.ndarray:
         """The memory for as long as a tensor over it lives; then the process may fill it again."""
@@ -123,7 +121,7 @@ class ProcessWorker:
         self._process.join(wait_s)
         if self._process.is_alive():
             self._process.kill()
-            self._process.join(wait_s)
+            self._process.join(0.5)  # unless the kernel holds it, in a file system that hangs
 
 
 Worker = ThreadWorker | ProcessWorker
@@ -179,7 +177,8 @@ class _MemoryFiles(buffers.Buffers):
         self._number: dict[int, int] = {}  # by address
         self._unsent: dict[int, tuple[int, int]] = {}  # number -> file and bytes, of those that the parent does not know
         self._new: list[int] = []  # those of them that it is about to see
-        self._lent: dict[int, list[Tensor]] = {}  # by number: what the parent has not let go of
+        self._block: dict[int, list[Tensor]] = {}  # by number: what the block at hand lends
+        self._lent: dict[int, list[list[Tensor]]] = {}  # by number: that of each block that the parent has not let go of
 
     def allocate(self, size: int) -> np.ndarray:
         file = os.memfd_create("loader")
@@ -197,14 +196,19 @@ class _MemoryFiles(buffers.Buffers):
         number = self._number[start]
         if number in self._unsent and number not in self._new:
             self._new.append(number)
-        self._lent.setdefault(number, []).append(tensor)
+        self._block.setdefault(number, []).append(tensor)
         return number, tensor.data_ptr() - start
 
     def take_back(self, numbers: list[int]) -> None:
-        for number in numbers:
-            del self._lent[number]
+        for number in numbers:  # whichever block it was of: they are the same memory
+            self._lent[number].pop()
 
-    def send_new(self, connection: Connection, parent: int) -> None:
+    def send_new(self, connection: Connection, parent: int, sent: bool) -> None:
+        """Tell the parent of the memory that it is about to see; `sent` says whether the block at hand goes to it."""
+        for number, tensors in self._block.items():
+            if sent:
+                self._lent.setdefault(number, []).append(tensors)
+        self._block = {}
         new, self._new = [(number, *self._unsent.pop(number)) for number in self._new], []
         connection.send([(number, size) for number, _, size in new])
         for _, file, _ in new:
@@ -277,7 +281,7 @@ def _serve(worker: ThreadWorker, connection: Connection, parents: Connection, pl
                 _Writer(data, worker.sources[name].views, memory).dump(worker.block(name, slots))
             except BaseException as raised:
                 error = _portable(raised)
-            memory.send_new(connection, parent)
+            memory.send_new(connection, parent, error is None)
             connection.send((error, data.getvalue()))
         except (EOFError, OSError):  # nobody is there any more
             return

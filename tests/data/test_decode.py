@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from mmpretrain.data import decode
-from mmpretrain.data.decode import ImageLimits, decode_image
+from mmpretrain.data.decode import ImageLimits, decode_image, orientation
 from mmpretrain.data.schema import BadSample
 from tests.data.generated import encoded, picture
 
@@ -121,6 +121,34 @@ def test_both_byte_orders_and_the_first_of_two_blocks(order: str) -> None:
 def test_an_exif_block_that_cannot_be_read_turns_nothing(exif: bytes) -> None:
     plain = encoded(picture())
     close(decode_image(with_blocks(plain, b"Exif\0\0" + exif)), decode_image(plain), 0)
+
+
+def test_a_progressive_jpeg_of_endless_scans_is_refused_before_it_is_decoded() -> None:
+    plain = encoded(picture(size=(64, 64)), progressive=True)
+    close(decode_image(plain), pixels(Image.open(io.BytesIO(plain))))
+    last = plain.rindex(b"\xff\xda")
+    data = plain[:-2] + plain[last:-2] * 200 + plain[-2:]
+    with pytest.raises(BadSample, match="too_many_scans: a progressive JPEG of 2"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "exif", [b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x01\x87\x69\0\x09\0\0\0\x01\xff\xff\xff\xf0" + bytes(4), b"junk"]
+)
+def test_a_sound_picture_with_a_damaged_exif_block_is_read(kind: str, exif: bytes) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    close(decode_image(encoded(picture(), kind, exif=b"Exif\0\0" + exif, **options)), pixels(picture()))
+
+
+@pytest.mark.parametrize(("kind", "packed"), [(3, "H"), (4, "I"), (8, "h"), (9, "i")])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_an_orientation_may_be_any_whole_number(order: str, kind: int, packed: str) -> None:
+    value = struct.pack(order + packed, 8).ljust(4, b"\0")
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, 1)
+    block = b"Exif\0\0" + start + struct.pack(order + "HHI", 0x0112, kind, 1) + value + bytes(4)
+    assert orientation(block) == 8
+    assert orientation(block[:-6]) == 1  # cut
 
 
 def test_a_jpeg_with_stray_bytes_is_read_as_pillow_reads_it() -> None:

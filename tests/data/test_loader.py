@@ -1,8 +1,10 @@
 """Batches: complete, in order, the same for any threads, processes, ranks and resumption."""
 
+import multiprocessing
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,12 +143,49 @@ def test_what_hangs_is_an_error_that_names_the_sample(loaders, monkeypatch: pyte
     real, alive = decode.decode_image, threading.Event()
     monkeypatch.setattr(decode, "decode_image", lambda *a: alive.wait() and real(*a))
     loader = loaders(timeout_s=0.3, processes=processes)
-    with pytest.raises(RuntimeError, match=r"no batch in 0\.3 s; they are reading .*s/0000\d\.tar/\d+"):
+    with pytest.raises(RuntimeError, match=r"no batch in 0\.3 s; it is reading .*s/0000\d\.tar/\d+"):
         next(loader)
     alive.set()
     loader.close()
     assert not any(thread.is_alive() for thread in loader._threads)
     assert not any(worker._process.is_alive() for worker in loader._workers if processes)
+
+
+def test_waiting_long_is_said(loaders, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    real, alive = decode.decode_image, threading.Event()
+    monkeypatch.setattr("mmpretrain.data.loader.PATIENCE_S", 0.2)
+    monkeypatch.setattr(decode, "decode_image", lambda *a: alive.wait() and real(*a))
+    threading.Timer(1.0, alive.set).start()
+    next(loaders(processes=False))
+    assert "no batch for 0 s; the loader is reading" in caplog.text
+    assert "s/0000" in caplog.text
+
+
+def test_a_thread_that_cannot_start_is_told_and_leaves_nothing(loaders, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, started = threading.Thread.start, []
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "loader-2":
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    before = set(multiprocessing.active_children())
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        loaders(threads=4)
+    for thread in started:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in started)
+    assert set(multiprocessing.active_children()) <= before
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"threads": 0}, {"prefetch": -1}, {"rank": 5, "world_size": 2}, {"start": {"other": 3}}, {"rank": -1, "world_size": 2}]
+)
+def test_what_cannot_be_meant_is_refused(loaders, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"at least 1|do not belong together"):
+        loaders(**wrong)
 
 
 def test_batch_size_must_divide_among_ranks(loaders) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from data_prep.writer import Record, write_shards
-from mmpretrain.data import decode
+from mmpretrain.data import buffers, decode
 from mmpretrain.data.loader import Loader
 from mmpretrain.data.schema import BadSampleBudgetError, ShardError
 from mmpretrain.data.source import Source, SourceConfig
@@ -222,6 +222,63 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_memory_that_several_blocks_lend_stays_until_all_let_go(loaders) -> None:
+    @dataclass(frozen=True)
+    class Constant(ViewSpec):
+        """The same memory in every block, as a spec that remembers what it made would give."""
+
+        modality: ClassVar[Literal["image", "text"]] = "image"
+        made: ClassVar[dict[int, torch.Tensor]] = {}
+
+        def draw(self, samples, seeds):
+            return {}
+
+        def geometry(self, source, params):
+            return source[:, :8, :8]
+
+        def render(self, pixels, params):
+            if len(pixels) not in self.made:
+                self.made[len(pixels)] = buffers.empty((len(pixels), 3, 64, 64)).fill_(7.0)
+            return View(self.made[len(pixels)])
+
+    spec = Constant()
+    loader = loaders([spec, IMAGE])
+    held = []
+    for step in range(12):
+        held.append(next(loader)["s"].views[spec].data)
+        if step % 3 == 2:
+            held.clear()
+        assert all((data == 7).all() for data in held)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_process_of_the_users_ends_without_closing_its_loader(folder: Path, method: str) -> None:
+    code = f"""
+import multiprocessing
+from mmpretrain.data.loader import Loader
+from mmpretrain.data.source import Source, SourceConfig
+from mmpretrain.data.views import ImageView
+
+def work():
+    global loader
+    source = Source("s", SourceConfig(shards={str(folder)!r}, batch_size=32), [ImageView(size=64)])
+    loader = Loader({{"s": source}}, threads=2, processes=True)
+    next(loader)
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context({method!r}).Process(target=work)
+    process.start()
+    process.join(40)
+    print(process.exitcode, flush=True)
+    process.kill()
+"""
+    script = folder.parent / f"{method}.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert done.stdout.strip() == "0", done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
