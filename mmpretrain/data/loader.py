@@ -71,8 +71,8 @@ class Loader:
         for name, value in {"threads": threads, "prefetch": prefetch}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value}: at least 1 is needed")
-        if not sources or not 0 <= rank < world_size or any(name not in sources for name in start or {}):
-            raise ValueError(f"sources {list(sources)}, start {start}, rank {rank} of {world_size}: they do not belong together")
+        if not sources or not 0 <= rank < world_size:
+            raise ValueError(f"sources {list(sources)}, rank {rank} of {world_size}: at least one source, and a rank below the number")
         for name, source in sources.items():
             if source.batch_size < 1 or source.batch_size % world_size:
                 raise ValueError(f"source {name!r}: batch_size {source.batch_size} does not divide among {world_size} ranks")

@@ -180,11 +180,9 @@ def test_a_thread_that_cannot_start_is_told_and_leaves_nothing(loaders, monkeypa
     assert set(multiprocessing.active_children()) <= before
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"threads": 0}, {"prefetch": -1}, {"rank": 5, "world_size": 2}, {"start": {"other": 3}}, {"rank": -1, "world_size": 2}]
-)
+@pytest.mark.parametrize("wrong", [{"threads": 0}, {"prefetch": -1}, {"rank": 5, "world_size": 2}, {"rank": -1, "world_size": 2}])
 def test_what_cannot_be_meant_is_refused(loaders, wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"at least 1|do not belong together"):
+    with pytest.raises(ValueError, match="at least"):
         loaders(**wrong)
 
 
