@@ -178,7 +178,8 @@ views = [TextView(context_length=900 + i) for i in range(8)]  # each too small f
 workers = start_workers(2, True, {{"s": Source("s", SourceConfig(shards={str(folder)!r}, batch_size=32), views)}}, render=True)
 for worker in workers:
     worker._connection.send(("s", range(32), []))
-time.sleep(3)
+for worker in workers:
+    worker._connection.poll(60)  # it has begun to send
 print(*(worker._process.pid for worker in workers), flush=True)
 time.sleep(60)
 """
@@ -211,7 +212,7 @@ def _killed_parent_leaves_none(parent: subprocess.Popen, count: int) -> None:
     assert all(map(_alive, children))
     parent.kill()
     parent.wait()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while any(map(_alive, children)) and time.monotonic() < end:
         time.sleep(0.1)
     assert not any(map(_alive, children))
