@@ -117,6 +117,10 @@ class ShardCache:
         self.folder = Path(folder) if folder else default_folder()
         self.indexes = self.folder / "indexes"
         self.max_bytes, self._attempts, self._first_wait = max_bytes, attempts, first_wait
+        self._begin()
+
+    def _begin(self) -> None:
+        """What is of this process alone."""
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._running: dict[str, Future[str]] = {}
@@ -142,7 +146,7 @@ class ShardCache:
 
     def _start(self, url: str) -> Future[str]:
         if self._process != os.getpid():  # forked: the threads that fetch stayed behind
-            self._process, self._lock, self._running, self._pool = os.getpid(), threading.Lock(), {}, None
+            self._begin()
         with self._lock:
             running = self._running.get(url)
             if running is None or (running.done() and (running.exception() is not None or not os.path.exists(running.result()))):

@@ -176,7 +176,6 @@ class _MemoryFiles(buffers.Buffers):
         super().__init__()
         self._number: dict[int, int] = {}  # by address
         self._unsent: dict[int, tuple[int, int]] = {}  # number -> file and bytes, of those that the parent does not know
-        self._new: list[int] = []  # those of them that it is about to see
         self._block: dict[int, list[Tensor]] = {}  # by number: what the block at hand lends
         self._lent: dict[int, list[list[Tensor]]] = {}  # by number: that of each block that the parent has not let go of
 
@@ -194,8 +193,6 @@ class _MemoryFiles(buffers.Buffers):
         if start not in self._number:
             return None
         number = self._number[start]
-        if number in self._unsent and number not in self._new:
-            self._new.append(number)
         self._block.setdefault(number, []).append(tensor)
         return number, tensor.data_ptr() - start
 
@@ -205,11 +202,10 @@ class _MemoryFiles(buffers.Buffers):
 
     def send_new(self, connection: Connection, parent: int, sent: bool) -> None:
         """Tell the parent of the memory that it is about to see; `sent` says whether the block at hand goes to it."""
-        for number, tensors in self._block.items():
-            if sent:
-                self._lent.setdefault(number, []).append(tensors)
-        self._block = {}
-        new, self._new = [(number, *self._unsent.pop(number)) for number in self._new], []
+        block, self._block = self._block if sent else {}, {}
+        for number, tensors in block.items():
+            self._lent.setdefault(number, []).append(tensors)
+        new = [(number, *self._unsent.pop(number)) for number in block if number in self._unsent]
         connection.send([(number, size) for number, _, size in new])
         for _, file, _ in new:
             reduction.send_handle(connection, file, parent)
