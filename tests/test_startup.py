@@ -16,6 +16,7 @@ LIGHT = {
     "attr",
     "attrs",
     "antlr4",
+    "braceexpand",
     "numpy",
     "omegaconf",
     "yaml",
