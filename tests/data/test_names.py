@@ -5,7 +5,6 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from webdataset.shardlists import expand_urls
 
 from mmpretrain.data.names import Joined, _count_names, _range, expand, expand_braces, in_order
