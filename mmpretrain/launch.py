@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from mmpretrain import __version__
-from mmpretrain.config import Config
-from mmpretrain.machine import cores
-from mmpretrain.options import OptionError
+from mmpretrain.config.build import OptionError
+from mmpretrain.config.recipe import Config
+from mmpretrain.system import cores
 
 
 def start(config: Config) -> Accelerator:

@@ -17,7 +17,7 @@ from data_prep.demo_records import chunk
 from mmpretrain.data.text import get_tokenizer, trim
 from mmpretrain.functional import info_nce, unit
 from mmpretrain.launch import computes_bf16, keep_freed_memory
-from mmpretrain.towers.dual import build_towers
+from mmpretrain.towers.specs import build_towers
 
 
 def main() -> None:

@@ -58,9 +58,10 @@ def main() -> None:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from mmpretrain import config as recipes
     from mmpretrain import launch
-    from mmpretrain.assembly import build_model, build_sources, first_rows, layers
+    from mmpretrain.assembly import build_model, build_sources, layers
+    from mmpretrain.batch import first_rows
+    from mmpretrain.config import recipe as recipes
     from mmpretrain.data.loader import Loader
     from mmpretrain.model import freeze_unused
     from mmpretrain.optim import build_optimizer, parameter_groups

@@ -13,12 +13,12 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mmpretrain.data.options import MAX_IMAGE_SIZE
+from mmpretrain.config.build import OptionError, build, describe, nearest
 from mmpretrain.data.source import SourceConfig
+from mmpretrain.data.source_config import MAX_IMAGE_SIZE
 from mmpretrain.evaluators import EVALUATORS
 from mmpretrain.objectives import OBJECTIVES, ObjectiveConfig
 from mmpretrain.optim import OptimConfig
-from mmpretrain.options import OptionError, build, describe, nearest
 
 
 @dataclass

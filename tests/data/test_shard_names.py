@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmpretrain.data.names import Joined, _range, expand, expand_braces, in_order
 from mmpretrain.data.schema import ShardError
+from mmpretrain.data.shard_names import Joined, _range, expand, expand_braces, in_order
 
 RANGES = st.builds(lambda first, count: (first, first + count), st.integers(0, 120), st.integers(0, 30))
 
