@@ -29,7 +29,7 @@ def main() -> int:
         from data_prep.demo_training import DemoData
 
         demo = DemoData("data/demo")  # begins to write its shards, while this process imports
-    from mmpretrain.config import recipe as recipes
+    from mmpretrain.config.recipe import recipe as recipes
 
     if arguments.help:
         parser.print_help()

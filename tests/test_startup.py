@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from mmpretrain import import_stubs
-from mmpretrain.config import recipe
+from mmpretrain.config.recipe import recipe
 
 ROOT = Path(__file__).parent.parent
 LIGHT = {
     "attr",
     "attrs",
     "antlr4",
+    "braceexpand",
     "numpy",
     "omegaconf",
     "yaml",

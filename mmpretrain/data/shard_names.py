@@ -5,15 +5,21 @@ from __future__ import annotations
 import bisect
 import glob
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
+from braceexpand import UnbalancedBracesError, braceexpand
+
 from mmpretrain.data.schema import ShardError
 
 _BRACE = re.compile(r"\{([^{}]*)\}")
-_SPAN = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
+_SPAN = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.-?(\d{1,18}))?")
+_LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d{1,18})?")
+_TOO_LONG = re.compile(r"\{(?=[^{}]*\d{19})[^{},]*\.\.[^{},]*\}")  # a range with a number of more than 18 digits
+_COUNTED = re.compile("\0(\\d+)\0")
 LISTED = 10_000  # more names than these are not written out
 MOST = 10_000_000  # more names than these are a slip of the hand
 _ENTRY = re.compile(rb'\s*"([^"\\]+)"\s*:\s*(\d+)\s*([,}])')
@@ -92,47 +98,73 @@ def is_remote(name: str) -> bool:
     return "://" in name and not name.startswith("file://")
 
 
+def _padding(first: str, last: str) -> int:
+    """The width that a range pads its numbers to, as in bash and webdataset: `{00..10}` pads, `{0..10}` does not."""
+    padded = any(number.startswith("0") and number != "0" for number in (first, last))
+    return max(len(first), len(last)) if padded else 0
+
+
+def _count_names(text: str) -> int:
+    """The number of names that the braces of `text` stand for, without making them: from the innermost braces outwards."""
+
+    def product(part: str) -> int:
+        return math.prod(int(count) for count in _COUNTED.findall(part))
+
+    def counted(match: re.Match[str]) -> str:
+        inner = match[1]
+        if span := _SPAN.fullmatch(inner):
+            count = abs(int(span[2]) - int(span[1])) // (int(span[3] or 1) or 1) + 1
+        elif _LETTERS.fullmatch(inner):
+            count = len(list(braceexpand(match[0])))
+        else:
+            count = sum(map(product, inner.split(",")))
+        return f"\0{count}\0"
+
+    replaced = 1
+    while replaced:
+        text, replaced = _BRACE.subn(counted, text)
+    return product(text)
+
+
 def _check_count(text: str) -> None:
     """Raise ShardError for braces that stand for more names than anybody means."""
-    count = 1
-    for inner in _BRACE.findall(text):
-        span = _SPAN.fullmatch(inner)
-        count *= max(1, int(span[2]) - int(span[1]) + 1 if span else inner.count(",") + 1)
+    count = _count_names(text)
     if count > MOST:
-        raise ShardError(f"{text[:200]}: its braces stand for {count:,} names, more than {MOST:,}. Give the range of the shards there are.")
+        number = f"{count:,}" if count < 10**18 else "over 10^18"
+        raise ShardError(f"{text[:200]}: its braces stand for {number} names, more than {MOST:,}. Give the range of the shards there are.")
 
 
 def expand_braces(text: str) -> list[str]:
-    """`a{00..02}.tar` -> three names, padded as written; `{a,b}` -> alternatives; anything else in braces is literal.
+    """Names that the braces of `text` stand for, as bash and webdataset read them (both call `braceexpand`).
 
-    Raises ShardError for more than `MOST` names.
+    `a{00..02}.tar` is three names, padded as written; `{a,b}` are alternatives; braces may be nested. Braces that hold neither a range nor
+    alternatives, unbalanced braces, numbers of more than 18 digits, and backslashes stay as they are, because file names may contain them.
+
+    Raises:
+        ShardError: for more than `MOST` names.
     """
+    if _TOO_LONG.search(text):
+        return [text]
     _check_count(text)
-    for match in _BRACE.finditer(text):
-        inner = match.group(1)
-        span = _SPAN.fullmatch(inner)
-        if span:
-            first, last = span.groups()
-            width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
-            options = [str(n).zfill(width) for n in range(int(first), int(last) + 1)]
-        elif "," in inner:
-            options = inner.split(",")
-        else:
-            continue
-        head, tail = text[: match.start()], text[match.end() :]
-        return [head + option + rest for option in options for rest in expand_braces(tail)]
-    return [text]
+    try:
+        return list(braceexpand(text, escape=False))
+    except (UnbalancedBracesError, RecursionError):
+        return [text]
 
 
 def _range(spec: str) -> Range | None:
-    """A remote spec of one brace range and nothing else to expand."""
-    spans = [match for match in _BRACE.finditer(spec) if _SPAN.fullmatch(match[1]) or "," in match[1]]
-    if not is_remote(spec) or len(spans) != 1 or "," in spans[0][1]:
+    """A remote spec of one ascending brace range and nothing else to expand."""
+    groups = list(_BRACE.finditer(spec))
+    spans = [group for group in groups if "," in group[1] or ".." in group[1]]
+    if not is_remote(spec) or len(spans) != 1 or "{" in (rest := _BRACE.sub("", spec)) or "}" in rest:
+        return None
+    span = _SPAN.fullmatch(spans[0][1])
+    if span is None or span[3] or "-" in span[0] or int(span[2]) < int(span[1]):
         return None
     _check_count(spec)
-    first, last = spans[0][1].split("..")
-    width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
-    return Range(spec[: spans[0].start()], int(first), max(0, int(last) - int(first) + 1), width, spec[spans[0].end() :])
+    first, last = span[1], span[2]
+    head, tail = spec[: spans[0].start()], spec[spans[0].end() :]
+    return Range(head, int(first), int(last) - int(first) + 1, _padding(first, last), tail)
 
 
 def _expand_one(spec: str) -> Sequence[str]:

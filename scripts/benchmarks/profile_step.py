@@ -61,7 +61,7 @@ def main() -> None:
     from mmpretrain import launch
     from mmpretrain.assembly import build_model, build_sources, layers
     from mmpretrain.batch import first_rows
-    from mmpretrain.config import recipe as recipes
+    from mmpretrain.config.recipe import recipe as recipes
     from mmpretrain.data.loader import Loader
     from mmpretrain.model import freeze_unused
     from mmpretrain.optim import build_optimizer, parameter_groups

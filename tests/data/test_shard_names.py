@@ -5,9 +5,10 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from webdataset.shardlists import expand_urls
 
 from mmpretrain.data.schema import ShardError
-from mmpretrain.data.shard_names import Joined, _range, expand, expand_braces, in_order
+from mmpretrain.data.shard_names import Joined, _count_names, _range, expand, expand_braces, in_order
 
 RANGES = st.builds(lambda first, count: (first, first + count), st.integers(0, 120), st.integers(0, 30))
 
@@ -52,3 +53,47 @@ def test_more_names_than_can_be_meant_are_refused(spec, where):
 def test_numbers_too_long_to_be_numbers_are_literal():
     spec = "{0.." + "9" * 5000 + "}.tar"
     assert expand_braces(spec) == [spec]
+
+
+PIECES = st.sampled_from(
+    [
+        "{0..3}",
+        "{08..11}",
+        "{0..10}",
+        "{3..1}",
+        "{2..-1}",
+        "{0..9..4}",
+        "{a..c}",
+        "{x,y}",
+        "{,z}",
+        "{n{1..2},m}",
+        "{{0..1},q}",
+        "{w}",
+        "a",
+        "-",
+        "/",
+    ]
+)
+
+
+@given(st.lists(PIECES, max_size=4).map("".join))
+def test_braces_mean_what_they_mean_to_webdataset(spec):
+    """Padding, steps, descending ranges, letters and nesting, written out and as a lazy range; counted before they are written out."""
+    for text in ("s/" + spec, "s3://bucket/" + spec):
+        names = expand_urls(text)
+        assert expand_braces(text) == names
+        assert _count_names(text) == len(names)
+        assert (lazy := _range(text)) is None or list(lazy) == names
+
+
+@pytest.mark.parametrize("name", ["a{b", "a}b{0..2}", r"a\{b", "a{b}", "{}", "{" * 3000 + "}" * 3000])
+def test_what_is_not_a_brace_expression_is_a_name(name):
+    assert expand_braces(name) == [name]
+
+
+def test_nested_ranges_are_counted_as_a_whole():
+    assert len(expand_braces("{{0..9999},{0..9999}}")) == 20_000
+    with pytest.raises(ShardError, match="stand for 100,020,001 names"):
+        expand("s3://bucket/{{0..10000}/{0..9999},{0..10000}}.tar")
+    with pytest.raises(ShardError, match=r"over 10\^18 names"):
+        expand("{0..9999999999}" * 500)
