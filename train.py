@@ -4,7 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmpretrain import blanks
+from mmpretrain import blanks, openmp
+
+openmp.bound_spinning()  # read when torch is imported, which everything below may do
 
 
 def main() -> int:

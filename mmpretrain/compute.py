@@ -1,0 +1,145 @@
+"""Which precision pays on this device: measured on a CPU, known on an accelerator."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+import torch
+from torch import Tensor
+
+Precision = Literal["fp32", "bf16"]
+MIN_GAIN = 1.25  # bf16 has fewer digits and costs casts: it is chosen where its products are this many times as fast
+FLOPS = 1 << 27  # of one product: 1 ms at 130 GFLOP/s, so that one of emulated bf16 (3 GFLOP/s) does not take half a second
+DEFAULT_WIDTH = 768  # where the recipe does not say: ViT-B
+# What /proc/cpuinfo calls an instruction set -> what is called here, best first.
+ISAS = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """GFLOP/s of a linear layer's products (forward and both gradients) of a width, on the threads that compute."""
+
+    width: int
+    fp32: float
+    bf16: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A precision, why it was taken, and the figures behind it (None where nothing was measured)."""
+
+    precision: Precision
+    reason: str
+    rates: Rates | None = None
+
+
+def products(x: Tensor, weight: Tensor, grad: Tensor) -> None:
+    """What a linear layer multiplies in a step: [R,D] x [4D,D], the gradient of the input, the gradient of the weight."""
+    torch.nn.functional.linear(x, weight)
+    grad @ weight
+    grad.mT @ x
+
+
+def product_rows(width: int) -> int:
+    """Rows of the measured products: about FLOPS each, and no fewer than make a product."""
+    return max(64, min(2048, FLOPS // (8 * width * width)))
+
+
+def product_rates(width: int = DEFAULT_WIDTH, seconds: float = 0.1, min_rounds: int = 3) -> Rates:
+    """Measure fp32 and bf16 products on the threads of this process, alternately.
+
+    A busy machine slows some rounds and not others: the best round of each precision counts. The first round of each warms the caches
+    and is left out.
+
+    Args:
+        width: D, of the model.
+        seconds: in all; a CPU that only emulates bf16 may take a few rounds more.
+        min_rounds: measured rounds of each, however long they take.
+    """
+    rows = product_rows(width)
+    sides: dict[torch.dtype, tuple[Tensor, Tensor, Tensor]] = {}
+    generator = torch.Generator().manual_seed(0)  # the global generator stays as it is
+    x, weight, grad = (torch.randn(a, b, generator=generator) for a, b in ((rows, width), (4 * width, width), (rows, 4 * width)))
+    best: dict[torch.dtype, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        sides[dtype] = (x.to(dtype), weight.to(dtype), grad.to(dtype))
+        best[dtype] = float("inf")
+        with torch.no_grad():
+            products(*sides[dtype])
+    ends = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < min_rounds or time.perf_counter() < ends:
+        for dtype, operands in sides.items():
+            started = time.perf_counter()
+            with torch.no_grad():
+                products(*operands)
+            best[dtype] = min(best[dtype], time.perf_counter() - started)
+        rounds += 1
+    flops = 3 * 2 * rows * width * 4 * width
+    return Rates(width, flops / best[torch.float32] / 1e9, flops / best[torch.bfloat16] / 1e9)
+
+
+def measured_choice(rates: Rates) -> Choice:
+    """bf16 where its products are at least MIN_GAIN times as fast as those of fp32."""
+    precision: Precision = "bf16" if rates.bf16 >= MIN_GAIN * rates.fp32 else "fp32"
+    figures = f"products of width {rates.width} reach {rates.fp32:.0f} GFLOP/s in fp32 and {rates.bf16:.0f} in bf16 here"
+    return Choice(precision, f"precision {precision}: {figures}", rates)
+
+
+def choose_precision(width: int = DEFAULT_WIDTH) -> Choice:
+    """The precision that pays on this process's device: on CUDA bf16 since Ampere, on MPS fp32, on a CPU what `product_rates` finds."""
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Choice("bf16", "precision bf16: the GPU computes in it")
+        return Choice("fp32", "precision fp32: the GPU does not compute in bf16")
+    if torch.backends.mps.is_available():
+        return Choice("fp32", "precision fp32: MPS gains nothing from bf16")
+    return measured_choice(product_rates(width))
+
+
+def model_width(model: str | dict[str, Any]) -> int:
+    """The width of a recipe's image tower, else of its text tower; DEFAULT_WIDTH where nothing at hand gives one.
+
+    Args:
+        model: as in a recipe: fields, a JSON file or folder of open_clip's format, or a name.
+    """
+    fields: Any = model
+    if isinstance(model, str):
+        name = model.removeprefix("open_clip:").removeprefix("local-dir:")
+        file = Path(name) / "open_clip_config.json" if Path(name).is_dir() else Path(name)
+        try:
+            if file.suffix == ".json":
+                fields = json.loads(file.read_text(encoding="utf-8"))
+            else:
+                fields = None if ":" in name else open_clip.get_model_config(name.replace("/", "-"))
+        except (OSError, ValueError, RecursionError):  # building the model reports it
+            fields = None
+    if isinstance(fields, dict):
+        fields = fields.get("model_cfg", fields)
+    for tower in ("vision_cfg", "text_cfg"):
+        part = fields.get(tower) if isinstance(fields, dict) else None
+        width = part.get("width") if isinstance(part, dict) else None
+        if isinstance(width, int) and 0 < width <= 1 << 14:
+            return width
+    return DEFAULT_WIDTH
+
+
+def cpu_kind() -> str:
+    """The CPU's name and its best instructions for products, and the cap of ONEDNN_MAX_CPU_ISA where one is set."""
+    name, best = platform.processor() or platform.machine(), ""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        fields = dict(line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in fields.items()}
+        name = fields.get("model name", name)
+        flags = set(fields.get("flags", "").split())
+        best = next((title for flag, title in ISAS.items() if flag in flags), "")
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return name + (f", {best}" if best else "") + (f", oneDNN capped at {cap}" if cap else "")
