@@ -4,9 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmpretrain import blanks, openmp
+from mmpretrain import blanks, cpu
 
-openmp.bound_spinning()  # read when torch is imported, which everything below may do
+cpu.bound_spinning()  # read when torch is imported, which everything below may do
 
 
 def main() -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +16,6 @@ Precision = Literal["fp32", "bf16"]
 MIN_GAIN = 1.25  # bf16 has fewer digits and costs casts: it is chosen where its products are this many times as fast
 FLOPS = 1 << 27  # of one product: 1 ms at 130 GFLOP/s, so that one of emulated bf16 (3 GFLOP/s) does not take half a second
 DEFAULT_WIDTH = 768  # where the recipe does not say: ViT-B
-# What /proc/cpuinfo calls an instruction set -> what is called here, best first.
-ISAS = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
 
 
 @dataclass(frozen=True)
@@ -129,17 +125,3 @@ def model_width(model: str | dict[str, Any]) -> int:
         if isinstance(width, int) and 0 < width <= 1 << 14:
             return width
     return DEFAULT_WIDTH
-
-
-def cpu_kind() -> str:
-    """The CPU's name and its best instructions for products, and the cap of ONEDNN_MAX_CPU_ISA where one is set."""
-    name, best = platform.processor() or platform.machine(), ""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        fields = dict(line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in fields.items()}
-        name = fields.get("model name", name)
-        flags = set(fields.get("flags", "").split())
-        best = next((title for flag, title in ISAS.items() if flag in flags), "")
-    cap = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    return name + (f", {best}" if best else "") + (f", oneDNN capped at {cap}" if cap else "")

@@ -17,9 +17,10 @@ import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
-from mmpretrain import __version__, distributed, openmp
-from mmpretrain.compute import Choice, Rates, choose_precision, cpu_kind, model_width
+from mmpretrain import __version__, distributed
+from mmpretrain.compute import Choice, Rates, choose_precision, model_width
 from mmpretrain.config import Config
+from mmpretrain.cpu import cpu_kind, waiting
 from mmpretrain.machine import cores
 from mmpretrain.options import OptionError
 
@@ -145,7 +146,7 @@ def environment(accelerator: Accelerator, config: Config, choice: Choice) -> dic
         "cpu": cpu_kind(),
         "precision": config.precision,
         **products,
-        "openmp": " ".join(f"{name}={value}" for name, value in openmp.waiting().items()),
+        "openmp": " ".join(f"{name}={value}" for name, value in waiting().items()),
         "threads": config.threads,
         "processes": accelerator.num_processes,
         "command": " ".join(sys.argv),
