@@ -14,13 +14,15 @@ from torch import Tensor
 
 Precision = Literal["fp32", "bf16"]
 MIN_GAIN = 1.25  # bf16 has fewer digits and costs casts: it is chosen where its products are this many times as fast
-FLOPS = 1 << 27  # of one product: 1 ms at 130 GFLOP/s, so that one of emulated bf16 (3 GFLOP/s) does not take half a second
+FLOPS = 1 << 28  # of one product where 256 to 2,048 rows allow: 2 ms at 130 GFLOP/s, and enough rows to be bound by products as a step is
+HOPELESS = 4.0  # a product of few rows settles it where bf16 takes this many times as long: it is only emulated
 DEFAULT_WIDTH = 768  # where the recipe does not say: ViT-B
+MAX_WIDTH = 1024  # of what is measured; wider products gain as much
 
 
 @dataclass(frozen=True)
 class Rates:
-    """GFLOP/s of a linear layer's products (forward and both gradients) of a width, on the threads that compute."""
+    """GFLOP/s of a linear layer's products (forward and both gradients) of a width, on one thread."""
 
     width: int
     fp32: float
@@ -39,45 +41,57 @@ class Choice:
 def products(x: Tensor, weight: Tensor, grad: Tensor) -> None:
     """What a linear layer multiplies in a step: [R,D] x [4D,D], the gradient of the input, the gradient of the weight."""
     torch.nn.functional.linear(x, weight)
-    grad @ weight
-    grad.mT @ x
+    torch.matmul(grad, weight)
+    torch.matmul(grad.mT, x)
 
 
 def product_rows(width: int) -> int:
-    """Rows of the measured products: about FLOPS each, and no fewer than make a product."""
-    return max(64, min(2048, FLOPS // (8 * width * width)))
+    """Rows of the measured products: FLOPS each, within bounds."""
+    return max(256, min(2048, FLOPS // (8 * width * width)))
+
+
+@torch.no_grad()
+def best_seconds(operands: dict[torch.dtype, tuple[Tensor, Tensor, Tensor]], min_rounds: int, ends: float) -> dict[torch.dtype, float]:
+    """The shortest time of each precision's products, which alternate: `min_rounds` of them, and more until the clock shows `ends`."""
+    best = dict.fromkeys(operands, float("inf"))
+    rounds = 0
+    while rounds < min_rounds or time.perf_counter() < ends:
+        for dtype, of_dtype in operands.items():
+            started = time.perf_counter()
+            products(*of_dtype)
+            best[dtype] = min(best[dtype], time.perf_counter() - started)
+        rounds += 1
+    return best
 
 
 def product_rates(width: int = DEFAULT_WIDTH, seconds: float = 0.1, min_rounds: int = 3) -> Rates:
-    """Measure fp32 and bf16 products on the threads of this process, alternately.
+    """Measure fp32 and bf16 products alternately, on one thread.
 
-    A busy machine slows some rounds and not others: the best round of each precision counts. The first round of each warms the caches
-    and is left out.
+    A busy machine slows some rounds and not others: the best round of each precision counts. With several threads it could slow them all,
+    as each product would wait for its last thread. A round of few rows comes first: it warms up, and finds bf16 that is only emulated.
 
     Args:
         width: D, of the model.
-        seconds: in all; a CPU that only emulates bf16 may take a few rounds more.
-        min_rounds: measured rounds of each, however long they take.
+        seconds: in all, but for one more round.
+        min_rounds: rounds of each, however long they take.
     """
-    rows = product_rows(width)
-    sides: dict[torch.dtype, tuple[Tensor, Tensor, Tensor]] = {}
     generator = torch.Generator().manual_seed(0)  # the global generator stays as it is
+    rows = product_rows(width)
     x, weight, grad = (torch.randn(a, b, generator=generator) for a, b in ((rows, width), (4 * width, width), (rows, 4 * width)))
-    best: dict[torch.dtype, float] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        sides[dtype] = (x.to(dtype), weight.to(dtype), grad.to(dtype))
-        best[dtype] = float("inf")
-        with torch.no_grad():
-            products(*sides[dtype])
-    ends = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < min_rounds or time.perf_counter() < ends:
-        for dtype, operands in sides.items():
-            started = time.perf_counter()
-            with torch.no_grad():
-                products(*operands)
-            best[dtype] = min(best[dtype], time.perf_counter() - started)
-        rounds += 1
+    operands = {dtype: (x.to(dtype), weight.to(dtype), grad.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
+    few = {dtype: (x[: rows // 16], weight, grad[: rows // 16]) for dtype, (x, weight, grad) in operands.items()}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        ends = time.perf_counter() + seconds
+        best = best_seconds(few, 2, 0.0)
+        if best[torch.bfloat16] > HOPELESS * best[torch.float32]:
+            rows //= 16
+        else:
+            best_seconds(operands, 1, 0.0)  # warms the caches
+            best = best_seconds(operands, min_rounds, ends)
+    finally:
+        torch.set_num_threads(threads)
     flops = 3 * 2 * rows * width * 4 * width
     return Rates(width, flops / best[torch.float32] / 1e9, flops / best[torch.bfloat16] / 1e9)
 
@@ -85,7 +99,7 @@ def product_rates(width: int = DEFAULT_WIDTH, seconds: float = 0.1, min_rounds: 
 def measured_choice(rates: Rates) -> Choice:
     """bf16 where its products are at least MIN_GAIN times as fast as those of fp32."""
     precision: Precision = "bf16" if rates.bf16 >= MIN_GAIN * rates.fp32 else "fp32"
-    figures = f"products of width {rates.width} reach {rates.fp32:.0f} GFLOP/s in fp32 and {rates.bf16:.0f} in bf16 here"
+    figures = f"products of width {rates.width} reach {rates.fp32:.0f} GFLOP/s in fp32 and {rates.bf16:.0f} in bf16 on one thread"
     return Choice(precision, f"precision {precision}: {figures}", rates)
 
 
@@ -97,7 +111,7 @@ def choose_precision(width: int = DEFAULT_WIDTH) -> Choice:
         return Choice("fp32", "precision fp32: the GPU does not compute in bf16")
     if torch.backends.mps.is_available():
         return Choice("fp32", "precision fp32: MPS gains nothing from bf16")
-    return measured_choice(product_rates(width))
+    return measured_choice(product_rates(min(width, MAX_WIDTH)))
 
 
 def model_width(model: str | dict[str, Any]) -> int:

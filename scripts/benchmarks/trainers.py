@@ -17,6 +17,8 @@ from typing import Any
 import peer
 from common import ROOT, machine, measured, threads
 
+from mmpretrain.cpu import SPINS
+
 SMALL = {  # ViT-Ti/16 at 112 px and a text tower of 12 layers
     "embed_dim": 192,
     "vision_cfg": {"image_size": 112, "patch_size": 16, "width": 192, "layers": 12, "head_width": 64},
@@ -159,7 +161,9 @@ def _speed(setting: Setting, seen: list[float]) -> float:
 
 
 def _environment() -> dict[str, str]:
-    return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads()), "WANDB_MODE": "disabled"}
+    # Both sides' threads wait as ours do: on a busy machine spinning without bound would slow the peer many times over (bench_busy.py).
+    waiting = {"GOMP_SPINCOUNT": str(SPINS)}
+    return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads()), "WANDB_MODE": "disabled"} | waiting
 
 
 def train_peer(setting: Setting, switch: bool = False) -> Run:
