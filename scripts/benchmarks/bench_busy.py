@@ -1,6 +1,6 @@
 """The demo's training beside busy programs: samples/s beside one and beside two, against an even share of the cores, and alone.
 
-    python scripts/benchmarks/bench_busy.py [--quick] [--rounds 4] [--seconds 2.5] [--out FILE]
+    python scripts/benchmarks/bench_busy.py [--quick] [--rounds 3] [--seconds 2] [--out FILE]
 
 Two trainings of configs/demo.yaml, evaluators left out: one as it comes, and one whose OpenMP threads spin as long as
 libgomp's own setting has it (GOMP_SPINCOUNT=300000). Both start once, then are stopped and continued, so that a few
@@ -102,7 +102,7 @@ def write_shards_of(folder: Path, pairs: int, photos: int) -> None:
 
 
 def main() -> None:
-    parsed = arguments(__doc__, rounds=4, seconds=2.5)
+    parsed = arguments(__doc__, rounds=3, seconds=2.0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it stopped must not stay behind
     seconds, warmup = (0.3, 3) if parsed.quick else (parsed.seconds, 20)
     speeds: dict[tuple[str, int], list[float]] = {}
