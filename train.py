@@ -4,7 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmpretrain import import_stubs
+from mmpretrain import cpu, import_stubs
+
+cpu.bound_spinning()  # read when torch is imported, which everything below may do
 
 
 def main() -> int:
@@ -29,7 +31,7 @@ def main() -> int:
         from data_prep.demo_training import DemoData
 
         demo = DemoData("data/demo")  # begins to write its shards, while this process imports
-    from mmpretrain.config.recipe import recipe as recipes
+    from mmpretrain.config import recipe as recipes
 
     if arguments.help:
         parser.print_help()

@@ -154,7 +154,7 @@ def mix(
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """What a recipe's sources amount to: rows, epochs, tokens, repeats, expected time."""
-    from mmpretrain.config.recipe import recipe as recipes
+    from mmpretrain.config import recipe as recipes
 
     with input_errors():
         found = mix_of(recipes.load(recipe, overrides or []), samples_per_s)

@@ -40,7 +40,7 @@ def train(config: Config) -> int:
 
 
 def _train(config: Config, closing: ExitStack) -> int:
-    accelerator = launch.start(config)
+    accelerator, precision = launch.start(config)
     device, processes = accelerator.device, accelerator.num_processes
     check_division(config, processes)
     evaluators = build_evaluators(config)
@@ -57,9 +57,9 @@ def _train(config: Config, closing: ExitStack) -> int:
     step, skipped_steps = state["step"], state["skipped_steps"]
     tracker = Tracker(config.run_dir, config.log_every, steps, accelerator.is_main_process, step if found else None)
     closing.callback(tracker.close)
-    for message in messages:
+    for message in filter(None, [*messages, precision.reason]):
         tracker.message(message)
-    distributed.on_main(lambda: run_folder.write_recipe(config, launch.environment(accelerator, config)))
+    distributed.on_main(lambda: run_folder.write_recipe(config, launch.environment(accelerator, config, precision)))
     tracker.message(describe(config, accelerator, model, sources))
 
     model.to(device)

@@ -83,6 +83,9 @@ def show(line: dict[str, Any], messages: list[str]) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
+    from mmpretrain import cpu
+
+    cpu.bound_spinning()  # read when torch is imported
     import torch
     from accelerate import Accelerator
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mmpretrain import checkpoint, run_folder
+from mmpretrain.config import recipe as recipes
 from mmpretrain.config.build import OptionError
-from mmpretrain.config.recipe import recipe as recipes
 from mmpretrain.tracking.jsonl import LogError
 from mmpretrain.tracking.tracker import Tracker
 from tests import runs

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmpretrain import import_stubs
-from mmpretrain.config.recipe import recipe
+from mmpretrain.config import recipe
 
 ROOT = Path(__file__).parent.parent
 LIGHT = {

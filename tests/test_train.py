@@ -15,8 +15,8 @@ import torch
 
 from data_prep.writer import Record, write_shards
 from mmpretrain.checkpoint import CheckpointError, checkpoints, find_checkpoint, load_json, load_tensors
+from mmpretrain.config import recipe as recipes
 from mmpretrain.config.build import OptionError
-from mmpretrain.config.recipe import recipe as recipes
 from mmpretrain.model import PretrainModel
 from mmpretrain.tracking.jsonl import read_jsonl
 from mmpretrain.trainer import TrainingError, train
@@ -113,7 +113,7 @@ def test_kill_nine_at_random_moments_five_times(data, undisturbed, tmp_path):
     """SIGKILL after random delays, then to the end: weights, moments and log equal those of the undisturbed run."""
     code = textwrap.dedent(f"""
         import os, random, signal, sys, time, json
-        from mmpretrain.config.recipe import recipe as recipes
+        from mmpretrain.config import recipe as recipes
         from mmpretrain.trainer import train
         from tests import runs
         from pathlib import Path

@@ -3,8 +3,8 @@
 import pytest
 
 from mmpretrain.assembly import build_model
+from mmpretrain.config import recipe as recipes
 from mmpretrain.config.build import OptionError
-from mmpretrain.config.recipe import recipe as recipes
 from tests import runs
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from mmpretrain import evaluation
+from mmpretrain.config import recipe as recipes
 from mmpretrain.config.build import OptionError
-from mmpretrain.config.recipe import recipe as recipes
 from mmpretrain.evaluation import build_evaluators
 from tests import runs
 from tests.evaluators.fake import colour_folder, picture, shard, write
