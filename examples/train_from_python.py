@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mmpretrain import config as recipes
-from mmpretrain.tracking import read_jsonl
+from mmpretrain.config import recipe as recipes
+from mmpretrain.tracking.jsonl import read_jsonl
 from mmpretrain.trainer import train
 
 FACTORS = (0.5, 1.0, 2.0)  # of the recipe's learning rate

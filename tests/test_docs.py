@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmpretrain import config as recipes
+from mmpretrain.config import recipe as recipes
 from mmpretrain.data.sample_stream import SampleStream
 from mmpretrain.objectives import OBJECTIVES
-from mmpretrain.tracking import read_jsonl
+from mmpretrain.tracking.jsonl import read_jsonl
 from mmpretrain.trainer import train
 from tests import docs, runs
 from tests.data_prep import test_docs_commands as data_page

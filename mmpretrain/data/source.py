@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmpretrain import random
+from mmpretrain import rng
+from mmpretrain.config.build import build
 from mmpretrain.data import buffers, decode
 from mmpretrain.data.block import Block
 from mmpretrain.data.cache import ShardCache
-from mmpretrain.data.options import ImageConfig, Part, SourceConfig, SplitConfig
 from mmpretrain.data.order import Blend, Order
 from mmpretrain.data.schema import BadSample, BadSampleBudgetError, ShardError, image_extension
 from mmpretrain.data.shards import ShardSet, load_classes, shard_label
-from mmpretrain.options import build
+from mmpretrain.data.source_config import ImageConfig, Part, SourceConfig, SplitConfig
 from mmpretrain.types import Sample, ViewSpec
 
 log = logging.getLogger(__name__)
@@ -76,10 +76,10 @@ class Source:
                 raise ValueError(f"source {name!r}: split {config.split}: holdout must lie between 0 and 1, part be train or holdout")
             split = (config.split.holdout, config.split.part)
         cache = ShardCache(config.cache_dir, config.cache_bytes)
-        self._base = random.combine(seed, random.stream(("source", name)))
+        self._base = rng.combine(seed, rng.stream(("source", name)))
         parts = self._parts(config.shards)
         self.shard_sets = [ShardSet(spec, split, config.shuffle_window, cache, config.verify) for spec, _ in parts]
-        self._orders = [Order(s.counts, random.combine(self._base, i), config.shuffle_window) for i, s in enumerate(self.shard_sets)]
+        self._orders = [Order(s.counts, rng.combine(self._base, i), config.shuffle_window) for i, s in enumerate(self.shard_sets)]
         self._blend = Blend([weight for _, weight in parts], self._base)
         self.num_samples = sum(order.total for order in self._orders)
         self._lock = threading.Lock()
@@ -178,7 +178,7 @@ class Source:
             skipped += [record | {"replaced_by": sample.key} for record in bad]
             samples.append(sample)
             origin.append((c, where[2], int(self._orders[c].first[where[0]]) + where[1], len(bad)))
-        return self._cut(samples, random.combine(self._base, *torch.tensor(origin).unbind(1)), skipped)
+        return self._cut(samples, rng.combine(self._base, *torch.tensor(origin).unbind(1)), skipped)
 
     def account(self, block: Block) -> Block:
         """Count what `make` read; raises BadSampleBudgetError where too much of all was bad."""

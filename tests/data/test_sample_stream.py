@@ -144,7 +144,7 @@ OLDEST = """
 import sys, webdataset
 sys.path.insert(0, sys.argv[2])
 from mmpretrain.data.sample_stream import SampleStream
-from mmpretrain.data.names import expand_braces
+from mmpretrain.data.shard_names import expand_braces
 assert webdataset.__version__ == "0.2.86", webdataset.__version__
 assert webdataset.shardlists.expand_urls("a{0..10}{b,c}") == expand_braces("a{0..10}{b,c}")
 stages = webdataset.decode("rgb8"), webdataset.to_tuple("jpg;png", "txt"), webdataset.batched(10)

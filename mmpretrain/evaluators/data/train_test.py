@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mmpretrain.evaluators.base import OptionError
-from mmpretrain.evaluators.datasets import DataConfig, EvalSet, first_items, kind_of, open_dataset
+from mmpretrain.evaluators.data.datasets import DataConfig, EvalSet, first_items, kind_of, open_dataset
 
 HOLDOUT = 0.2  # what is tested on and not fitted, without `train`, splits and `holdout`
 

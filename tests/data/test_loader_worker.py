@@ -18,10 +18,10 @@ import torch
 from data_prep.writer import Record, write_shards
 from mmpretrain.data import buffers, decode
 from mmpretrain.data.loader import Loader
+from mmpretrain.data.loader_worker import ProcessWorker, ThreadWorker, start_workers
 from mmpretrain.data.schema import BadSampleBudgetError, ShardError
 from mmpretrain.data.source import Source, SourceConfig
 from mmpretrain.data.views import ImageView
-from mmpretrain.data.worker import ProcessWorker, ThreadWorker, start_workers
 from mmpretrain.types import View, ViewSpec
 from tests.data.generated import encoded, picture
 
@@ -173,7 +173,7 @@ def test_a_process_that_is_sending_ends_with_its_parent(folder: Path) -> None:
 import time
 from mmpretrain.data.source import Source, SourceConfig
 from mmpretrain.data.views import TextView
-from mmpretrain.data.worker import start_workers
+from mmpretrain.data.loader_worker import start_workers
 views = [TextView(context_length=900 + i) for i in range(8)]  # each too small for shared memory, together more than a pipe holds
 workers = start_workers(2, True, {{"s": Source("s", SourceConfig(shards={str(folder)!r}, batch_size=32), views)}}, render=True)
 for worker in workers:

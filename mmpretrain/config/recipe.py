@@ -13,12 +13,12 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mmpretrain.data.options import MAX_IMAGE_SIZE
+from mmpretrain.config.build import OptionError, build, describe, nearest
 from mmpretrain.data.source import SourceConfig
+from mmpretrain.data.source_config import MAX_IMAGE_SIZE
 from mmpretrain.evaluators import EVALUATORS
 from mmpretrain.objectives import OBJECTIVES, ObjectiveConfig
 from mmpretrain.optim import OptimConfig
-from mmpretrain.options import OptionError, build, describe, nearest
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Config:
     model: str | dict = "ViT-B-32"  # an open_clip model name, a JSON file of that format, its fields, or an image tower (timm:resnet50)
     init_from: str | None = None  # a run, an open_clip checkpoint or folder whose weights to start from
     image_size: int | None = None  # pixels a side; default: the model's own
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device computes in it
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where it is measured to be faster; kept on resume
     threads: int | None = None  # for computing; default: cores divided by local processes
     loader_threads: int | None = None  # how many read, decode and cut at once; default: 2, beside an accelerator up to 16
     loader_processes: bool | None = None  # each of them in a process of its own; default: on Linux

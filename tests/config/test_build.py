@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from mmpretrain.options import OptionError, build, describe, documentation
+from mmpretrain.config.build import OptionError, build, describe, documentation
 
 
 @dataclass

@@ -2,9 +2,9 @@
 
 import pytest
 
-from mmpretrain import config as recipes
 from mmpretrain.assembly import build_model
-from mmpretrain.options import OptionError
+from mmpretrain.config import recipe as recipes
+from mmpretrain.config.build import OptionError
 from tests import runs
 
 

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from mmpretrain.data.decode import ImageLimits
-from mmpretrain.data.names import is_remote
 from mmpretrain.data.order import in_part
+from mmpretrain.data.shard_names import is_remote
 from mmpretrain.data.shards import load_classes
-from mmpretrain.evaluators import classes as class_names
-from mmpretrain.evaluators import readers
 from mmpretrain.evaluators.base import OptionError
-from mmpretrain.evaluators.readers import Item
-from mmpretrain.random import combine, permutation
+from mmpretrain.evaluators.data import class_names, items
+from mmpretrain.evaluators.data.items import Item
+from mmpretrain.rng import combine, permutation
 
 logger = logging.getLogger(__name__)
 Task = Literal["classification", "retrieval", "images"]
@@ -170,7 +169,7 @@ def _remote(data: str) -> bool:
 
 
 def _source(
-    config: DataConfig, task: Task, split: str | None, skip: readers.Skip, brief: bool = False
+    config: DataConfig, task: Task, split: str | None, skip: items.Skip, brief: bool = False
 ) -> tuple[Iterator[Item], list[str] | dict[str, str] | None, list[str] | None, str | None]:
     """(items, class names, prompts, split), items being listed as they are asked for. `brief`: of the first shard or rows alone."""
     kind = kind_of(config.data)
@@ -183,24 +182,24 @@ def _source(
     if kind == "folder":
         if captions:
             raise OptionError(f"data={config.data!r} is a class folder: it has no captions; use a CSV, shards, or a CLIP_benchmark folder")
-        source = readers.folder_items(root, split)
+        source = items.folder_items(root, split)
     elif kind == "csv":
         rows = BRIEF_ROWS if brief else None
-        source = readers.csv_items(root, split, config.image, config.label, config.caption, captions, skip, rows)
+        source = items.csv_items(root, split, config.image, config.label, config.caption, captions, skip, rows)
     elif kind == "benchmark":
         split = split or "test"
         what = _line(root / "dataset_type.txt") or "classification"
         if what == "multilabel" or (what == "retrieval") != captions:
             raise OptionError(f"{root}: dataset_type.txt says {what}; it does not fit an evaluator for {task}")
         given, templates = _beside(root, given)
-        source = readers.benchmark_items(root, split, config.label, captions, skip, brief)
+        source = items.benchmark_items(root, split, config.label, captions, skip, brief)
     else:
         label = {"classification": config.label or "cls", "retrieval": None, "images": None}[task]
-        paths = readers.shard_paths(config.data, split)
+        paths = items.shard_paths(config.data, split)
         given, templates = _beside(Path(paths[0]).parent, given)
         caption = (config.caption or "txt") if captions else None
         chosen = [name for name in paths[:1] if not is_remote(name)] if brief else paths
-        source = readers.shard_items(chosen, label, caption, skip, metadata=task == "images") if chosen else iter(())
+        source = items.shard_items(chosen, label, caption, skip, metadata=task == "images") if chosen else iter(())
     return source, given, templates, split
 
 
@@ -279,7 +278,7 @@ def _beside(folder: Path, given: list[str] | dict[str, str] | None) -> tuple[lis
     names, prompts = folder / "classnames.txt", folder / "zeroshot_classification_templates.txt"
     if given is None and names.is_file():
         given = load_classes(str(names))
-    return given, readers.lines_of(prompts) if prompts.is_file() else None
+    return given, items.lines_of(prompts) if prompts.is_file() else None
 
 
 def _line(path: Path) -> str | None:

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from webdataset.shardlists import expand_urls
 
-from mmpretrain.data.names import Joined, _count_names, _range, expand, expand_braces, in_order
 from mmpretrain.data.schema import ShardError
+from mmpretrain.data.shard_names import Joined, _count_names, _range, expand, expand_braces, in_order
 
 RANGES = st.builds(lambda first, count: (first, first + count), st.integers(0, 120), st.integers(0, 30))
 

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from mmpretrain.cost import CostProbe
+from mmpretrain.cost_probe import CostProbe
 from mmpretrain.model import running_statistics
 from mmpretrain.report.tables import costs
 from tests import tiny

@@ -10,7 +10,7 @@ from open_clip.model import CLIP
 from safetensors.torch import save_file
 
 from mmpretrain.towers.adapters import OpenClipText, OpenClipViT
-from mmpretrain.towers.dual import build_towers
+from mmpretrain.towers.specs import build_towers
 from mmpretrain.towers.text import TextTransformer
 from mmpretrain.towers.vision import VisionTransformer
 from mmpretrain.towers.weights import load_weights

@@ -13,12 +13,12 @@ from typing import Any
 from mmpretrain.data import decode
 from mmpretrain.data.cache import ShardCache
 from mmpretrain.data.index import Member
-from mmpretrain.data.names import expand
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, BadSample, ShardError, image_extension
+from mmpretrain.data.shard_names import expand
 from mmpretrain.data.shards import ShardSet
 from mmpretrain.data.source import MAX_CAPTION_BYTES, SourceConfig
 from mmpretrain.evaluators.base import OptionError
-from mmpretrain.evaluators.classes import Label
+from mmpretrain.evaluators.data.class_names import Label
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
 

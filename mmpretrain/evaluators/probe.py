@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.data.train_test import TrainDataConfig, open_pair
 from mmpretrain.evaluators.features import encode_images
 from mmpretrain.evaluators.metrics import classification_metrics, confusion_tables, predictions
 from mmpretrain.evaluators.models import Untrained
-from mmpretrain.evaluators.pairs import TrainDataConfig, open_pair
 from mmpretrain.types import Model, Result
 
 

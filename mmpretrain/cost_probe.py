@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from mmpretrain.model import PretrainModel, running_statistics, take
+from mmpretrain.batch import take
+from mmpretrain.model import PretrainModel, running_statistics
 from mmpretrain.types import Batch
 
 

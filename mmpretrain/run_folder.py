@@ -9,9 +9,9 @@ from typing import IO, Any
 import yaml
 
 from mmpretrain.checkpoint import CheckpointError, load_json, newest_valid
-from mmpretrain.config import Config, differences, plain
-from mmpretrain.machine import hold
-from mmpretrain.options import OptionError
+from mmpretrain.config.build import OptionError
+from mmpretrain.config.recipe import Config, differences, plain
+from mmpretrain.system import hold
 
 RECIPE = "config.yaml"
 
