@@ -4,7 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmpretrain import blanks
+from mmpretrain import cpu, import_stubs
+
+cpu.bound_spinning()  # read when torch is imported, which everything below may do
 
 
 def main() -> int:
@@ -24,12 +26,12 @@ def main() -> int:
     recipe = recipe or default
     demo = None
     if shown_only:  # without the libraries that compute: in half a second, not in ten
-        blanks.install()
+        import_stubs.install()
     elif Path(recipe).resolve() == default.resolve():
         from data_prep.demo_training import DemoData
 
         demo = DemoData("data/demo")  # begins to write its shards, while this process imports
-    from mmpretrain import config as recipes
+    from mmpretrain.config import recipe as recipes
 
     if arguments.help:
         parser.print_help()
@@ -54,7 +56,7 @@ def run(config, demo) -> int:
     from data_prep.demo_background import DemoError
     from mmpretrain.checkpoint import CheckpointError
     from mmpretrain.data.schema import BadSampleBudgetError, LoaderError, ShardError
-    from mmpretrain.tracking import LogError
+    from mmpretrain.tracking.jsonl import LogError
     from mmpretrain.trainer import TrainingError, train
 
     try:

@@ -16,7 +16,7 @@ from data_prep.dedup_settle import Neighbours, settle
 from data_prep.dedup_signatures import SIGNATURE, THUMBNAIL, Sign, Wanted, spans, thumbnails
 from data_prep.samples import Shard
 from mmpretrain.data.cache import remote_index
-from mmpretrain.data.names import is_remote
+from mmpretrain.data.shard_names import is_remote
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from PIL import Image
 from data_prep.filter_keep import damage_lines
 from data_prep.samples import Shard, captions, image_member, pixels
 from mmpretrain.data.decode import ImageLimits
-from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, BadSample
+from mmpretrain.data.shard_names import is_remote
 
 SIGNATURE = np.dtype(
     [

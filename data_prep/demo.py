@@ -28,7 +28,7 @@ from data_prep.demo_records import chunk
 from data_prep.demo_scenes import CLASS_NAMES, GENERATOR_VERSION, NUM_TRAINED, SPLITS
 from data_prep.files import local_folder
 from data_prep.writer import Record, write_shards
-from mmpretrain.machine import cores
+from mmpretrain.system import cores
 
 MARK = "demo.json"
 SCENES_PER_JOB = 250

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.demo import ensure_demo, module_command, unwritten
-from mmpretrain.machine import hold
+from mmpretrain.system import hold
 
 QUIETLY = 10  # niceness of what training need not wait for
 

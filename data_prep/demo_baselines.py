@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_prep.demo_scenes import GENERATOR_VERSION, SIDE
 from mmpretrain.data import index as shard_index
-from mmpretrain.machine import cores
+from mmpretrain.system import cores
 
 LIMIT = 0.25
 NEIGHBOURS = (1, 5, 20, 50)  # the best of these is reported: a baseline should be as strong as it can be

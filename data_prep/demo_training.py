@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from data_prep.demo_background import Writing, lock_path
 from data_prep.demo_scenes import SPLITS
-from mmpretrain.machine import hold
+from mmpretrain.system import hold
 
 if TYPE_CHECKING:
-    from mmpretrain.config import Config
+    from mmpretrain.config.recipe import Config
 
 TRAINING = ("pairs", "photos")
 EVALUATION = tuple(split for split in SPLITS if split not in TRAINING)

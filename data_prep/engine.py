@@ -25,7 +25,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from mmpretrain.machine import cores
+from mmpretrain.system import cores
 
 Task = TypeVar("Task")
 R = TypeVar("R")

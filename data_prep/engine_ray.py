@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from data_prep.engine import REPEATS, ahead, lost
-from mmpretrain.machine import cores
+from mmpretrain.system import cores
 
 START_ATTEMPTS = 3
 

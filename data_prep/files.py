@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from mmpretrain.data.cache import retried
-from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import ShardError
+from mmpretrain.data.shard_names import is_remote
 
 
 def local_path(name: str | Path) -> str | None:

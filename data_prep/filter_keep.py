@@ -16,8 +16,8 @@ from data_prep.samples import Shard
 from data_prep.writer import Record, Skipped
 from mmpretrain.data.cache import remote_index
 from mmpretrain.data.index import open_index
-from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import BadSample, ShardError
+from mmpretrain.data.shard_names import is_remote
 
 CARRIED = ("classnames.txt", "zeroshot_classification_templates.txt")  # beside the shards, and as true of a part of them
 

@@ -15,7 +15,7 @@ from data_prep.engine import WorkerLostError, run
 from data_prep.options import Engine, Processes, one_line
 from mmpretrain.data import index as shard_index
 from mmpretrain.data.cache import remote_index
-from mmpretrain.data.checksum import BYTES
+from mmpretrain.data.index import BYTES
 from mmpretrain.data.schema import ShardError
 
 

@@ -12,7 +12,7 @@ import typer
 from data_prep.options import input_errors
 
 if TYPE_CHECKING:
-    from mmpretrain.config import Config
+    from mmpretrain.config.recipe import Config
     from mmpretrain.data.source import Source
     from mmpretrain.model import PretrainModel
 
@@ -72,9 +72,9 @@ def _model(config: Config) -> PretrainModel:
 
 def _sources(config: Config, views: dict[str, Any], labelled: set[str]) -> tuple[dict[str, Source], list[str]]:
     """Those that open; what is wrong with the others is a warning, so that one run names all."""
+    from mmpretrain.config.build import OptionError
     from mmpretrain.data.schema import ShardError
     from mmpretrain.data.source import Source
-    from mmpretrain.options import OptionError
 
     found, warnings = {}, []
     for name, options in config.sources.items():
@@ -125,7 +125,7 @@ def _amounts(source: Source, rows: int | None) -> dict[str, Any]:
 
 def _time(config: Config, steps: int | None, rows: int, samples_per_s: float | None) -> tuple[dict[str, Any], list[str]]:
     """Seconds for the whole run, at the speed given, or else at the one that its run folder holds."""
-    from mmpretrain.tracking import read_jsonl
+    from mmpretrain.tracking.jsonl import read_jsonl
 
     if samples_per_s is not None:
         return _at(samples_per_s, "given", steps, rows), []
@@ -154,7 +154,7 @@ def mix(
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """What a recipe's sources amount to: rows, epochs, tokens, repeats, expected time."""
-    from mmpretrain import config as recipes
+    from mmpretrain.config import recipe as recipes
 
     with input_errors():
         found = mix_of(recipes.load(recipe, overrides or []), samples_per_s)

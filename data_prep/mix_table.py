@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmpretrain.tracking import duration, plain
+from mmpretrain.tracking.console import duration, plain
 
 
 def amount(value: float | None) -> str:

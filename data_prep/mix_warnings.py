@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmpretrain.config import Config
+    from mmpretrain.config.recipe import Config
     from mmpretrain.data.source import Source
 
 FEW_EPOCHS, MANY_EPOCHS = 1.0, 50.0

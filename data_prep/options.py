@@ -14,8 +14,8 @@ import typer
 from data_prep import files
 from data_prep.engine import ENGINES
 from data_prep.records import InputError
+from mmpretrain.config.build import OptionError
 from mmpretrain.data.schema import ShardError
-from mmpretrain.options import OptionError
 
 
 def _engine(name: str) -> str:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from data_prep import files
 from data_prep.records import Record
-from mmpretrain.data import names as training_names
+from mmpretrain.data import shard_names as training_names
 from mmpretrain.data.cache import retried
 from mmpretrain.data.index import SUFFIX, ShardIndex, index_path, open_index
-from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import BadSample, ShardError, image_extension
+from mmpretrain.data.shard_names import is_remote
 from mmpretrain.data.tar import read_at
 
 if TYPE_CHECKING:

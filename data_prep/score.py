@@ -20,9 +20,9 @@ from data_prep.samples import Shard, captions, image_member
 from mmpretrain.checkpoint import find_checkpoint
 from mmpretrain.data.decode import ImageLimits
 from mmpretrain.data.schema import BadSample
+from mmpretrain.evaluators.data.items import Item
 from mmpretrain.evaluators.features import NO_FEATURES, center_view, check_finite, cut
 from mmpretrain.evaluators.models import load_model
-from mmpretrain.evaluators.readers import Item
 from mmpretrain.types import Params
 
 BATCH = 64

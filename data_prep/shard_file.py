@@ -17,7 +17,7 @@ import numpy as np
 
 from data_prep.records import Record
 from mmpretrain.data import index as shard_index
-from mmpretrain.data.checksum import BYTES, checksum
+from mmpretrain.data.index import BYTES, checksum
 
 MANIFEST, SIZES = "manifest.json", "sizes.json"
 BLOCK, RECORD = 512, 10_240  # a tar ends with two zero blocks and fills its last record

@@ -14,8 +14,8 @@ from data_prep.records import Record
 from data_prep.samples import LocalCopy, Shard
 from mmpretrain.data.cache import remote_index, retried
 from mmpretrain.data.index import ShardIndex, open_index
-from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import BadSample, ShardError
+from mmpretrain.data.shard_names import is_remote
 from mmpretrain.data.tar import read_at
 
 PIECE = 64 << 20  # bytes held at once

@@ -11,8 +11,8 @@ from data_prep.engine import WorkerLostError, run
 from data_prep.options import Engine, JsonOutput, Processes, command_line, one_line
 from data_prep.samples import Shard, expand, image_member
 from mmpretrain.data.decode import ImageLimits
-from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, ShardError
+from mmpretrain.data.shard_names import is_remote
 
 _LOOKED_AT, _LOOKED_AT_REMOTE = 16, 2  # shards from which is told what most samples have
 

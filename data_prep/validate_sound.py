@@ -6,7 +6,7 @@ from collections import Counter
 
 from data_prep.validate_layout import MAX_KEY, Layout
 from data_prep.validate_members import COMPRESSED, EXECUTABLE, EXTENSION, Checks, image, most_bytes, role_of, text
-from mmpretrain.data.checksum import BYTES, checksum
+from mmpretrain.data.index import BYTES, checksum
 from mmpretrain.data.schema import SAFE_KEY, BadSample, image_extension
 from mmpretrain.data.tar import read_at
 

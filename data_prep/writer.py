@@ -20,7 +20,7 @@ from data_prep.job import UNFINISHED, Done, Job, digest_of, index_keys, key_dige
 from data_prep.records import InputError, Record, Skipped, Split
 from data_prep.serial import write_shards
 from data_prep.shard_file import MANIFEST, SIZES, manifest_of
-from mmpretrain.machine import hold
+from mmpretrain.system import hold
 
 __all__ = ["InputError", "Record", "Skipped", "Split", "build", "write_json", "write_shards"]
 

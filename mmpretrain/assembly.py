@@ -7,19 +7,20 @@ from pathlib import Path
 import torch
 
 from mmpretrain.checkpoint import MANIFEST, find_checkpoint
-from mmpretrain.config import Config
+from mmpretrain.config.build import OptionError, blaming
+from mmpretrain.config.recipe import Config
 from mmpretrain.data.schema import ShardError
 from mmpretrain.data.shards import load_classes
 from mmpretrain.data.source import ImageConfig, Source
 from mmpretrain.data.text import get_tokenizer
-from mmpretrain.model import PretrainModel, take
+from mmpretrain.model import PretrainModel
 from mmpretrain.objectives import OBJECTIVES, Context, Objective
 from mmpretrain.objectives.base import source_encodes
 from mmpretrain.optim import align_tops
-from mmpretrain.options import OptionError, blaming
-from mmpretrain.towers.dual import DualEncoder, build_towers, load_weights
+from mmpretrain.towers.dual import DualEncoder
+from mmpretrain.towers.specs import build_towers
 from mmpretrain.towers.teacher import Teacher
-from mmpretrain.types import Batch
+from mmpretrain.towers.weights import load_weights
 
 
 def build_model(config: Config, resumed: bool = False) -> tuple[PretrainModel, Teacher | None]:
@@ -161,12 +162,3 @@ def total_steps(config: Config, sources: dict[str, Source]) -> int:
         raise OptionError(f"epochs.source is {config.epochs.source!r}; the sources are {', '.join(sources)}")
     source = sources[config.epochs.source]
     return max(1, int(config.epochs.count * source.num_samples / config.sources[config.epochs.source].batch_size))
-
-
-def first_rows(batch: Batch, count: int) -> Batch:
-    """The first `count` rows of every source: for pictures and dry runs."""
-    result = {}
-    for name, rows in batch.items():
-        n = len(rows.keys)
-        result |= take({name: rows}, 0, max(1, n // min(count, n)))
-    return result

@@ -10,15 +10,16 @@ import torch
 from accelerate import Accelerator
 
 from mmpretrain import distributed
-from mmpretrain.config import Config, EvaluationConfig
+from mmpretrain.config.build import OptionError
+from mmpretrain.config.recipe import Config, EvaluationConfig
 from mmpretrain.evaluators import EVALUATORS
 from mmpretrain.evaluators.models import TowerModel
 from mmpretrain.interrupts import Interrupts
 from mmpretrain.model import PretrainModel
-from mmpretrain.options import OptionError
 from mmpretrain.report.extras import save_result_extras
 from mmpretrain.towers.teacher import Teacher
-from mmpretrain.tracking import Tracker, read_jsonl
+from mmpretrain.tracking.jsonl import read_jsonl
+from mmpretrain.tracking.tracker import Tracker
 
 # Folders (absolute) that another process still writes -> waits until they are whole. Evaluators of such data look at it when they run.
 PENDING: dict[Path, Callable[[], object]] = {}

@@ -15,7 +15,8 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmpretrain.towers.dual import DualEncoder, build_towers
+from mmpretrain.towers.dual import DualEncoder
+from mmpretrain.towers.specs import build_towers
 from mmpretrain.towers.weights import load_weights
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"

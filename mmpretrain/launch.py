@@ -13,17 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+import yaml
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
-from mmpretrain import __version__
-from mmpretrain.config import Config
-from mmpretrain.machine import cores
-from mmpretrain.options import OptionError
+from mmpretrain import __version__, distributed
+from mmpretrain.compute import Choice, Rates, choose_precision, model_width
+from mmpretrain.config.build import OptionError
+from mmpretrain.config.recipe import Config
+from mmpretrain.cpu import cpu_kind, waiting
+from mmpretrain.system import cores
 
 
-def start(config: Config) -> Accelerator:
-    """The Accelerator of this process. Settles `precision`, `threads` and `loader_threads`, which plain `accelerate launch` leaves slow."""
+def start(config: Config) -> tuple[Accelerator, Choice]:
+    """The Accelerator of this process, and the choice of precision.
+
+    Settles `precision`, `threads` and `loader_threads`, which plain `accelerate launch` leaves slow.
+    """
     wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wanted not in ("no", "bf16"):
         raise OptionError(
@@ -39,8 +45,11 @@ def start(config: Config) -> Accelerator:
     config.loader_threads = config.loader_threads or (2 if cpu else max(2, min(16, cores() // local_ranks)))
     torch.set_num_threads(config.threads)
     keep_freed_memory()
+    choice = Choice("fp32" if config.precision == "fp32" else "bf16", "")  # the recipe's own wish needs no reason
     if config.precision == "auto":
-        config.precision = "bf16" if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" or computes_bf16() else "fp32"
+        PartialState(cpu=cpu)  # connects the processes: they must agree before the Accelerator fixes the precision
+        choice = distributed.broadcast_object(distributed.on_main(lambda: precision(config)))
+        config.precision = choice.precision
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -58,7 +67,7 @@ def start(config: Config) -> Accelerator:
         raise OptionError(
             f"launched as {accelerator.distributed_type.value}: this trainer runs on one device or under DDP; launch without it"
         )
-    return accelerator
+    return accelerator, choice
 
 
 def keep_freed_memory() -> None:
@@ -73,18 +82,37 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 1 << 30)
 
 
-def computes_bf16() -> bool:
-    """Whether bf16 is faster than fp32 here: CUDA since Ampere, CPUs with AMX."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.backends.mps.is_available():
-        return False
-    flags = Path("/proc/cpuinfo")
-    return flags.exists() and " amx_bf16" in flags.read_text()
+def precision(config: Config) -> Choice:
+    """What `auto` means here: as launched, else as the run folder has it, else what pays on this device.
+
+    A run keeps the precision it began with: it is part of what the recipe means, and a measurement may come out otherwise on another
+    machine, or on the same one another day.
+    """
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+        return Choice("bf16", "precision bf16: as launched")
+    return recorded_precision(Path(config.run_dir)) or choose_precision(model_width(config.model))
 
 
-def environment(accelerator: Accelerator, config: Config) -> dict[str, Any]:
-    """What a reader needs to repeat the run."""
+def recorded_precision(folder: Path) -> Choice | None:
+    """The precision of the run in a folder with the figures it was chosen by, or None where no run recorded one."""
+    path = folder / "config.yaml"
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = stored["precision"]
+        noted = stored.get("environment") or {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError):
+        return None  # no run, or a damaged record, which the comparison of recipes reports
+    if value not in ("fp32", "bf16"):
+        return None
+    try:
+        rates = Rates(int(noted["product_width"]), float(noted["product_gflops_fp32"]), float(noted["product_gflops_bf16"]))
+    except (KeyError, TypeError, ValueError):
+        rates = None
+    return Choice(value, f"precision {value}: this run began with it ({path}); auto measures for a new run only", rates)
+
+
+def environment(accelerator: Accelerator, config: Config, choice: Choice) -> dict[str, Any]:
+    """What a reader needs to repeat the run. `choice`: as `start` returned it; its figures are GFLOP/s of the run's first start."""
     packages = [
         "torch",
         "torchvision",
@@ -99,13 +127,26 @@ def environment(accelerator: Accelerator, config: Config) -> dict[str, Any]:
         "opencv-python-headless",
     ]
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.processor() or platform.machine()
+    rates = choice.rates
+    products = (
+        {}
+        if rates is None
+        else {
+            "product_width": rates.width,
+            "product_gflops_fp32": round(rates.fp32, 1),
+            "product_gflops_bf16": round(rates.bf16, 1),
+        }
+    )
     return {
         "mmpretrain": __version__,
         "python": platform.python_version(),
         **{name: _version(name) for name in packages},
         "git_commit": _git_commit(),
         "device": f"{accelerator.device.type} ({device})",
+        "cpu": cpu_kind(),
         "precision": config.precision,
+        **products,
+        "openmp": " ".join(f"{name}={value}" for name, value in waiting().items()),
         "threads": config.threads,
         "processes": accelerator.num_processes,
         "command": " ".join(sys.argv),

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.batch import join, surrogate, take
 from mmpretrain.distributed import all_reduce_sum, world_size
 from mmpretrain.functional import exact
 from mmpretrain.objectives.base import Objective, source_encodes
 from mmpretrain.towers.base import Tokens, Tower, merge
 from mmpretrain.towers.dual import DualEncoder
 from mmpretrain.towers.masking import draw_mask
-from mmpretrain.types import OUTPUTS, Batch, Encode, Encoded, Rows, ViewSpec
+from mmpretrain.types import OUTPUTS, Batch, Encode, Encoded, ViewSpec
 
 
 class PretrainModel(nn.Module):
@@ -232,38 +233,6 @@ def mask_owners(objectives: dict[str, Objective]) -> dict[Encode, str]:
 
 def sum_losses(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     return torch.stack([exact(loss) * weights[name] for name, loss in losses.items()]).sum()
-
-
-def take(batch: Batch, i: int, chunks: int) -> Batch:
-    """Chunk `i` of `chunks` of every source's rows, without copying."""
-    result = {}
-    for name, rows in batch.items():
-        n = len(rows.keys) // chunks
-        part = slice(i * n, (i + 1) * n)
-        views = {s: v._replace(data=v.data[part], target=None if v.target is None else v.target[part]) for s, v in rows.views.items()}
-        result[name] = Rows(rows.keys[part], rows.seeds[part], {k: v[part] for k, v in rows.labels.items()}, views)
-    return result
-
-
-def join(pieces: list[Encoded], rows: Rows, encode: Encode) -> Encoded:
-    """Chunks' outputs -> one Encoded whose tensors are leaves that collect the gradient."""
-    fields = {}
-    for name in OUTPUTS:
-        if getattr(pieces[0], name) is not None:
-            fields[name] = torch.cat([getattr(p, name) for p in pieces]).requires_grad_(encode.network == "student")
-    mask = torch.cat([p.mask for p in pieces]) if pieces[0].mask is not None else None
-    return Encoded(**fields, mask=mask, grid=pieces[0].grid, rows=rows, view=rows.views[encode.view])
-
-
-def surrogate(encoded: Encoded, leaf: Encoded, i: int, chunks: int) -> Tensor:
-    """A scalar whose gradient sends the cached gradients of chunk `i` into the encoder."""
-    total = torch.zeros((), device=leaf.rows.seeds.device)
-    for name in OUTPUTS:
-        cached, value = getattr(leaf, name), getattr(encoded, name)
-        if cached is not None and cached.grad is not None:
-            n = len(cached) // chunks
-            total = total + (exact(value) * exact(cached.grad[i * n : (i + 1) * n])).sum()
-    return total
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmpretrain import checkpoint, distributed
 from mmpretrain.checkpoint import CheckpointError
-from mmpretrain.config import Config
+from mmpretrain.config.recipe import Config
 from mmpretrain.model import PretrainModel
 from mmpretrain.towers.teacher import Teacher
 

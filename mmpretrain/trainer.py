@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mmpretrain import checkpoint, distributed, launch, random, run, snapshot
-from mmpretrain.assembly import build_model, build_sources, check_division, first_rows, layers, total_steps
-from mmpretrain.config import Config
-from mmpretrain.cost import CostProbe
+from mmpretrain import checkpoint, distributed, launch, rng, run_folder, snapshot
+from mmpretrain.assembly import build_model, build_sources, check_division, layers, total_steps
+from mmpretrain.batch import first_rows
+from mmpretrain.config.recipe import Config
+from mmpretrain.cost_probe import CostProbe
 from mmpretrain.data.loader import Loader
 from mmpretrain.data.source import Source
 from mmpretrain.evaluation import Evaluations, build_evaluators
@@ -22,7 +23,9 @@ from mmpretrain.interrupts import Interrupts
 from mmpretrain.model import PretrainModel, freeze_unused, running_statistics
 from mmpretrain.objectives.base import source_encodes
 from mmpretrain.optim import build_optimizer, parameter_groups, set_learning_rate
-from mmpretrain.tracking import Tracker, latest_results, read_jsonl, view_grid
+from mmpretrain.tracking.grids import view_grid
+from mmpretrain.tracking.jsonl import latest_results, read_jsonl
+from mmpretrain.tracking.tracker import Tracker
 from mmpretrain.types import Batch
 
 
@@ -37,26 +40,26 @@ def train(config: Config) -> int:
 
 
 def _train(config: Config, closing: ExitStack) -> int:
-    accelerator = launch.start(config)
+    accelerator, precision = launch.start(config)
     device, processes = accelerator.device, accelerator.num_processes
     check_division(config, processes)
     evaluators = build_evaluators(config)
-    distributed.on_main(lambda: closing.enter_context(run.lock(config)))
-    found, passed_over = distributed.broadcast_object(distributed.on_main(lambda: run.newest(config)))
+    distributed.on_main(lambda: closing.enter_context(run_folder.lock(config)))
+    found, passed_over = distributed.broadcast_object(distributed.on_main(lambda: run_folder.newest(config)))
 
     # What is trained, and on what.
     model, teacher = build_model(config, resumed=found is not None)
     sources = build_sources(config, model)
     config.steps, config.epochs = total_steps(config, sources), None
     steps = config.steps
-    messages = distributed.on_main(lambda: run.claim(config, found, passed_over)) or []
+    messages = distributed.on_main(lambda: run_folder.claim(config, found, passed_over)) or []
     state = checkpoint.load_json(found, "state") if found else {"step": 0, "positions": dict.fromkeys(sources, 0), "skipped_steps": 0}
     step, skipped_steps = state["step"], state["skipped_steps"]
     tracker = Tracker(config.run_dir, config.log_every, steps, accelerator.is_main_process, step if found else None)
     closing.callback(tracker.close)
-    for message in messages:
+    for message in filter(None, [*messages, precision.reason]):
         tracker.message(message)
-    distributed.on_main(lambda: run.write_recipe(config, launch.environment(accelerator, config)))
+    distributed.on_main(lambda: run_folder.write_recipe(config, launch.environment(accelerator, config, precision)))
     tracker.message(describe(config, accelerator, model, sources))
 
     model.to(device)
@@ -103,7 +106,7 @@ def _train(config: Config, closing: ExitStack) -> int:
         for objective in model.objectives.values():
             objective.before_step(step / steps)
         # Dropout in towers of other libraries draws from the global generator: a function of the step, as everything else is.
-        torch.manual_seed(int(random.combine(config.seed, step, distributed.rank())))
+        torch.manual_seed(int(rng.combine(config.seed, step, distributed.rank())))
         kept = [buffer.clone() for buffer in statistics]
 
         # Gradients of the global batch.

@@ -37,9 +37,9 @@ def parser() -> argparse.ArgumentParser:
 
 def options_help() -> str:
     """Every evaluator with its options, defaults and documentation."""
+    from mmpretrain.config.build import describe
     from mmpretrain.evaluators import EVALUATORS
-    from mmpretrain.evaluators.datasets import DataConfig
-    from mmpretrain.options import describe
+    from mmpretrain.evaluators.data.datasets import DataConfig
 
     shared = describe(DataConfig)
     known = {name for name, _, _ in shared}
@@ -68,7 +68,7 @@ def show(line: dict[str, Any], messages: list[str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from mmpretrain.tracking import plain
+    from mmpretrain.tracking.console import plain
 
     table = Table()
     table.add_column("metric")
@@ -83,15 +83,18 @@ def show(line: dict[str, Any], messages: list[str]) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
+    from mmpretrain import cpu
+
+    cpu.bound_spinning()  # read when torch is imported
     import torch
     from accelerate import Accelerator
 
     from mmpretrain.checkpoint import find_checkpoint
+    from mmpretrain.config.build import OptionError
     from mmpretrain.evaluators import build_evaluator
     from mmpretrain.evaluators.models import load_model
-    from mmpretrain.options import OptionError
     from mmpretrain.report.extras import save_result_extras
-    from mmpretrain.tracking import JsonLines, jsonable
+    from mmpretrain.tracking.jsonl import JsonLines, jsonable
 
     options = list(arguments.options)
     if arguments.seed is not None:
@@ -143,7 +146,7 @@ def main() -> int:
     if arguments.model is None or arguments.evaluator is None:
         p.error("RUN_OR_MODEL and EVALUATOR are required")
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
-    from mmpretrain.options import OptionError
+    from mmpretrain.config.build import OptionError
 
     try:
         return evaluate(arguments)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_prep.writer import Record, write_shards
 from mmpretrain.checkpoint import find_checkpoint, load_tensors
-from mmpretrain.tracking import read_jsonl
+from mmpretrain.tracking.jsonl import read_jsonl
 from tests.tiny import MODEL, WORDS
 
 

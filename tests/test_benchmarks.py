@@ -141,7 +141,7 @@ def test_order_quick(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["augment", "loader", "contrastive_loss", "accumulate", "scaling", "startup", "towers"])
+@pytest.mark.parametrize("name", ["augment", "loader", "contrastive_loss", "accumulate", "scaling", "startup", "towers", "busy"])
 def test_quick(name, tmp_path):
     rows = quick(name, tmp_path / "out.jsonl", timeout=900)
     assert rows

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from mmpretrain.checkpoint import save
 from mmpretrain.export import export_open_clip, load_model
-from mmpretrain.towers.dual import build_towers
+from mmpretrain.towers.specs import build_towers
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "export.py"
 CONFIG = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mmpretrain.tracking import read_jsonl
+from mmpretrain.tracking.jsonl import read_jsonl
 from tests import runs
 
 ROOT = Path(__file__).parent.parent

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
+from mmpretrain.batch import take
 from mmpretrain.heads import GlobalBatchNorm
-from mmpretrain.model import PretrainModel, freeze_unused, make_plan, running_statistics, take
+from mmpretrain.model import PretrainModel, freeze_unused, make_plan, running_statistics
 from tests import tiny
 
 SHARED = {"clip": {"augment": "simclr"}, "simclr": {}, "simmim": {"augment": "simclr"}, "masked_text": {}}

@@ -6,7 +6,7 @@ from torch import nn
 
 from mmpretrain import assembly
 from mmpretrain.optim import OptimConfig, align_tops, build_optimizer, learning_rate, parameter_groups, set_learning_rate
-from mmpretrain.towers.dual import build_towers
+from mmpretrain.towers.specs import build_towers
 from tests import tiny
 
 

@@ -13,20 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from mmpretrain.tracking import (
-    JsonLines,
-    Progress,
-    Tracker,
-    console_table,
-    duration,
-    file_name,
-    jsonable,
-    latest_results,
-    plain,
-    read_jsonl,
-    reconstruction_grid,
-    view_grid,
-)
+from mmpretrain.tracking.console import Progress, console_table, duration, plain
+from mmpretrain.tracking.grids import view_grid
+from mmpretrain.tracking.jsonl import JsonLines, file_name, jsonable, latest_results, read_jsonl
+from mmpretrain.tracking.tracker import Tracker
 
 
 def steps(path: Path) -> list:
@@ -265,12 +255,3 @@ def test_view_grid_undoes_the_normalisation_and_places_each_view():
     assert grid[:, 1, 11].tolist() == [1.0, 1.0, 1.0]  # no third view in row 1: white
     with pytest.raises(ValueError, match="n, 3, h, w"):
         view_grid([torch.zeros(3, 4, 4)], mean, std)
-
-
-def test_reconstruction_grid_has_three_rows():
-    one = torch.zeros(2, 3, 4, 4)
-    grid = reconstruction_grid(one, one + 1, one + 2, (0.0,) * 3, (0.25,) * 3)
-    assert grid.shape == (3, 2 + 3 * 6, 2 + 2 * 6)
-    assert [grid[0, 2 + 6 * i, 2].item() for i in range(3)] == [0.0, 0.25, 0.5]
-    with pytest.raises(ValueError, match="equal shapes"):
-        reconstruction_grid(one, one, one[:1], (0.0,) * 3, (1.0,) * 3)

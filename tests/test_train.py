@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from data_prep.writer import Record, write_shards
-from mmpretrain import config as recipes
 from mmpretrain.checkpoint import CheckpointError, checkpoints, find_checkpoint, load_json, load_tensors
+from mmpretrain.config import recipe as recipes
+from mmpretrain.config.build import OptionError
 from mmpretrain.model import PretrainModel
-from mmpretrain.options import OptionError
-from mmpretrain.tracking import read_jsonl
+from mmpretrain.tracking.jsonl import read_jsonl
 from mmpretrain.trainer import TrainingError, train
 from tests import runs
 from tests.distributed.test_two_ranks import torchrun
@@ -113,7 +113,7 @@ def test_kill_nine_at_random_moments_five_times(data, undisturbed, tmp_path):
     """SIGKILL after random delays, then to the end: weights, moments and log equal those of the undisturbed run."""
     code = textwrap.dedent(f"""
         import os, random, signal, sys, time, json
-        from mmpretrain import config as recipes
+        from mmpretrain.config import recipe as recipes
         from mmpretrain.trainer import train
         from tests import runs
         from pathlib import Path
@@ -310,9 +310,12 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(data, undisturbed, tmp
 
 
 def test_two_runs_in_one_folder_are_refused(data, tmp_path):
-    from mmpretrain import run
+    from mmpretrain import run_folder
 
-    with run.lock(recipes.assemble(runs.recipe(data, tmp_path / "run"))), pytest.raises(OptionError, match="another process is training"):
+    with (
+        run_folder.lock(recipes.assemble(runs.recipe(data, tmp_path / "run"))),
+        pytest.raises(OptionError, match="another process is training"),
+    ):
         start(data, tmp_path / "run")
 
 

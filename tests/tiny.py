@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from mmpretrain import random
+from mmpretrain import rng
+from mmpretrain.config.build import build
 from mmpretrain.model import PretrainModel
 from mmpretrain.objectives import OBJECTIVES, Context
-from mmpretrain.options import build
-from mmpretrain.towers.dual import DualEncoder, build_towers
+from mmpretrain.towers.dual import DualEncoder
+from mmpretrain.towers.specs import build_towers
 from mmpretrain.types import Batch, Rows, Sample, View
 
 MODEL = {
@@ -52,7 +53,7 @@ def rows(source: str, specs, count: int, start: int = 0, double: bool = True) ->
         generator = torch.Generator().manual_seed(i + 1000 * len(source))
         image = torch.randint(0, 256, (3, 20, 24), generator=generator, dtype=torch.uint8)
         samples.append(Sample(f"{source}/{i}", image, [WORDS[i % len(WORDS)], WORDS[(i + 2) % len(WORDS)]]))
-    seeds = random.combine(len(source), torch.arange(start, start + count))
+    seeds = rng.combine(len(source), torch.arange(start, start + count))
     views = {}
     for spec in specs:
         params = spec.draw(samples, seeds)

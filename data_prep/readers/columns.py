@@ -20,8 +20,8 @@ from data_prep import files
 from data_prep.readers.base import safe
 from data_prep.readers.parts import caption_members, image_member, json_member, label_member, read, some
 from data_prep.records import InputError, Record
-from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import BadSample
+from mmpretrain.data.shard_names import is_remote
 
 _DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
 

@@ -12,7 +12,7 @@ from data_prep import files
 from data_prep.readers.columns import Columns, lookup
 from data_prep.readers.parts import attempt, class_names
 from data_prep.records import InputError, Record, Skipped
-from mmpretrain.data.names import is_remote
+from mmpretrain.data.shard_names import is_remote
 
 STREAM_BYTES = 128 << 20  # of image bytes in one task of a stream, which is held in memory
 ROWS = 64  # read at a time

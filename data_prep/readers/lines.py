@@ -15,8 +15,8 @@ from data_prep import files
 from data_prep.readers.columns import Columns, lookup
 from data_prep.readers.parts import attempt, class_names
 from data_prep.records import InputError, Record, Skipped
-from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import BadSample
+from mmpretrain.data.shard_names import is_remote
 
 MAX_LINE = 256 << 20  # a longer line is skipped, and never held
 CHUNK = 4 << 20

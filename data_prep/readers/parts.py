@@ -14,8 +14,8 @@ from typing import Any
 from data_prep import files
 from data_prep.readers.base import caption_text, extension_of, safe
 from data_prep.records import InputError, Record, Skipped
-from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import SAFE_KEY, BadSample, ShardError
+from mmpretrain.data.shard_names import is_remote
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
 

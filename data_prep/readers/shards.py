@@ -23,8 +23,8 @@ from data_prep.samples import Shard
 from data_prep.shard_range import ShardRange, opened
 from mmpretrain.data.cache import read_sizes, remote_index
 from mmpretrain.data.index import ShardIndex
-from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import SAFE_KEY, BadSample, ShardError, image_extension
+from mmpretrain.data.shard_names import is_remote
 
 KEYS = ("keep", "shard")
 

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mmpretrain.data.index import SUFFIX, ShardIndex, load
-from mmpretrain.data.names import in_order, is_remote
 from mmpretrain.data.schema import ShardError
-from mmpretrain.machine import hold
+from mmpretrain.data.shard_names import in_order, is_remote
+from mmpretrain.system import hold
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from mmpretrain.data.block import Block, join
+from mmpretrain.data.loader_worker import Worker, start_workers
 from mmpretrain.data.schema import LoaderError
 from mmpretrain.data.source import Source
-from mmpretrain.data.worker import Worker, start_workers
-from mmpretrain.machine import cores
+from mmpretrain.system import cores
 from mmpretrain.types import Batch
 
 log = logging.getLogger(__name__)

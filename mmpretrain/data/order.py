@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from mmpretrain import random
-from mmpretrain.machine import lock_across_forks
+from mmpretrain import rng
+from mmpretrain.system import lock_across_forks
 
 
 class Place(NamedTuple):
@@ -68,7 +68,7 @@ class Order:
         self._window = Recent(self._make_window, 6)
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        shards = random.permutation(random.combine(self._seed, epoch), len(self.counts)).numpy()
+        shards = rng.permutation(rng.combine(self._seed, epoch), len(self.counts)).numpy()
         ends = np.cumsum(self.counts[shards])
         starts = np.concatenate([[0], ends])
         windows = np.concatenate([starts[: len(shards) : self.window], [self.total]])  # first slot of each window, then the end
@@ -77,7 +77,7 @@ class Order:
     def _make_window(self, key: tuple[int, int]) -> np.ndarray:
         epoch, window = key
         _, _, windows = self._epoch(epoch)
-        return random.permutation(random.combine(self._seed, epoch, window, 1), int(windows[window + 1] - windows[window])).numpy()
+        return rng.permutation(rng.combine(self._seed, epoch, window, 1), int(windows[window + 1] - windows[window])).numpy()
 
     def _place(self, epoch: int, within: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions of an epoch, windows' samples in permuted-shard order -> shard, sample."""
@@ -110,7 +110,7 @@ class Order:
         windows = self._epoch(epoch)[2]
         w = int(np.searchsorted(windows, within, side="right")) - 1
         start, end = (int(windows[w]), int(windows[w + 1])) if attempt <= 16 else (0, self.total)
-        draw = (int(random.combine(self._seed, epoch, slot, attempt, 2)) & ((1 << 62) - 1)) % (end - start)
+        draw = (int(rng.combine(self._seed, epoch, slot, attempt, 2)) & ((1 << 62) - 1)) % (end - start)
         shard, sample = self._place(epoch, np.array([start + draw]))
         return int(shard[0]), int(sample[0]), epoch
 
@@ -143,7 +143,7 @@ class Blend:
             raise ValueError(f"weights {list(weights)} are too far apart: the smallest must be at least a thousandth of the largest")
         cycle = np.repeat(np.arange(len(quotas)), quotas)
         self.quotas = quotas
-        self.cycle = cycle[random.permutation(random.combine(seed, 3), len(cycle)).numpy()]
+        self.cycle = cycle[rng.permutation(rng.combine(seed, 3), len(cycle)).numpy()]
         self._rank = np.zeros(len(cycle), np.int64)  # how many of its component came earlier in the cycle
         for component in range(len(quotas)):
             self._rank[self.cycle == component] = np.arange(quotas[component])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "avif", "img")
-CAPTION_EXTENSION = "txt"
 METADATA_EXTENSION = "json"
 LABEL_EXTENSION = "cls"
 

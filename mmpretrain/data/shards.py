@@ -13,9 +13,9 @@ import numpy as np
 
 from mmpretrain.data.cache import ShardCache, remote_index, stated_counts
 from mmpretrain.data.index import Damage, Member, ShardIndex, open_index
-from mmpretrain.data.names import expand, is_remote
 from mmpretrain.data.order import Recent, in_part
 from mmpretrain.data.schema import BadSample, ShardError
+from mmpretrain.data.shard_names import expand, is_remote
 from mmpretrain.data.tar import read_at
 
 

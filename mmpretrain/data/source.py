@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmpretrain import random
+from mmpretrain import rng
+from mmpretrain.config.build import build
 from mmpretrain.data import buffers, decode
 from mmpretrain.data.block import Block
 from mmpretrain.data.cache import ShardCache
-from mmpretrain.data.options import ImageConfig, Part, SourceConfig, SplitConfig
 from mmpretrain.data.order import Blend, Order
 from mmpretrain.data.schema import BadSample, BadSampleBudgetError, ShardError, image_extension
 from mmpretrain.data.shards import ShardSet, load_classes, shard_label
-from mmpretrain.options import build
+from mmpretrain.data.source_config import ImageConfig, Part, SourceConfig, SplitConfig
 from mmpretrain.types import Sample, ViewSpec
 
 log = logging.getLogger(__name__)
@@ -76,10 +76,10 @@ class Source:
                 raise ValueError(f"source {name!r}: split {config.split}: holdout must lie between 0 and 1, part be train or holdout")
             split = (config.split.holdout, config.split.part)
         cache = ShardCache(config.cache_dir, config.cache_bytes)
-        self._base = random.combine(seed, random.stream(("source", name)))
+        self._base = rng.combine(seed, rng.stream(("source", name)))
         parts = self._parts(config.shards)
         self.shard_sets = [ShardSet(spec, split, config.shuffle_window, cache, config.verify) for spec, _ in parts]
-        self._orders = [Order(s.counts, random.combine(self._base, i), config.shuffle_window) for i, s in enumerate(self.shard_sets)]
+        self._orders = [Order(s.counts, rng.combine(self._base, i), config.shuffle_window) for i, s in enumerate(self.shard_sets)]
         self._blend = Blend([weight for _, weight in parts], self._base)
         self.num_samples = sum(order.total for order in self._orders)
         self._lock = threading.Lock()
@@ -143,23 +143,27 @@ class Source:
         for c, (shards, order) in enumerate(zip(self.shard_sets, self._orders)):
             shards.read_ahead(order.shards_from(int(own[component == c].min())))
 
+    def locate(self, slots: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Slots, int64 [n] -> the component, the component's own slot, the shard, the sample in it and the epoch of each; int64 [n]."""
+        component, own = self._blend.locate(slots)
+        shard, sample, epoch = (np.empty_like(own) for _ in range(3))
+        for c in np.unique(component).tolist():
+            rows = component == c
+            shard[rows], sample[rows], epoch[rows] = self._orders[c].locate(own[rows])
+        return component, own, shard, sample, epoch
+
     def rows(self, slots: range | Sequence[int]) -> Block:
         """Decode and cut the samples of these slots. Raises BadSampleBudgetError, ShardError, or RuntimeError naming the sample."""
         return self.account(self.make(slots))
 
     def make(self, slots: range | Sequence[int]) -> Block:
         """The same without the budget of all samples, which a process that makes blocks cannot know; it counts bad ones in a row."""
-        slots_ = np.asarray(slots, np.int64)
-        component, own = self._blend.locate(slots_)
+        numbers = np.asarray(slots, np.int64)
+        component, own, *place = self.locate(numbers)
         samples: list[Sample] = []
         origin: list[tuple[int, int, int, int]] = []  # component, epoch, sample of the component, attempt
         skipped: list[dict[str, Any]] = []
-        places = {int(c): self._orders[c].locate(own[component == c]) for c in np.unique(component)}
-        next_of = dict.fromkeys(places, 0)
-        for c, own_slot, slot in zip(component.tolist(), own.tolist(), slots_.tolist()):
-            place, at = places[c], next_of[c]
-            next_of[c] += 1
-            where = (int(place.shard[at]), int(place.sample[at]), int(place.epoch[at]))
+        for slot, c, own_slot, *where in zip(*(each.tolist() for each in (numbers, component, own, *place))):
             bad: list[dict[str, Any]] = []  # what this slot went through before a good sample
             while True:
                 try:
@@ -174,7 +178,7 @@ class Source:
             skipped += [record | {"replaced_by": sample.key} for record in bad]
             samples.append(sample)
             origin.append((c, where[2], int(self._orders[c].first[where[0]]) + where[1], len(bad)))
-        return self._cut(samples, random.combine(self._base, *torch.tensor(origin).unbind(1)), skipped)
+        return self._cut(samples, rng.combine(self._base, *torch.tensor(origin).unbind(1)), skipped)
 
     def account(self, block: Block) -> Block:
         """Count what `make` read; raises BadSampleBudgetError where too much of all was bad."""
@@ -184,6 +188,15 @@ class Source:
                 found = f"{self._tally.bad} of {self._tally.read} samples read are bad"
                 raise self._over_budget(f"{found}, more than max_bad_fraction: {self.config.max_bad_fraction}", self._tally)
         return block
+
+    def read(self, component: int, shard: int, sample: int) -> tuple[str, str, dict[str, bytes]]:
+        """A place that `locate` returned -> (the shard's name, key, extension -> bytes). Raises BadSample naming both, or ShardError."""
+        shards = self.shard_sets[component]
+        key, members, opened = shards.members(shard, sample)
+        try:
+            return shards.names[shard], key, {extension: shards.read(opened, member) for extension, member in members.items()}
+        except BadSample as error:
+            raise BadSample(error.reason, f"{shards.names[shard]}, {key}: {error.detail}") from error
 
     def _record(self, c: int, shard: int, number: int, slot: int, bad: BadSample) -> dict[str, Any]:
         name = self.shard_sets[c].names[shard]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmpretrain.machine import lock_across_forks
+from mmpretrain.system import lock_across_forks
 
 WORDS = 1 << 16  # whose ids are remembered
 SPECIAL = ("<start_of_text>", "<end_of_text>")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmpretrain import random
+from mmpretrain import rng
 from mmpretrain.data import augment
 from mmpretrain.data.text import get_tokenizer, trim
 from mmpretrain.types import Params, Sample, View, ViewSpec
@@ -42,7 +42,7 @@ def crop_boxes(samples: Sequence[Sample], seeds: Tensor, name: object, scale: tu
     nearest to the wanted ratios. Drawn for all rows at once.
     """
     sides = torch.tensor([sample.image.shape[-2:] for sample in samples], dtype=torch.float64)  # [B,2] height, width
-    u = random.uniform(seeds, ("crop", name), 22).double()  # [B,22]
+    u = rng.uniform(seeds, ("crop", name), 22).double()  # [B,22]
     height, width = sides[:, :1], sides[:, 1:]
     area = height * width * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
     log_ratio = math.log(ratio[0]) + u[:, 10:20] * (math.log(ratio[1]) - math.log(ratio[0]))
@@ -100,23 +100,23 @@ class ImageView(_Tuples, ViewSpec):
     def draw(self, samples: Sequence[Sample], seeds: Tensor) -> Params:
         name = repr(self)
         params = {"box": crop_boxes(samples, seeds, name, self.scale, self.ratio)}
-        chance = random.uniform(seeds, ("chance", name), 5)  # [B,5]
+        chance = rng.uniform(seeds, ("chance", name), 5)  # [B,5]
         if self.flip:
             params["flip"] = chance[:, 0] < self.flip
         strengths = (self.brightness, self.contrast, self.saturation)
         if self.jitter_prob and (any(strengths) or self.hue):
-            u = random.uniform(seeds, ("jitter", name), 4)
+            u = rng.uniform(seeds, ("jitter", name), 4)
             low = torch.tensor([max(0.0, 1 - s) for s in strengths])
             high = torch.tensor([1 + s for s in strengths])
             applied = chance[:, 1] < self.jitter_prob
             params["factors"] = torch.where(applied[:, None], low + u[:, :3] * (high - low), 1.0)
             params["turns"] = torch.where(applied, (2 * u[:, 3] - 1) * self.hue, 0.0)
-            params["order"] = random.uniform(seeds, ("order", name), 4).argsort(1)
+            params["order"] = rng.uniform(seeds, ("order", name), 4).argsort(1)
         if self.grayscale:
             params["grey"] = chance[:, 2] < self.grayscale
         if self.blur:
             low, high = augment.SIGMA
-            sigma = low + (high - low) * random.uniform(seeds, ("sigma", name))
+            sigma = low + (high - low) * rng.uniform(seeds, ("sigma", name))
             params["sigma"] = torch.where(chance[:, 3] < self.blur, sigma, 0.0)
         if self.solarize:
             params["solarize"] = chance[:, 4] < self.solarize
@@ -179,7 +179,7 @@ class TextView(ViewSpec):
 
     def draw(self, samples: Sequence[Sample], seeds: Tensor) -> Params:
         number = torch.tensor([len(sample.captions) for sample in samples])
-        return {"caption": (random.uniform(seeds, ("caption", repr(self))) * number).long()}
+        return {"caption": (rng.uniform(seeds, ("caption", repr(self))) * number).long()}
 
     def geometry(self, source: list[str], params: Params) -> Tensor:
         return get_tokenizer(self.tokenizer).encode([source[int(params["caption"])]], self.context_length)[0]

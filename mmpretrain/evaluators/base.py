@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 import yaml
 from accelerate import Accelerator
 
-from mmpretrain.options import OptionError, build
+from mmpretrain.config.build import OptionError, build
 from mmpretrain.types import Model, Result
 
 

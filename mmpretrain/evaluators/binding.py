@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch.nn.functional import normalize
 
 from mmpretrain.evaluators.base import OptionError
-from mmpretrain.evaluators.datasets import DataConfig, EvalSet, first_items, open_dataset
+from mmpretrain.evaluators.data.datasets import DataConfig, EvalSet, first_items, open_dataset
 from mmpretrain.evaluators.features import NO_FEATURES, encode_images, encode_texts
 from mmpretrain.types import Model, Result
 

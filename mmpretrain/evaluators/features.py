@@ -21,9 +21,9 @@ from mmpretrain import distributed
 from mmpretrain.data.decode import ImageLimits, decode_image
 from mmpretrain.data.schema import BadSample
 from mmpretrain.data.views import CenterView
-from mmpretrain.evaluators.datasets import DataConfig, EvalSet, check_budget
-from mmpretrain.evaluators.readers import Item
-from mmpretrain.random import combine
+from mmpretrain.evaluators.data.datasets import DataConfig, EvalSet, check_budget
+from mmpretrain.evaluators.data.items import Item
+from mmpretrain.rng import combine
 from mmpretrain.types import Model, Params, Sample, ViewSpec
 
 NO_FEATURES = (

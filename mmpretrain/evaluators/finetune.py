@@ -15,13 +15,13 @@ from torch.nn.functional import cross_entropy
 from mmpretrain import distributed
 from mmpretrain.data.views import ImageView
 from mmpretrain.evaluators.base import OptionError
-from mmpretrain.evaluators.datasets import EvalSet, check_budget
+from mmpretrain.evaluators.data.datasets import EvalSet, check_budget
+from mmpretrain.evaluators.data.train_test import TrainDataConfig, look_at_pair, open_pair
 from mmpretrain.evaluators.features import center_view, gather_rows, images, part, render
 from mmpretrain.evaluators.metrics import classification_metrics, confusion_tables, predictions
 from mmpretrain.evaluators.models import autocast
-from mmpretrain.evaluators.pairs import TrainDataConfig, look_at_pair, open_pair
 from mmpretrain.optim import OptimConfig, build_optimizer, parameter_groups, set_learning_rate
-from mmpretrain.random import combine, permutation
+from mmpretrain.rng import combine, permutation
 from mmpretrain.types import Model, Result
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.data.train_test import look_at_pair
 from mmpretrain.evaluators.features import gather_rows, part
-from mmpretrain.evaluators.frozen import EncodedPair, FrozenConfig, evaluate_frozen
-from mmpretrain.evaluators.pairs import look_at_pair
+from mmpretrain.evaluators.probe import EncodedPair, FrozenConfig, evaluate_frozen
 from mmpretrain.types import Model, Result
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mmpretrain.evaluators.base import OptionError
-from mmpretrain.evaluators.frozen import EncodedPair, FrozenConfig, evaluate_frozen
+from mmpretrain.evaluators.data.train_test import look_at_pair
 from mmpretrain.evaluators.metrics import TIE
-from mmpretrain.evaluators.pairs import look_at_pair
-from mmpretrain.random import combine, permutation
+from mmpretrain.evaluators.probe import EncodedPair, FrozenConfig, evaluate_frozen
+from mmpretrain.rng import combine, permutation
 from mmpretrain.types import Model, Result
 
 

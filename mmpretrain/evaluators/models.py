@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mmpretrain.data.text import get_tokenizer, trim
 from mmpretrain.evaluators.base import OptionError
-from mmpretrain.towers.dual import DualEncoder, build_towers
+from mmpretrain.towers.dual import DualEncoder
+from mmpretrain.towers.specs import build_towers
 from mmpretrain.towers.weights import load_weights, read_weights
 from mmpretrain.types import Encoded, Model
 

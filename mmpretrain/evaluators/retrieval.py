@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmpretrain import distributed
-from mmpretrain.evaluators.datasets import DataConfig, first_items, open_dataset
+from mmpretrain.evaluators.data.datasets import DataConfig, first_items, open_dataset
 from mmpretrain.evaluators.features import NO_FEATURES, encode_images, encode_texts, part
 from mmpretrain.evaluators.metrics import TIE
 from mmpretrain.types import Model, Result

@@ -12,13 +12,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import normalize
+from torchvision.io import encode_png
+from torchvision.transforms.v2.functional import resize
 
+from mmpretrain.data.decode import ImageLimits, decode_image
 from mmpretrain.evaluators.base import OptionError
-from mmpretrain.evaluators.datasets import DataConfig, EvalSet, first_items, kind_of, open_dataset
-from mmpretrain.evaluators.examples import thumbnail
+from mmpretrain.evaluators.data.datasets import DataConfig, EvalSet, first_items, kind_of, open_dataset
+from mmpretrain.evaluators.data.items import Item, lines_of
 from mmpretrain.evaluators.features import NO_FEATURES, encode_images, encode_texts
 from mmpretrain.evaluators.metrics import classification_metrics, confusion_tables, predictions
-from mmpretrain.evaluators.readers import lines_of
 from mmpretrain.types import Model, Result
 
 
@@ -112,3 +114,11 @@ def example_rows(dataset: EvalSet, rows: Tensor, labels: Tensor, predicted: Tens
                 }
             )
     return shown
+
+
+def thumbnail(item: Item, limits: ImageLimits, side: int = 96) -> bytes:
+    """PNG bytes of the image, its longer side at most `side` pixels."""
+    image = decode_image(item.read(), limits)
+    height, width = image.shape[1:]
+    scale = min(1.0, side / max(height, width))
+    return bytes(encode_png(resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)).numpy())

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpretrain import random
+from mmpretrain import rng
 from mmpretrain.data.text import get_tokenizer
 from mmpretrain.data.views import TextView
 from mmpretrain.functional import exact
@@ -34,11 +34,11 @@ class MaskedTextView(TextView):
 
     def draw(self, samples: Sequence[Sample], seeds: Tensor) -> Params:
         # Columns of one stream: what is drawn for a word does not depend on how long the batch is.
-        fate = random.uniform(seeds, (self, "fate"), self.context_length)
+        fate = rng.uniform(seeds, (self, "fate"), self.context_length)
         return super().draw(samples, seeds) | {
-            "order": random.uniform(seeds, (self, "order"), self.context_length),
+            "order": rng.uniform(seeds, (self, "order"), self.context_length),
             "fate": fate,
-            "word": random.bits(seeds, (self, "word"), self.context_length),
+            "word": rng.bits(seeds, (self, "word"), self.context_length),
         }
 
     def render(self, pixels: Tensor, params: Params) -> View:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mmpretrain.tracking import file_name, jsonable
+from mmpretrain.tracking.jsonl import file_name, jsonable
 from mmpretrain.types import Result
 
 

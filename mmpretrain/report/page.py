@@ -16,7 +16,8 @@ import yaml
 
 from mmpretrain.report import plots, tables
 from mmpretrain.report.extras import load_extras
-from mmpretrain.tracking import duration, read_jsonl
+from mmpretrain.tracking.console import duration
+from mmpretrain.tracking.jsonl import read_jsonl
 
 _NOT_SCALARS = {"step", "samples_seen", "samples_per_s", "data_wait_s", "step_s", "lr"}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mmpretrain.tracking import latest_results
+from mmpretrain.tracking.jsonl import latest_results
 
 _FRACTION = re.compile(r"acc\d*$|recall|precision|f1|auc|mean_ap|\bmap|chance|purity|consistency|share", re.IGNORECASE)
 _BASELINE = re.compile(r"(chance|random|majority|baseline|scratch)_(.+)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmpretrain import random
+from mmpretrain import rng
 from mmpretrain.types import MaskSpec
 
 _RECTANGLES = 24  # rounds of the block mask; what they leave open is filled patch by patch
@@ -31,7 +31,7 @@ def draw_mask(spec: MaskSpec, seeds: Tensor, grid: tuple[int, int], attention: T
     square = _squares(grid, spec.patch).to(seeds.device)  # [N]
     num_squares = int(square.max()) + 1
     if spec.kind == "random":
-        score = random.uniform(seeds, name, num_squares)
+        score = rng.uniform(seeds, name, num_squares)
     elif attention is None:
         raise ValueError("an attentive mask needs the class-token attention [B,N] of the encode named in MaskSpec.from_")
     elif attention.shape != (len(seeds), num):
@@ -62,7 +62,7 @@ def _block(seeds: Tensor, name: tuple, grid: tuple[int, int], count: int) -> Ten
     """
     rows, columns = (torch.arange(side, device=seeds.device) for side in grid)
     num, smallest = grid[0] * grid[1], max(1.0, 0.08 * grid[0] * grid[1])
-    u = random.uniform(seeds, name, _RECTANGLES, 4)  # area, aspect, top, left
+    u = rng.uniform(seeds, name, _RECTANGLES, 4)  # area, aspect, top, left
     hidden = torch.zeros(len(seeds), num, dtype=torch.bool, device=seeds.device)
     for i in range(_RECTANGLES):
         left = count - hidden.sum(1)
@@ -77,4 +77,4 @@ def _block(seeds: Tensor, name: tuple, grid: tuple[int, int], count: int) -> Ten
         ]
         fresh = inside.flatten(1) & ~hidden
         hidden |= fresh & (fresh.cumsum(1) <= left[:, None])
-    return _first(random.uniform(seeds, (*name, "rest"), num).masked_fill(hidden, -1.0), count)
+    return _first(rng.uniform(seeds, (*name, "rest"), num).masked_fill(hidden, -1.0), count)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmpretrain import random
+from mmpretrain import rng
 from mmpretrain.towers.base import Tokens, Tower
 from mmpretrain.towers.transformer import LayerNorm, Transformer, compute_dtype
 from mmpretrain.types import Encoded
@@ -98,7 +98,7 @@ class VisionTransformer(Tower):
     def _dropped(self, data: Tensor, num: int) -> Tensor:
         """open_clip's patch dropout (FLIP), seeded by the pixels: re-encoding a chunk for its gradient drops the same patches."""
         seeds = data.float().contiguous().view(torch.int32).sum((1, 2, 3), dtype=torch.int64)
-        rank = random.uniform(seeds, "patch_dropout", num).argsort(1).argsort(1)
+        rank = rng.uniform(seeds, "patch_dropout", num).argsort(1).argsort(1)
         return rank >= max(1, int(num * (1 - self.patch_dropout)))
 
     def trunk(self, tokens: Tokens, attention: bool = False, pooled_only: bool = False) -> tuple[Tensor, Tensor | None]:

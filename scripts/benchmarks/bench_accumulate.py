@@ -21,7 +21,7 @@ def case(size: str, batch: int, chunks: int, bf16: bool, out: str) -> None:
     import torch
 
     from mmpretrain.assembly import build_model
-    from mmpretrain.config import assemble
+    from mmpretrain.config.recipe import assemble
     from mmpretrain.data.text import get_tokenizer, trim
     from mmpretrain.launch import keep_freed_memory
     from mmpretrain.types import Rows, View

@@ -1,6 +1,6 @@
 """CLIP + SimCLR (two views) + masked image (60% replaced) + masked text on N pairs, ours, against open_clip's trainer on CLIP alone.
 
-    python scripts/benchmarks/bench_combined_step.py [--quick] [--rounds 2] [--out FILE]
+    python scripts/benchmarks/bench_combined_step.py [--quick] [--rounds 2] [--precision auto|fp32|bf16] [--out FILE]
 
 The same model, shards, batch, precision and start as bench_train_step. "All views apart" encodes four images a pair: CLIP's, SimCLR's two
 and the masked one. "SimCLR's view reused" takes SimCLR's first view as CLIP's image, hence three.
@@ -9,21 +9,22 @@ and the masked one. "SimCLR's view reused" takes SimCLR's first view as CLIP's i
 import tempfile
 from pathlib import Path
 
-from common import Row, Spread, alternate, arguments, ratio, record
-from trainers import SMALL, TINY, Run, Setting, check_same_work, train_ours, train_peer
+from common import Row, Spread, alternate, arguments, capped, ratio, record
+from trainers import SMALL, TINY, Run, Setting, check_same_work, step_flops, train_ours, train_peer
 
 REST = {"simclr": {"weight": 0.3}, "simmim": {"weight": 0.3, "mask_ratio": 0.6}, "masked_text": {"weight": 0.1}}
 OURS = {"all views apart": {"clip": {}} | REST, "SimCLR's view reused": {"clip": {"augment": "simclr"}} | REST}
 
 
 def main() -> None:
-    parsed = arguments(__doc__, rounds=2, steps=0)
+    parsed = arguments(__doc__, rounds=2, steps=0, precision="auto")
     with tempfile.TemporaryDirectory() as folder:
         if parsed.quick:
             setting = Setting(Path(folder), TINY, batch=16, steps=parsed.steps or 12, warmup=4, samples=512)
         else:
             setting = Setting(Path(folder), SMALL, batch=64, steps=parsed.steps or 16, warmup=4, samples=4000)
         setting.prepare()
+        setting = setting.on_this_machine(parsed.precision)
         check_same_work(setting)
         runs: dict[str, list[Run]] = {"peer": [], **{name: [] for name in OURS}}
 
@@ -36,16 +37,20 @@ def main() -> None:
             )
             return run.samples_per_s
 
+        flops = {name: step_flops(setting, objectives) for name, objectives in OURS.items()}
         found = alternate({name: lambda name=name: train(name) for name in runs}, parsed.rounds)
     for name in OURS:
         times = ratio(found[name], found["peer"])
         rates = [f"{Spread.of(values)} pairs/s" for values in (found[name], found["peer"])]
+        reached = setting.share_of_peak(flops[name], Spread.of(found[name]).median)
+        rates[0] += f"; {reached}"
         counts = name == "all views apart"
         figures = {
             which: {"peak_mb": [r.peak_mb for r in runs[which]], "clip_loss": [r.last for r in runs[which]]} for which in (name, "peer")
         }
+        figures |= {"precision": setting.precision, "peak_gflops": setting.peak_gflops, "step_gflop": flops[name] / 1e9}
         target, met = ("at least 1x", times.median >= 1) if counts else ("", None)
-        record(parsed, Row(f"combined_step, {name}", *rates, times, target, met, figures))
+        record(parsed, Row(f"combined_step, {name}, {setting.precision}{capped()}", *rates, times, target, met, figures))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def main() -> None:
 
     from data_prep.demo_records import chunk
     from mmpretrain.assembly import build_model, layers
-    from mmpretrain.config import assemble
+    from mmpretrain.config.recipe import assemble
     from mmpretrain.data.text import get_tokenizer, trim
     from mmpretrain.optim import build_optimizer, parameter_groups
     from mmpretrain.types import Rows, View

@@ -14,10 +14,11 @@ from common import Row, Spread, alternate, arguments, ratio, record, threads
 from trainers import SMALL, TINY
 
 from data_prep.demo_records import chunk
+from mmpretrain.compute import choose_precision, model_width
 from mmpretrain.data.text import get_tokenizer, trim
 from mmpretrain.functional import info_nce, unit
-from mmpretrain.launch import computes_bf16, keep_freed_memory
-from mmpretrain.towers.dual import build_towers
+from mmpretrain.launch import keep_freed_memory
+from mmpretrain.towers.specs import build_towers
 
 
 def main() -> None:
@@ -41,16 +42,19 @@ def main() -> None:
     trimmed = padded if tokenizer.eot is None else trim(padded, tokenizer.eot)
     scale = torch.tensor(1 / 0.07, device=device)
     peer_loss = open_clip.loss.ClipLoss()
+    choice = choose_precision(model_width(config))
+    print(choice.reason, flush=True)
+    bf16 = choice.precision == "bf16"
 
     def our_step() -> torch.Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=computes_bf16()):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             a, b = image_tower(images).features, text_tower(trimmed).features
             loss = info_nce(unit(a), unit(b), scale)
         loss.backward()
         return loss.detach()
 
     def peer_step() -> torch.Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=computes_bf16()):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             a, b = theirs.encode_image(images, normalize=True), theirs.encode_text(padded, normalize=True)
             loss = peer_loss(a, b, scale)
         loss.backward()

@@ -24,7 +24,7 @@ from PIL import Image
 from data_prep.validate_members import Checks
 from data_prep.validate_shard import Examine
 from data_prep.writer import Record, write_shards
-from mmpretrain.machine import cores
+from mmpretrain.system import cores
 
 REQUIRED = 0.8  # of the speed of reading: limited by the disk
 BYTES = 40_000  # of an image, about that of a 500 x 375 JPEG

@@ -23,7 +23,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every program timed here, ours and theirs, finds its modules compiled, as a user's does
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "webdataset", "pillow", "opencv-python-headless", "simplejpeg", "numpy")
+CAP = "ONEDNN_MAX_CPU_ISA"  # makes a lesser CPU of this one, for the products of oneDNN (bf16, convolutions)
 sys.path.insert(0, str(ROOT))  # the scripts run from a checkout, installed or not
+
+from mmpretrain.cpu import cpu_kind  # noqa: E402 (found by the path above)
 
 
 @dataclass(frozen=True)
@@ -120,15 +123,26 @@ def _status(pid: int, name: str) -> float:
     return 0.0
 
 
+def family(pid: int) -> list[int]:
+    """A process and all its descendants that still run."""
+    members, todo = [], [pid]
+    while todo:
+        member = todo.pop()
+        try:
+            todo += [int(c) for task in Path(f"/proc/{member}/task").iterdir() for c in (task / "children").read_text().split()]
+        except OSError:  # it has ended
+            continue
+        members.append(member)
+    return members
+
+
 def _shared_once(pid: int) -> float:
     """Proportional set size of a process and all its descendants, MB."""
-    total, todo = 0.0, [pid]
-    while todo:
-        at = todo.pop()
+    total = 0.0
+    for member in family(pid):
         try:
-            lines = Path(f"/proc/{at}/smaps_rollup").read_text().splitlines()
+            lines = Path(f"/proc/{member}/smaps_rollup").read_text().splitlines()
             total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
-            todo += [int(c) for task in Path(f"/proc/{at}/task").iterdir() for c in (task / "children").read_text().split()]
         except (OSError, StopIteration):
             continue
     return total
@@ -201,13 +215,14 @@ def measured(
 
 
 def machine() -> str:
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
-    return f"{model}, {threads()} threads, {memory:.0f} GB"
+    return f"{cpu_kind()}, {threads()} threads, {memory:.0f} GB"
+
+
+def capped() -> str:
+    """What rows measured on a lesser CPU than this one are called by: empty where oneDNN is not capped."""
+    cap = os.environ.get(CAP)
+    return f", oneDNN capped at {cap}" if cap else ""
 
 
 def versions() -> dict[str, str]:
@@ -230,7 +245,9 @@ def record(parsed: argparse.Namespace, row: Row) -> None:
     line = {"benchmark": script.removeprefix("bench_").removesuffix(".py"), **asdict(row), "quick": parsed.quick}
     line |= {"machine": machine(), "date": datetime.date.today().isoformat(), "versions": versions()}
     kept = [word for word in sys.argv[1:] if word != "--out" and word != str(parsed.out)]
-    line["command"] = shlex.join(["python", f"scripts/benchmarks/{script}", *kept])
+    line["command"] = (f"{CAP}={os.environ[CAP]} " if os.environ.get(CAP) else "") + shlex.join(
+        ["python", f"scripts/benchmarks/{script}", *kept]
+    )
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
     with parsed.out.open("a") as file:
         file.write(json.dumps(line) + "\n")

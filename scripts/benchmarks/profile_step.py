@@ -58,9 +58,11 @@ def main() -> None:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from mmpretrain import config as recipes
     from mmpretrain import launch
-    from mmpretrain.assembly import build_model, build_sources, first_rows, layers
+    from mmpretrain.assembly import build_model, build_sources, layers
+    from mmpretrain.batch import first_rows
+    from mmpretrain.compute import choose_precision, model_width
+    from mmpretrain.config import recipe as recipes
     from mmpretrain.data.loader import Loader
     from mmpretrain.model import freeze_unused
     from mmpretrain.optim import build_optimizer, parameter_groups
@@ -68,7 +70,9 @@ def main() -> None:
     config = recipes.load(arguments.recipe, arguments.overrides)
     launch.keep_freed_memory()
     torch.set_num_threads(arguments.threads)
-    bf16 = launch.computes_bf16() and config.precision != "fp32"
+    if config.precision == "auto":
+        config.precision = choose_precision(model_width(config.model)).precision
+    bf16 = config.precision == "bf16"
     model, _ = build_model(config)
     sources = build_sources(config, model)
     loader = Loader(sources, threads=1, processes=False)  # in this process, whose CPU time is read below

@@ -13,12 +13,12 @@ import webdataset
 from PIL import Image
 
 from data_prep.writer import Record, write_shards
+from mmpretrain.config.build import OptionError
 from mmpretrain.data import shards as shards_module
-from mmpretrain.data.names import expand, expand_braces
 from mmpretrain.data.schema import BadSampleBudgetError, ShardError
+from mmpretrain.data.shard_names import expand, expand_braces
 from mmpretrain.data.source import ImageConfig, Source, SourceConfig, SplitConfig
 from mmpretrain.data.views import CenterView, ImageView, TextView
-from mmpretrain.options import OptionError
 from tests.data.generated import encoded, pair, picture, tar_bytes
 
 IMAGE = CenterView(size=16)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
-from mmpretrain import random
+from mmpretrain import rng
 from mmpretrain.data import augment
 from mmpretrain.data.text import get_tokenizer, trim
 from mmpretrain.data.views import CenterView, ImageView, TextView, crop_boxes
@@ -30,7 +30,7 @@ def samples(count: int, height: int = 60, width: int = 80) -> list[Sample]:
 
 
 def seeds(count: int) -> Tensor:
-    return random.combine(5, torch.arange(count))
+    return rng.combine(5, torch.arange(count))
 
 
 def chain(pixels: Tensor, order: list[int], brightness: float = 1, contrast: float = 1, saturation: float = 1, turn: float = 0.0) -> Tensor:

@@ -15,9 +15,9 @@ from data_prep.demo import unwritten
 from data_prep.demo_background import DemoError, Writing, lock_path
 from data_prep.demo_training import EVALUATION, TRAINING, DemoData
 from mmpretrain import evaluation
-from mmpretrain.config import assemble
-from mmpretrain.machine import hold
-from mmpretrain.tracking import read_jsonl
+from mmpretrain.config.recipe import assemble
+from mmpretrain.system import hold
+from mmpretrain.tracking.jsonl import read_jsonl
 from mmpretrain.trainer import train
 from tests import runs
 

@@ -4,7 +4,6 @@ import base64
 import glob
 import io
 import json
-import re
 import shlex
 import shutil
 import tarfile
@@ -16,17 +15,16 @@ from typer.testing import CliRunner
 
 from data_prep.__main__ import app
 from data_prep.writer import Record, write_shards
+from tests import docs
 from tests.data_prep.readers_support import image
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "data.md"
-ELSEWHERE = ("user/name", "configs/demo.yaml")  # the hub; the demo's data
+PAGE = "docs/data.md"
+ON_THE_DEMO = ("python -m data_prep mix configs/demo.yaml",)  # run by tests/test_docs.py, which has the demo's data
 COLOURS = [(10, 20, 30), (200, 90, 40)]
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"^```\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
-    lines = [line.split("  # ")[0].rstrip() for block in blocks for line in block.splitlines() if line.startswith("python -m data_prep")]
-    return [line for line in lines if not any(word in line for word in ELSEWHERE)]
+    return [command for command in docs.commands(PAGE) if command not in docs.not_run(PAGE) and command not in ON_THE_DEMO]
 
 
 def put(name: str, data: bytes | str) -> None:
@@ -94,6 +92,11 @@ def shards(folder: str) -> None:
 def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    make_inputs()
+
+
+def make_inputs() -> None:
+    """Small inputs of every name that docs/data.md uses, in the working directory."""
     table("pairs.csv", "file,title,tags", "a title,x|y")
     put("pairs.jsonl", '{"file": "a.jpg", "text": "one"}\n{"file": "b.jpg", "text": "two"}\n')
     put("pairs.tsv", b"\n".join(b"%d\t%s\ta text" % (i, base64.b64encode(image(colour))) for i, colour in enumerate(COLOURS)))

@@ -13,7 +13,7 @@ from rich.console import Console
 from data_prep.mix import mix_of
 from data_prep.mix_table import amount, show
 from data_prep.writer import Record, write_shards
-from mmpretrain.config import assemble
+from mmpretrain.config.recipe import assemble
 from mmpretrain.data.schema import ShardError
 from tests.runs import picture, recipe, shards
 from tests.tiny import MODEL

@@ -26,7 +26,7 @@ from data_prep import files, serial, shard_file, writer
 from data_prep.shard_file import ShardFile, header
 from data_prep.writer import InputError, Record, build, write_shards
 from mmpretrain.data.index import index_path, load, scan
-from mmpretrain.machine import hold
+from mmpretrain.system import hold
 from tests.data_prep import jobs
 
 

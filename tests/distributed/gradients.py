@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mmpretrain import distributed
+from mmpretrain.batch import take
 from mmpretrain.functional import info_nce, nt_xent, sigmoid_loss, unit
 from mmpretrain.heads import GlobalBatchNorm
-from mmpretrain.model import take
 from tests import tiny
 
 EVERYTHING = {

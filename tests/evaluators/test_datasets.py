@@ -3,13 +3,13 @@ import os
 
 import pytest
 
-from mmpretrain.data.options import SourceConfig, SplitConfig
 from mmpretrain.data.source import Source
+from mmpretrain.data.source_config import SourceConfig, SplitConfig
 from mmpretrain.data.views import CenterView
 from mmpretrain.evaluators.base import OptionError
-from mmpretrain.evaluators.classes import merge_duplicates, read_classes, resolve
-from mmpretrain.evaluators.datasets import DataConfig, open_dataset
-from mmpretrain.evaluators.pairs import TrainDataConfig, open_pair
+from mmpretrain.evaluators.data.class_names import merge_duplicates, read_classes, resolve
+from mmpretrain.evaluators.data.datasets import DataConfig, open_dataset
+from mmpretrain.evaluators.data.train_test import TrainDataConfig, open_pair
 from tests.evaluators.fake import colour_folder, picture, shard, write
 
 

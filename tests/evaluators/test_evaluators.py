@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from mmpretrain.evaluators import EVALUATORS, build_evaluator, features
 from mmpretrain.evaluators.base import OptionError, make_config
-from mmpretrain.evaluators.datasets import DataConfig, open_dataset
+from mmpretrain.evaluators.data.datasets import DataConfig, open_dataset
 from mmpretrain.evaluators.features import encode_images
 from mmpretrain.evaluators.models import TowerModel
 from mmpretrain.evaluators.zero_shot import class_embeddings, read_templates

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from mmpretrain import config as recipes
 from mmpretrain import evaluation
+from mmpretrain.config import recipe as recipes
+from mmpretrain.config.build import OptionError
 from mmpretrain.evaluation import build_evaluators
-from mmpretrain.options import OptionError
 from tests import runs
 from tests.evaluators.fake import colour_folder, picture, shard, write
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mmpretrain.config.build import build
 from mmpretrain.data.text import get_tokenizer
 from mmpretrain.objectives import OBJECTIVES
 from mmpretrain.objectives.base import PRESETS, Augment
-from mmpretrain.options import build
 from mmpretrain.types import Encoded, View
 from tests import tiny
 

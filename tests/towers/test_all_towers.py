@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from mmpretrain.towers.base import merge
-from mmpretrain.towers.dual import build_towers
+from mmpretrain.towers.specs import build_towers
 
 ALL = frozenset({"features", "pooled", "tokens"})
 VISION = {"image_size": 64, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16}

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmpretrain.random import combine
+from mmpretrain.rng import combine
 from mmpretrain.towers.masking import draw_mask
 from mmpretrain.types import MaskSpec
 
@@ -81,7 +81,7 @@ def test_attentive_keeps_the_most_attended():
 
 def test_masks_are_the_same_in_another_process():
     code = (
-        "import torch; from mmpretrain.random import combine; from mmpretrain.types import *\n"
+        "import torch; from mmpretrain.rng import combine; from mmpretrain.types import *\n"
         "from mmpretrain.towers.masking import draw_mask\n"
         "e = Encode('pairs', None, outputs=frozenset({'features', 'tokens', 'attention', 'pooled'}))\n"
         "print(draw_mask(MaskSpec(0.5, from_=e), combine(7, torch.arange(3)), (4, 4)).int().tolist())"

@@ -1,0 +1,289 @@
+"""A data set to evaluate on: items, labels, class names that travel with them, and what had to be left out."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmpretrain.data.decode import ImageLimits
+from mmpretrain.data.order import in_part
+from mmpretrain.data.shard_names import is_remote
+from mmpretrain.data.shards import load_classes
+from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.data import class_names, items
+from mmpretrain.evaluators.data.items import Item
+from mmpretrain.rng import combine, permutation
+
+logger = logging.getLogger(__name__)
+Task = Literal["classification", "retrieval", "images"]
+BRIEF_ROWS = 100  # of a table, for a first look
+
+
+@dataclass
+class DataConfig:
+    """The options every evaluator shares: what to evaluate on, and how it is read."""
+
+    data: str  # class folder, CSV file, shards (globs, braces, or a folder of tars), or CLIP_benchmark folder
+    split: str | None = None  # subfolder (class folder, shards), or value of the column `split` (CSV); CLIP_benchmark: test
+    image: str | None = None  # CSV column with the image file
+    label: str | None = None  # CSV column with the label; in shards a member (cls) or json:FIELD
+    caption: str | None = None  # CSV column or template '{name}: {keywords}'; in shards a member (txt) or json:FIELD (a text or a list)
+    classes: str | list[str] | dict[str, str] | None = None  # class names: imagenet, a .txt or .json file, a list, or a mapping label: name
+    exclude: str | None = None  # regular expression: leave out classes whose name matches (retrieval: items all of whose captions do)
+    include: str | None = None  # regular expression: keep only classes whose name matches (retrieval: items with a caption that does)
+    holdout: float | None = None  # share of the items held out by the hash of their keys, as a source's `split`; probes: default 0.2
+    part: Literal["train", "holdout"] = "holdout"  # with `holdout`: which part to evaluate on
+    limit: int | None = None  # evaluate on so many items, drawn by `seed`
+    background: tuple[int, int, int] = (255, 255, 255)  # colour behind transparent images: red, green, blue, 0..255
+    batch_size: int = 64  # images a forward, on each process
+    threads: int = 4  # threads that read and decode ahead, on each process
+    cache: str | None = None  # folder to keep features in, keyed by weights and data
+    max_bad_fraction: float = 0.01  # fail when more than this fraction of the items cannot be used
+    seed: int = 0  # what is drawn (limit, held-out parts, initial weights) depends on it alone
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "threads", "limit"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+
+
+@dataclass
+class EvalSet:
+    """Items in a stated order. `labels` index `classes`; for retrieval both are empty and every item has captions."""
+
+    name: str
+    items: list[Item]
+    labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [n]
+    classes: list[str] = field(default_factory=list)
+    templates: list[str] | None = None  # the data set's own prompts, if it has any
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    skipped: list[dict[str, str]] = field(default_factory=list)  # {key, reason}: what its files name but cannot be used
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def fingerprint(self) -> str:
+        """Names the images, not the labels: features depend on the former alone."""
+        digest = hashlib.sha256(repr(self.limits).encode())
+        for item in self.items:
+            digest.update(f"{item.key}\0{item.size}\0{item.stamp}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def subset(self, rows: Tensor) -> EvalSet:
+        """The same classes, some of the items."""
+        picked = [self.items[i] for i in rows.tolist()]
+        return replace(self, items=picked, labels=self.labels[rows] if len(self.labels) else self.labels)
+
+    def drawn(self, limit: int | None, seed: int) -> EvalSet:
+        """`limit` of the items, drawn by `seed`; all where there are no more."""
+        if limit is None or limit >= len(self):
+            return self
+        return self.subset(permutation(combine(seed, len(self)), len(self))[:limit].sort().values)
+
+    def in_part(self, holdout: float, part: str) -> Tensor:
+        """bool [n]: which items belong to a part, by the rule that divides a training source (mmpretrain.data.order.in_part)."""
+        return torch.from_numpy(in_part([item.bare_key for item in self.items], holdout, part))
+
+
+def kind_of(data: str) -> Literal["benchmark", "folder", "csv", "shards"]:
+    """Recognise what `data` is. Raises OptionError where it is nothing known."""
+    path = Path(data)
+    if path.is_dir():
+        if any(path.glob("*/nshards.txt")):
+            return "benchmark"
+        if any(path.glob("*.tar")) or (any(path.glob("*/*.tar")) and not any(path.glob("*/*.[jJpPwW][pPnNeE]*"))):
+            return "shards"
+        if any(p.is_dir() for p in path.iterdir()):
+            return "folder"
+        tables = sorted(p.name for p in path.glob("*.csv"))
+        raise OptionError(
+            f"data={data!r}: neither class folders nor .tar shards in it" + (f"; name its table {tables[0]}" if tables else "")
+        )
+    if path.suffix.lower() in (".csv", ".tsv"):
+        if not path.is_file():
+            raise OptionError(f"data={data!r}: no such file")
+        return "csv"
+    if re.search(r"\.tar\b|\*|\{.*\.\..*\}|::", data):
+        return "shards"
+    raise OptionError(f"data={data!r}: no such folder, .csv or .tsv file, or shards")
+
+
+def open_dataset(config: DataConfig, task: Task, *, split: str | None = None) -> EvalSet:
+    """Find out what is there and list it. Classification gives labels, retrieval captions, `images` the JSON metadata only.
+
+    Raises OptionError where options and data do not fit, RuntimeError where too many items cannot be used.
+    """
+    split = split if split is not None else config.split
+    skipped: list[dict[str, str]] = []
+
+    def skip(key: str, reason: str) -> None:
+        skipped.append({"key": key, "reason": reason})
+
+    source, given, templates, split = _source(config, task, split, skip)
+    items = list(source)
+    check_budget(skipped, len(items) + len(skipped), config.max_bad_fraction, config.data)
+    if not items:
+        raise OptionError(f"data={config.data!r}: no items to evaluate (split={split})")
+    if not all(0 <= part <= 255 for part in config.background):
+        raise OptionError(f"background={list(config.background)}: expected three numbers from 0 to 255, such as [255, 255, 255]")
+    limits = ImageLimits(background=config.background)
+    result = EvalSet(_name(config.data, split), items, templates=templates, limits=limits, skipped=skipped)
+    if task == "classification":
+        result.labels, names = class_names.resolve([item.label for item in items], given, config.data)
+        result.labels, result.classes = class_names.merge_duplicates(result.labels, names)
+    result = _filtered(result, config, task)
+    if config.holdout is not None:
+        result = _part(result, config.holdout, config.part)
+    return result.drawn(config.limit, config.seed)
+
+
+def first_items(config: DataConfig, task: Task, *, split: str | None = None, most: int = 100) -> EvalSet:
+    """The first few items, for a look before hours of training: one shard, class folder or some rows are read, and nothing remote.
+
+    Raises OptionError where options and data do not fit, as `open_dataset` would.
+    """
+    split = split if split is not None else config.split
+    bad: list[str] = []
+    source, given, templates, split = _source(config, task, split, lambda key, reason: bad.append(key), brief=True)
+    items = list(islice(source, most))
+    result = EvalSet(_name(config.data, split), items, templates=templates)
+    if not items and not bad and not _remote(config.data):
+        raise OptionError(f"data={config.data!r}: no items to evaluate (split={split})")
+    if items and task == "classification":
+        result.labels, result.classes = class_names.resolve([item.label for item in items], given, config.data)
+    _patterns(config)
+    return result
+
+
+def _remote(data: str) -> bool:
+    return any(is_remote(part) for part in data.split("::"))
+
+
+def _source(
+    config: DataConfig, task: Task, split: str | None, skip: items.Skip, brief: bool = False
+) -> tuple[Iterator[Item], list[str] | dict[str, str] | None, list[str] | None, str | None]:
+    """(items, class names, prompts, split), items being listed as they are asked for. `brief`: of the first shard or rows alone."""
+    kind = kind_of(config.data)
+    captions = task == "retrieval"
+    if task == "images" and (config.include is not None or config.exclude is not None):
+        raise OptionError("include= and exclude= choose by class name or caption, which this evaluator does not read: leave them out")
+    root = Path(config.data)
+    templates = None
+    given = class_names.read_classes(config.classes)
+    if kind == "folder":
+        if captions:
+            raise OptionError(f"data={config.data!r} is a class folder: it has no captions; use a CSV, shards, or a CLIP_benchmark folder")
+        source = items.folder_items(root, split)
+    elif kind == "csv":
+        rows = BRIEF_ROWS if brief else None
+        source = items.csv_items(root, split, config.image, config.label, config.caption, captions, skip, rows)
+    elif kind == "benchmark":
+        split = split or "test"
+        what = _line(root / "dataset_type.txt") or "classification"
+        if what == "multilabel" or (what == "retrieval") != captions:
+            raise OptionError(f"{root}: dataset_type.txt says {what}; it does not fit an evaluator for {task}")
+        given, templates = _beside(root, given)
+        source = items.benchmark_items(root, split, config.label, captions, skip, brief)
+    else:
+        label = {"classification": config.label or "cls", "retrieval": None, "images": None}[task]
+        paths = items.shard_paths(config.data, split)
+        given, templates = _beside(Path(paths[0]).parent, given)
+        caption = (config.caption or "txt") if captions else None
+        chosen = [name for name in paths[:1] if not is_remote(name)] if brief else paths
+        source = items.shard_items(chosen, label, caption, skip, metadata=task == "images") if chosen else iter(())
+    return source, given, templates, split
+
+
+def check_budget(skipped: list[dict[str, str]], total: int, max_fraction: float, where: str) -> None:
+    """Raise RuntimeError naming counts and examples when too many items are bad; otherwise say what is left out."""
+    if not skipped:
+        return
+    reasons: dict[str, int] = {}
+    for entry in skipped:
+        reason = entry["reason"].split(":")[0]
+        reasons[reason] = reasons.get(reason, 0) + 1
+    counted = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    examples = ", ".join(f"{entry['key']} ({entry['reason']})" for entry in skipped[:3])
+    message = f"{where}: {len(skipped)} of {total} items cannot be used ({counted}), for example {examples}"
+    if len(skipped) > max_fraction * total:
+        raise RuntimeError(f"{message}; more than max_bad_fraction={max_fraction}: repair the data, or raise the budget")
+    logger.warning("%s", message)
+
+
+def _filtered(dataset: EvalSet, config: DataConfig, task: str) -> EvalSet:
+    """What `include` and `exclude` leave: classes by their names, for retrieval items by their captions."""
+    if config.include is None and config.exclude is None:
+        return dataset
+    patterns = _patterns(config)
+    choices = [item.captions for item in dataset.items] if task == "retrieval" else [[name] for name in dataset.classes]
+    what = "captions" if task == "retrieval" else "class names"
+    kept = torch.ones(len(choices), dtype=torch.bool)
+    if patterns["include"] is not None:
+        kept &= torch.tensor([any(map(patterns["include"].search, texts)) for texts in choices])
+        if not kept.any():
+            raise OptionError(f"{dataset.name}: include={config.include!r} matches none of the {what}, such as {_some(choices)}")
+    if patterns["exclude"] is not None:
+        dropped = torch.tensor([all(map(patterns["exclude"].search, texts)) for texts in choices])
+        if not dropped.any():
+            logger.warning("%s: exclude=%r matches none of the %s, such as %s", dataset.name, config.exclude, what, _some(choices))
+        kept &= ~dropped
+    if task == "retrieval":
+        result = dataset.subset(torch.nonzero(kept).flatten())
+    else:
+        position = torch.cumsum(kept, 0) - 1  # of a kept class among the kept
+        result = dataset.subset(torch.nonzero(kept[dataset.labels]).flatten())
+        result.labels = position[result.labels]
+        result.classes = [name for name, keep in zip(dataset.classes, kept.tolist(), strict=True) if keep]
+    if not len(result):
+        raise OptionError(f"{dataset.name}: no items are left by include={config.include!r}, exclude={config.exclude!r}")
+    return result
+
+
+def _patterns(config: DataConfig) -> dict[str, re.Pattern | None]:
+    patterns = {}
+    for key in ("include", "exclude"):
+        try:
+            patterns[key] = re.compile(getattr(config, key)) if getattr(config, key) is not None else None
+        except re.error as error:
+            raise OptionError(f"{key}={getattr(config, key)!r} is no regular expression: {error}") from None
+    return patterns
+
+
+def _some(choices: list[list[str]]) -> str:
+    return ", ".join(repr(texts[0]) for texts in choices[:5])
+
+
+def _part(dataset: EvalSet, holdout: float, part: str) -> EvalSet:
+    if not 0 < holdout < 1:
+        raise OptionError(f"holdout={holdout}: expected a share between 0 and 1")
+    rows = torch.nonzero(dataset.in_part(holdout, part)).flatten()
+    if not len(rows):
+        raise OptionError(f"{dataset.name}: the {part} part of holdout={holdout} holds none of {len(dataset)} items")
+    result = dataset.subset(rows)
+    result.name = f"{dataset.name}:{part}"
+    return result
+
+
+def _beside(folder: Path, given: list[str] | dict[str, str] | None) -> tuple[list[str] | dict[str, str] | None, list[str] | None]:
+    """Class names, unless given, and prompts from the text files that CLIP_benchmark and `data_prep` put beside shards."""
+    names, prompts = folder / "classnames.txt", folder / "zeroshot_classification_templates.txt"
+    if given is None and names.is_file():
+        given = load_classes(str(names))
+    return given, items.lines_of(prompts) if prompts.is_file() else None
+
+
+def _line(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def _name(data: str, split: str | None) -> str:
+    return f"{data}:{split}" if split else data

@@ -1,0 +1,262 @@
+"""Where evaluation items come from: class folders, CSV files, shards, CLIP_benchmark folders. Nothing is decoded here."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmpretrain.data import decode
+from mmpretrain.data.cache import ShardCache
+from mmpretrain.data.index import Member
+from mmpretrain.data.schema import IMAGE_EXTENSIONS, BadSample, ShardError, image_extension
+from mmpretrain.data.shard_names import expand
+from mmpretrain.data.shards import ShardSet
+from mmpretrain.data.source import MAX_CAPTION_BYTES, SourceConfig
+from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.data.class_names import Label
+
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
+
+
+@dataclass
+class Item:
+    """One image, not read yet, with what is known of it. `size` and `stamp` name its bytes for the feature cache."""
+
+    key: str
+    read: Callable[[], bytes]
+    label: Label | None = None  # as on disk: an integer, or a name
+    captions: list[str] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    size: int = 0
+    stamp: int = 0  # the file's modification time in ns, plus the offset in a shard
+    bare_key: str = ""  # what `holdout` divides by: the key within its shard, or the file
+
+    def __post_init__(self) -> None:
+        self.bare_key = self.bare_key or self.key
+
+
+Skip = Callable[[str, str], None]  # (key, reason): an item that cannot be used
+
+
+def _file_item(key: str, path: Path, **known: Any) -> Item:
+    status = path.stat()
+    return Item(key, path.read_bytes, size=status.st_size, stamp=status.st_mtime_ns, **known)
+
+
+def folder_items(root: Path, split: str | None) -> Iterator[Item]:
+    """torchvision's ImageFolder layout: root/[split/]CLASS/**/image. The label is the folder's name."""
+    base = root
+    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if split is not None:
+        base = root / split
+        if not base.is_dir():
+            raise OptionError(f"{root}: no split {split!r}; folders there are {', '.join(folders[:20]) or 'none'}")
+    elif folders and {name.lower() for name in folders} <= SPLITS:
+        raise OptionError(f"{root}: its folders {', '.join(folders)} are splits, not classes: add split={folders[0]}")
+    for directory in sorted(p for p in base.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        for path in sorted(directory.rglob("*")):
+            if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and path.is_file():
+                yield _file_item(path.relative_to(root).as_posix(), path, label=directory.name)
+
+
+def _column(wanted: str | None, usual: tuple[str, ...], columns: list[str], what: str, path: Path) -> str | None:
+    if wanted is not None:
+        if wanted not in columns:
+            raise OptionError(f"{path}: no column {wanted!r} for the {what}; columns are {', '.join(columns)}")
+        return wanted
+    return next((name for name in usual if name in columns), None)
+
+
+def csv_items(
+    path: Path,
+    split: str | None,
+    image: str | None,
+    label: str | None,
+    caption: str | None,
+    captions_wanted: bool,
+    skip: Skip,
+    rows: int | None = None,
+) -> Iterator[Item]:
+    """A table (.csv, or .tsv with tabs) with a file column, relative to the table's folder, and a label or caption column.
+
+    `caption` is a column, or a template over columns (`"{name}: {keywords}"`). Where captions are wanted, rows of one file are one item.
+    `rows`: look at so many rows alone.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        start = file.readline()
+        file.seek(0)
+        table = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" or "\t" in start else ",", strict=True)
+        try:
+            columns = list(table.fieldnames or [])
+            records = list(table)
+        except csv.Error as error:
+            raise OptionError(f"{path}, line {table.line_num}: {error}") from error
+    image = _column(image, ("file", "filepath", "filename", "path", "image"), columns, "image file (image=)", path)
+    if image is None:
+        raise OptionError(f"{path}: which column holds the image files? Columns are {', '.join(columns)}: add image=COLUMN")
+    if split is not None:
+        if "split" not in columns:
+            raise OptionError(f"{path}: split={split!r} needs a column `split`; columns are {', '.join(columns)}")
+        records = [record for record in records if record["split"] == split]
+    if captions_wanted:
+        template = caption or next((c for c in ("caption", "title", "text", "name") if c in columns), None)
+        if template is None:
+            raise OptionError(f"{path}: which column holds the captions? Columns are {', '.join(columns)}: add caption=COLUMN")
+        template = f"{{{template}}}" if template in columns else template
+        if unknown := [name for name in re.findall(r"\{([^{}]+)\}", template) if name not in columns] or (
+            [] if "{" in template else [template]
+        ):
+            raise OptionError(f"{path}: caption={caption!r} names no column {unknown[0]!r}; columns are {', '.join(columns)}")
+    else:
+        label = _column(label, ("label", "class", "name", "title"), columns, "label (label=)", path)
+        if label is None:
+            raise OptionError(f"{path}: which column holds the labels? Columns are {', '.join(columns)}: add label=COLUMN")
+    grouped: dict[str, Item] = {}
+    for number, record in enumerate(records[:rows]):
+        name = record[image] or ""
+        file_path = path.parent / name
+        if not name or not file_path.is_file():
+            skip(name or f"row {number + 2}", "missing_file")
+            continue
+        if not captions_wanted:
+            if not (record[label] or "").strip():
+                skip(name, "missing_label")
+                continue
+            key = name if name not in grouped else f"{name}#{number + 2}"
+            grouped[key] = _file_item(key, file_path, label=_label(record[label]), metadata=record, bare_key=name)
+            continue
+        text = re.sub(r"\{([^{}]+)\}", lambda match, record=record: record[match[1]] or "", template).strip()
+        if name not in grouped:
+            grouped[name] = _file_item(name, file_path, metadata=record)
+        if text:
+            grouped[name].captions += decode.captions_from(text, template)
+    for name, item in grouped.items():
+        if captions_wanted and not item.captions:
+            skip(name, "missing_caption")
+        else:
+            yield item
+
+
+def shard_paths(data: str, split: str | None) -> list[str]:
+    """Shards in order, as a recipe names them (folder, glob, braces, a::b, URL); with `split`, those of the folder DATA/split."""
+    if split is not None and not Path(data).is_dir():
+        raise OptionError(f"{data}: split={split!r} needs a folder with {split}/*.tar inside; name that split's shards instead")
+    try:
+        return list(expand(data if split is None else str(Path(data) / split)))
+    except ShardError as error:
+        raise OptionError(f"data={data!r}: {error}") from error
+
+
+def shard_items(
+    paths: list[str], label: str | None, caption: str | None, skip: Skip, *, lines: bool = False, metadata: bool = False
+) -> Iterator[Item]:
+    """Samples of shards. `label` and `caption` are a member (`cls`, `txt`) or a field of the JSON member (`json:label`).
+
+    A member text that is an integer is an integer label. `lines`: every line of the caption member is a caption. `metadata`: the JSON
+    member is wanted for itself. Limits and checks are those of training sources (mmpretrain.data).
+    Raises OptionError where no sample has what was asked for, ShardError for a shard that cannot be read.
+    """
+    shards = ShardSet(paths, split=None, window=SourceConfig.shuffle_window, cache=ShardCache(), verify=SourceConfig.verify)
+    for name, damage in shards.damage:
+        for _ in range(damage.lost):
+            skip(f"{name}@{damage.offset}", damage.reason)
+    found = 0
+    for shard, (name, count) in enumerate(shards):
+        written = 0
+        for sample in range(count):
+            key, members, opened = shards.members(shard, sample)
+            if sample == 0:
+                written = os.stat(opened.path).st_mtime_ns
+            full = f"{Path(name).name}/{key}"
+            try:
+                place = _member(members, image_extension(members), SourceConfig.max_member_bytes)
+                item = Item(full, _reader(shards, shard, sample), size=place.size, stamp=written + place.offset, bare_key=key)
+                fields = _Fields(members, lambda member, opened=opened: shards.read(opened, member))
+                item.metadata = fields.json("json") if metadata else {}
+                item.label = None if label is None else _label(fields.value(label))
+                item.captions = [] if caption is None else fields.captions(caption, lines)
+            except BadSample as error:
+                skip(full, str(error))
+                continue
+            found += 1
+            yield item
+    if not found:
+        wanted = " and ".join(name for name in ("an image", label, caption, "json" if metadata else None) if name)
+        have = ", ".join(sorted(shards.found)) or "nothing"
+        raise OptionError(f"{paths[0]}: 0 of {shards.looked_at} samples have {wanted}; they have {have}")
+
+
+def _member(members: dict[str, Member], extension: str | None, limit: int) -> Member:
+    if extension is None or extension not in members:
+        raise BadSample("missing_field", extension or "image")
+    if members[extension].size > limit:
+        raise BadSample("too_many_bytes", f"{extension} has {members[extension].size} bytes, the limit is {limit}")
+    return members[extension]
+
+
+def _reader(shards: ShardSet, shard: int, sample: int) -> Callable[[], bytes]:
+    """Reads the image later; the shard set keeps a bounded number of files open."""
+
+    def read() -> bytes:
+        _, members, opened = shards.members(shard, sample)
+        return shards.read(opened, _member(members, image_extension(members), SourceConfig.max_member_bytes))
+
+    return read
+
+
+@dataclass
+class _Fields:
+    """The text members of one sample. Everything raises BadSample."""
+
+    members: dict[str, Member]
+    read: Callable[[Member], bytes]
+
+    def json(self, extension: str) -> dict[str, Any]:
+        return decode.decode_json(self.read(_member(self.members, extension, SourceConfig.max_member_bytes)))
+
+    def value(self, name: str) -> Any:
+        extension, _, wanted = name.partition(":")
+        if not wanted:
+            return decode.decode_text(self.read(_member(self.members, extension, MAX_CAPTION_BYTES)))
+        fields = self.json(extension)
+        if wanted not in fields:
+            raise BadSample("missing_field", name)
+        return fields[wanted]
+
+    def captions(self, name: str, lines: bool) -> list[str]:
+        value = self.value(name)
+        return decode.captions_from(value.split("\n") if lines else value, name)
+
+
+def _label(value: Any) -> Label:
+    if isinstance(value, str):
+        value = value.strip()
+        return int(value) if re.fullmatch(r"-?\d+", value) else value
+    if not isinstance(value, int):
+        raise BadSample("bad_label", f"expected an integer or a name, found {value!r:.50}")
+    return int(value)
+
+
+def benchmark_items(root: Path, split: str, label: str | None, captions_wanted: bool, skip: Skip, brief: bool = False) -> Iterator[Item]:
+    """A CLIP_benchmark folder: root/split/{0..N-1}.tar with nshards.txt; integer `cls`, or captions in `txt`, one a line.
+
+    `brief`: the first shard alone.
+    """
+    counted = root / split / "nshards.txt"
+    if not counted.is_file():
+        splits = sorted(p.parent.name for p in root.glob("*/nshards.txt"))
+        raise OptionError(f"{counted}: not found; splits of this CLIP_benchmark folder are {', '.join(splits) or 'none'}")
+    paths = [root / split / f"{n}.tar" for n in range(int(counted.read_text()))]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise OptionError(f"{missing[0]}: not found, but {counted} says {len(paths)} shards")
+    names = [str(path) for path in paths[: 1 if brief else None]]
+    return shard_items(names, None if captions_wanted else label or "cls", "txt" if captions_wanted else None, skip, lines=True)
+
+
+def lines_of(path: Path) -> list[str]:
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

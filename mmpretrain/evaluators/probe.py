@@ -1,0 +1,92 @@
+"""What k-NN and linear probe share: a classifier on frozen features, before and after the projection, beside random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.data.train_test import TrainDataConfig, open_pair
+from mmpretrain.evaluators.features import encode_images
+from mmpretrain.evaluators.metrics import classification_metrics, confusion_tables, predictions
+from mmpretrain.evaluators.models import Untrained
+from mmpretrain.types import Model, Result
+
+
+@dataclass
+class FrozenConfig(TrainDataConfig):
+    features: Literal["pooled", "features", "both"] = "pooled"  # pooled (before the projection), features (after it), or both
+    random: bool = False  # also the same architecture with random weights: random_acc1
+
+
+@dataclass
+class EncodedPair:
+    """Features on the CPU, on every process, of both sets."""
+
+    name: str
+    classes: list[str]
+    train: dict[str, Tensor]  # "pooled" [m,D], "features" [m,E]
+    train_labels: Tensor
+    test: dict[str, Tensor]
+    test_labels: Tensor
+    skipped: list[dict[str, str]]
+
+    def feature_sets(self, wanted: str) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+        """(name, metric prefix, train, test) for `pooled`, `features`, or `both` of them where the model gives both."""
+        names = [name for name in ("pooled", "features") if name in self.train] if wanted == "both" else [wanted]
+        if missing := [name for name in names if name not in self.train]:
+            raise OptionError(f"features={missing[0]}: this model gives only {', '.join(self.train)}")
+        for name in names:
+            yield name, "features_" if wanted == "both" and name == "features" else "", self.train[name], self.test[name]
+
+
+def encode_pairs(model: Model, accelerator: Accelerator, config: FrozenConfig) -> Iterator[tuple[str, EncodedPair]]:
+    """(metric prefix, features) of the model and, where asked for, of its architecture with random weights."""
+    yield "", encode_pair(model, accelerator, config)
+    if config.random:
+        yield "random_", encode_pair(Untrained(model, config.seed), accelerator, config)
+
+
+def encode_pair(model: Model, accelerator: Accelerator, config: FrozenConfig) -> EncodedPair:
+    train, test = open_pair(config)
+    fitted = encode_images(model, train, accelerator, config)
+    tested = encode_images(model, test, accelerator, config)
+    return EncodedPair(
+        name=test.name,
+        classes=train.classes,
+        train=fitted.values,
+        train_labels=train.labels[fitted.rows],
+        test=tested.values,
+        test_labels=test.labels[tested.rows],
+        skipped=train.skipped + test.skipped + fitted.skipped + tested.skipped,
+    )
+
+
+def evaluate_frozen(
+    model: Model, accelerator: Accelerator, config: FrozenConfig, score: Callable[[EncodedPair, str, Tensor, Tensor], Tensor], tie: float
+) -> Result:
+    """Metrics of `score(pair, name, train [m,D], test [n,D]) -> [n,C]` on each kind of features.
+
+    With features=both, those of `features` carry the prefix `features_`; random weights' carry `random_` before it.
+    """
+    metrics: dict[str, float] = {}
+    tables: dict[str, list[dict]] = {}
+    n, dataset = 0, ""
+    for beside, pair in encode_pairs(model, accelerator, config):
+        for name, prefix, train, test in pair.feature_sets(config.features):
+            scores = score(pair, beside + name, train, test)
+            found = classification_metrics(scores, pair.test_labels, tie)
+            metrics |= {beside + prefix + key: value for key, value in found.items()}
+            if not beside:
+                predicted = predictions(scores, pair.test_labels, tie)
+                tables |= {prefix + key: rows for key, rows in confusion_tables(pair.test_labels, predicted, pair.classes).items()}
+        if not beside:
+            n, dataset = len(pair.test_labels), pair.name
+            metrics["chance"] = 1 / len(pair.classes)
+            if pair.skipped:
+                tables["skipped"] = pair.skipped
+    return Result(metrics, n, dataset, tables)

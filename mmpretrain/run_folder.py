@@ -1,0 +1,89 @@
+"""The run folder: may this recipe use it, what was already done there, and what the end of a run leaves."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from mmpretrain.checkpoint import CheckpointError, load_json, newest_valid
+from mmpretrain.config.build import OptionError
+from mmpretrain.config.recipe import Config, differences, plain
+from mmpretrain.system import hold
+
+RECIPE = "config.yaml"
+
+
+def newest(config: Config) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, or None to start; and a line for each newer one that was passed over.
+
+    Raises:
+        OptionError: the folder holds a run, and resume is never.
+    """
+    folder = Path(config.run_dir)
+    if not (folder / RECIPE).exists():
+        return None, []
+    if config.resume == "never":
+        raise OptionError(f"{folder} already holds a run and resume is never: choose another run_dir")
+    return newest_valid(folder / "checkpoints")
+
+
+def claim(config: Config, found: Path | None, skipped: list[str]) -> list[str]:
+    """May this recipe go on from what `newest` found? Lines to say about it.
+
+    Raises:
+        OptionError: the folder holds a run of another recipe.
+        CheckpointError: the folder holds checkpoints, none of them valid.
+    """
+    folder, messages = Path(config.run_dir), list(skipped)
+    stored = folder / RECIPE
+    if not stored.exists():
+        return messages
+    try:
+        old = dict(yaml.safe_load(stored.read_text(encoding="utf-8")).items())
+        old.pop("environment", None)
+        changed = differences(old, plain(config))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:  # empty, cut, or not a mapping
+        changed = [f"{stored} is damaged and cannot be compared: {error}"]
+    if changed and (found is not None or messages):
+        if config.resume != "force":
+            raise OptionError(
+                f"{folder} holds a run of a different recipe:\n  "
+                + "\n  ".join(changed)
+                + "\nChoose another run_dir, or resume=force to go on with this one"
+            )
+        messages += [f"resume=force: {line}" for line in changed]
+    if found is None and messages:
+        raise CheckpointError("\n".join([*messages, f"{folder} has no valid checkpoint left: remove the folder or choose another run_dir"]))
+    if found is not None:
+        messages.append(f"resuming from {found} (step {load_json(found, 'state')['step']})")
+    return messages
+
+
+def lock(config: Config) -> IO[str]:
+    """Hold the run folder while the returned file is open; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        OptionError: another process trains in this folder, or it cannot be written.
+    """
+    try:
+        return hold(Path(config.run_dir) / ".lock", wait=False)
+    except BlockingIOError:
+        raise OptionError(f"another process is training in {config.run_dir}: wait for it, stop it, or choose another run_dir") from None
+    except (OSError, ValueError) as error:
+        raise OptionError(f"run_dir {config.run_dir!r} cannot be written: {error}. Choose another run_dir") from error
+
+
+def write_recipe(config: Config, environment: dict[str, Any]) -> None:
+    """config.yaml: the resolved recipe and what it ran on."""
+    folder = Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(plain(config) | {"environment": environment}, sort_keys=False, allow_unicode=True)
+    temporary = folder / f"{RECIPE}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / RECIPE)

@@ -1,0 +1,221 @@
+"""Models by name, file or fields -> towers: native where we can, another library's modules otherwise."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import logging
+import math
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import open_clip
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+from mmpretrain.config.build import convert
+from mmpretrain.data.source_config import MAX_IMAGE_SIZE
+from mmpretrain.towers import adapters
+from mmpretrain.towers.base import Tower
+from mmpretrain.towers.dual import DualEncoder
+from mmpretrain.towers.text import TextTransformer
+from mmpretrain.towers.vision import VisionTransformer
+from mmpretrain.towers.weights import load_weights
+from mmpretrain.types import Preprocess
+
+log = logging.getLogger(__name__)
+
+_BOTH = {"width", "layers", "mlp_ratio", "ls_init_value", "pool_type", "act_kwargs", "norm_kwargs"}
+_NATIVE = {  # the fields that the native towers understand
+    "vision_cfg": _BOTH | {"image_size", "patch_size", "head_width", "patch_dropout", "no_ln_pre", "pos_embed_type", "final_ln_after_pool"},
+    "text_cfg": _BOTH | {"context_length", "vocab_size", "heads", "pad_id", "eos_id", "no_causal_mask", "proj_bias", "proj_type"},
+}
+_HARMLESS = {  # they do not change what the native tower computes
+    "vision_cfg": {"output_tokens", "attn_pooler_queries", "attn_pooler_heads", "timm_model_pretrained"},
+    "text_cfg": {"output_tokens", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "final_ln_after_pool", "hf_model_pretrained"},
+}
+
+
+_COUNTS = {"image_size", "patch_size", "width", "layers", "head_width", "heads", "context_length", "vocab_size"}
+
+
+def build_towers(
+    model: str | dict[str, Any],
+    pretrained: str | None = None,
+    image_size: int | None = None,
+    image: bool = True,
+    text: bool = True,
+) -> DualEncoder:
+    """Towers of a model.
+
+    `model`: an open_clip model name, `open_clip:NAME` (its own modules rather than ours), a JSON file or folder of open_clip's
+    format, its fields as a dict, `timm:NAME` (image tower alone), or `hf:FOLDER` (a transformers model with its weights).
+    `pretrained`: a pretrained tag of open_clip (downloaded), or a checkpoint file or folder.
+    `image_size`: pixels, where another than the model's own is wanted; position embeddings are resized on loading.
+    `image`, `text`: False leaves that tower out.
+
+    Raises ValueError for an unknown model, field or pretrained tag, naming the nearest known one.
+    """
+    if isinstance(model, str) and model.startswith("hf:"):
+        cfg: dict[str, Any] = {"hf_folder": model[3:]}
+    else:
+        cfg, preprocess_cfg, tokenizer, own_modules = _config(model)
+    if folder := cfg.get("hf_folder"):
+        visual, words, cfg, preprocess = adapters.from_transformers(folder, image, text)
+        preprocess = preprocess if image_size is None else replace(preprocess, size=image_size)
+        dual = DualEncoder(visual, words, cfg, preprocess, folder)
+        if pretrained is not None:
+            load_weights(dual, pretrained)
+        return dual
+    vision, words_cfg = cfg.get("vision_cfg"), cfg.get("text_cfg")
+    if pretrained is not None:  # the checkpoint brings the weights of timm and transformers towers too
+        for part, key in ((vision, "timm_model_pretrained"), (words_cfg, "hf_model_pretrained")):
+            if part is not None and key.replace("pretrained", "name") in part:
+                part[key] = False
+    if image_size is not None and vision is not None:
+        vision["image_size"] = image_size
+    tag = None
+    if pretrained is not None and not Path(pretrained).exists():
+        tag = _pretrained_tag(model, pretrained)
+        preprocess_cfg = {**preprocess_cfg, **{k: v for k, v in tag.items() if k in ("mean", "std", "interpolation", "resize_mode")}}
+        if bool(tag.get("quick_gelu")) != bool(cfg.get("quick_gelu")):
+            cfg["quick_gelu"] = bool(tag.get("quick_gelu"))
+            log.info("pretrained %s was trained with quick_gelu=%s: built so", pretrained, cfg["quick_gelu"])
+    visual = _build("vision_cfg", cfg, own_modules) if image and vision is not None else None
+    words = _build("text_cfg", cfg, own_modules) if text and words_cfg is not None else None
+    if visual is None and words is None:
+        raise ValueError(f"model {model!r} gives no tower: image={image}, text={text}, its fields are {sorted(cfg)}")
+    dual = DualEncoder(visual, words, cfg, _preprocess(vision, preprocess_cfg), tokenizer)
+    if pretrained is not None:
+        load_weights(dual, open_clip.download_pretrained(tag) if tag else pretrained)
+    return dual
+
+
+def _config(model: str | dict[str, Any]) -> tuple[dict, dict, str, bool]:
+    """-> (model_cfg, preprocess_cfg, tokenizer, whether to use open_clip's own modules)."""
+    if not isinstance(model, str):
+        return _local(_checked(copy.deepcopy(dict(model)), "the recipe's model"), "the recipe's model"), {}, _tokenizer(model, None), False
+    if model.startswith("timm:"):
+        return adapters.timm_config(model[5:])
+    own = model.startswith("open_clip:")
+    name = model.removeprefix("open_clip:").removeprefix("local-dir:")
+    path = Path(name)
+    if path.is_dir() or path.suffix == ".json":
+        file = path / "open_clip_config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist: a model folder holds open_clip_config.json")
+        try:
+            found = json.loads(file.read_text())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is no JSON: {error}") from error
+        if not isinstance(found, dict) or not isinstance(found.get("model_cfg", found), dict):
+            raise ValueError(f"{file}: expected a model's fields (open_clip's format), found {str(found)[:60]!r}")
+        cfg = _checked(found.get("model_cfg", found), str(file))
+        if not path.is_dir():
+            _local(cfg, str(file))
+        elif "hf_model_name" in (cfg.get("text_cfg") or {}):
+            cfg["text_cfg"]["hf_model_pretrained"] = False  # the folder's own weights follow
+        return cfg, found.get("preprocess_cfg", {}), _tokenizer(cfg, None), own
+    cfg = open_clip.get_model_config(name.replace("/", "-") if "hf-hub:" not in name else name)
+    if cfg is None:
+        near = difflib.get_close_matches(name, open_clip.list_models(), 3)
+        raise ValueError(f"unknown model {model!r}: give an open_clip model name{_did_you_mean(near)}, a JSON file, timm:NAME or hf:FOLDER")
+    return _checked(cfg, name), {}, _tokenizer(cfg, name), own
+
+
+def _checked(cfg: dict, where: str) -> dict:
+    """The config, if every field of it is one that open_clip knows."""
+    top = ["embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "quick_gelu", "custom_text", "nonscalar_logit_scale", "hf_folder"]
+    top += ["init_logit_scale", "init_logit_bias"]
+    for key in cfg:
+        if key not in top:
+            raise ValueError(f"{where}: unknown field {key}{_did_you_mean(difflib.get_close_matches(key, top, 1))}")
+    known = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
+    for part, kind in known.items():
+        if not isinstance(cfg.get(part) or {}, dict):
+            raise ValueError(f"{where}: {part} is {cfg[part]!r}, expected its fields")
+        names, kinds = [field.name for field in fields(kind)], get_type_hints(kind)
+        for key, value in (cfg.get(part) or {}).items():
+            if key not in names:
+                raise ValueError(f"{where}: unknown field {part}.{key}{_did_you_mean(difflib.get_close_matches(str(key), names, 1))}")
+            if value is None and (key not in _COUNTS or isinstance(cfg[part].get("layers"), list | tuple)):  # a ResNet has no patches
+                continue
+            if key in _COUNTS:
+                sizes = value if isinstance(value, list | tuple) else [value]
+                most = MAX_IMAGE_SIZE if key == "image_size" else math.inf
+                if not all(type(size) is int and 1 <= size <= most for size in sizes):
+                    raise ValueError(
+                        f"{where}: {part}.{key} is {value!r}, expected a whole number from 1{f' to {most}' if most < math.inf else ' on'}"
+                    )
+            elif isinstance(number := convert(value, kinds[key], f"{part}.{key} of {where}"), int | float) and number < 0:
+                raise ValueError(f"{where}: {part}.{key} is {value!r}, expected 0 or more")
+    if "hf_folder" in cfg:
+        return cfg
+    if type(cfg.get("embed_dim")) is not int or cfg["embed_dim"] < 1 or not any(part in cfg for part in known):
+        raise ValueError(
+            f"{where}: found {sorted(cfg)}, expected embed_dim (1 or more) with vision_cfg, text_cfg or both (open_clip's format)"
+        )
+    if "multimodal_cfg" in cfg:
+        raise ValueError(
+            f"{where}: a CoCa model has a caption decoder, which no objective here trains: choose a model without multimodal_cfg"
+        )
+    return cfg
+
+
+def _local(cfg: dict, where: str) -> dict:
+    """The config, if it names no repository of the Hugging Face hub: what a recipe only mentions is not downloaded."""
+    for key in ("hf_model_name", "hf_tokenizer_name"):
+        name = (cfg.get("text_cfg") or {}).get(key)
+        if name is not None and not Path(name).is_dir():
+            raise ValueError(f"{where}: text_cfg.{key} is {name!r}, which is no folder here: download it first, and give the folder")
+    return cfg
+
+
+def _tokenizer(cfg: Any, name: str | None) -> str:
+    text = cfg.get("text_cfg") or {}
+    special = text.get("hf_tokenizer_name") or text.get("tokenizer_kwargs")
+    return (name or text.get("hf_tokenizer_name") or "clip") if special else "clip"
+
+
+def _did_you_mean(names: list[str]) -> str:
+    return f" (did you mean {' or '.join(names)}?)" if names else ""
+
+
+def _pretrained_tag(model: str | dict, tag: str) -> dict:
+    name = model.removeprefix("open_clip:").replace("/", "-") if isinstance(model, str) else ""
+    found = open_clip.get_pretrained_cfg(name, tag) if name else None
+    if not found:
+        tags = open_clip.list_pretrained_tags_by_model(name) if name else []
+        raise ValueError(
+            f"pretrained {tag!r} is neither a file, a folder nor a tag of {name or 'this model'}: its tags are {tags or 'none'}"
+        )
+    return found
+
+
+def _build(part: str, cfg: dict, own_modules: bool) -> Tower:
+    given, quick_gelu = cfg[part], cfg.get("quick_gelu", False)
+    defaults = {f.name: f.default for f in fields(CLIPVisionCfg if part == "vision_cfg" else CLIPTextCfg)}
+    special = {k for k, v in given.items() if k not in _NATIVE[part] | _HARMLESS[part] and v != defaults[k]}
+    if isinstance(given.get("layers"), list | tuple):
+        special.add("layers")
+    if given.get("pool_type") == "none" or isinstance(given.get("patch_size"), list | tuple):
+        special.add("pool_type or patch_size")
+    special -= {"block_type"} if given.get("block_type") == "default" else set()
+    if own_modules or special:
+        reason = "as asked" if own_modules else f"for its {', '.join(sorted(special))}"
+        log.info("%s: open_clip's own module through the adapter, %s", part, reason)
+        return adapters.from_open_clip(part, cfg)
+    chosen = {k: v for k, v in given.items() if k in _NATIVE[part]}
+    tower = VisionTransformer if part == "vision_cfg" else TextTransformer
+    return tower(cfg["embed_dim"], **chosen, quick_gelu=quick_gelu)
+
+
+def _preprocess(vision: dict | None, cfg: dict) -> Preprocess:
+    size = (vision or {}).get("image_size", 224)
+    if not isinstance(size, int):
+        if size[0] != size[1]:
+            raise ValueError(f"image_size {size} is not square: this pipeline trains on square images")
+        size = size[0]
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in ("mean", "std", "interpolation", "resize_mode")}
+    return replace(Preprocess(size), **given)

@@ -1,0 +1,1 @@
+"""Metrics, results, pictures and console output of a run."""
