@@ -6,6 +6,7 @@ The commands of docs/data.md run in the default suite (tests/data_prep/test_docs
 from __future__ import annotations
 
 import glob
+import importlib
 import importlib.util
 import json
 import os
@@ -58,6 +59,10 @@ SHORTER = (  # (in a page, in its test)
 )
 
 
+TOPS = ("mmpretrain", "data_prep", "scripts", "examples", "configs", "tests", "train.py")
+MADE_UP = {"config.yaml", "utils.py"}  # a file of a run; what this project does not have
+
+
 def test_what_is_not_run_is_listed_and_marked() -> None:
     """Each page names the commands that no test runs; this file names the same; all are commands of their page."""
     assert {page: set(docs.not_run(page)) for page in docs.PAGES if docs.not_run(page)} == NOT_RUN
@@ -74,6 +79,27 @@ def test_commands_are_seen_wherever_they_stand() -> None:
     assert any(c.startswith("scripts/evaluate.py RUN finetune") and c.endswith("--precision bf16") for c in docs.commands("docs/demo.md"))
     languages = {name for page in docs.PAGES for name in docs.languages(page)}
     assert languages == {"", "python", "yaml"}
+
+
+@pytest.mark.parametrize("page", docs.PAGES)
+def test_files_and_modules_that_a_page_names_are_there(page: str) -> None:
+    """Paths as the repository has them or as they end, and dotted names that begin with a package."""
+    spans = re.findall(r"`([\w./]+)`", docs.text(page))
+    files = [path.relative_to(ROOT).as_posix() for top in TOPS for path in [ROOT / top, *(ROOT / top).rglob("*")]]
+    missing = [s for s in spans if re.search(r"\w\.(py|yaml)$", s) and not any(f"/{file}".endswith(f"/{s}") for file in files)]
+    missing += [s for s in spans if re.match(r"(mmpretrain|data_prep)\.\w", s) and not exists(s)]
+    missing += [s for s in spans if re.match(r"(mmpretrain|data_prep|tests|scripts|examples|configs)/", s) and not (ROOT / s).exists()]
+    missing += [link for link in re.findall(r"\]\((?!\w+:)([\w./-]+)", docs.text(page)) if not (ROOT / page).parent.joinpath(link).exists()]
+    assert [name for name in missing if name not in MADE_UP] == []
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        module, _, member = name.rpartition(".")
+        return hasattr(importlib.import_module(module), member)
 
 
 def runnable(page: str) -> list[str]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmpretrain import config as recipes
+from mmpretrain.config import recipe as recipes
+from mmpretrain.config.build import build
 from mmpretrain.objectives import OBJECTIVES
-from mmpretrain.options import build
 from mmpretrain.trainer import train
 from mmpretrain.types import Encoded
 from tests import runs, tiny
