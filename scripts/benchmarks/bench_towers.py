@@ -13,7 +13,7 @@ import torch
 from common import Row, Spread, alternate, arguments, ratio, record, threads
 from trainers import SMALL, TINY
 
-from data_prep.demo_records import chunk
+from data_prep.demo.records import chunk
 from mmpretrain.data.text import get_tokenizer, trim
 from mmpretrain.functional import info_nce, unit
 from mmpretrain.launch import computes_bf16, keep_freed_memory

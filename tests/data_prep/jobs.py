@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.writer import Record, Skipped
+from data_prep.records import Record, Skipped
 
 
 def square(task: int) -> int:

@@ -15,8 +15,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from data_prep.__main__ import app
-from data_prep.writer import Record, write_shards
-from tests.data_prep.readers_support import image
+from data_prep.records import Record
+from data_prep.shards.serial import write_shards
+from tests.data_prep.build.readers.support import image
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 ELSEWHERE = ("user/name", "configs/demo.yaml")  # the hub; the demo's data
