@@ -87,7 +87,7 @@ def dedup(
     evaluation shards is removed: training samples that are in them are.
     """
     from data_prep import files
-    from data_prep.dedup.copies import KEEP
+    from data_prep.copies import KEEP
     from data_prep.dedup.find import Options
     from data_prep.perceptual import HASH_DISTANCE
     from data_prep.subset import show

@@ -7,7 +7,7 @@ import tempfile
 import numpy as np
 import torch
 
-from data_prep.dedup.copies import Copies
+from data_prep.copies import Copies
 from data_prep.embed import Encoder
 from data_prep.subset import Numbering
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
-from typing import Any
 
 import numpy as np
 
-from data_prep import engine
-from data_prep.dedup.copies import Copies, Neighbours, settle
-from data_prep.perceptual import DIFFERENCE, HASH_DISTANCE, SIGNATURE, THUMBNAIL, decoded, signature, small
-from data_prep.shards.read import SPAN, Shard, Span, captions, damage_lines
+from data_prep.copies import Copies, drop_near
+from data_prep.perceptual import DIFFERENCE, HASH_DISTANCE, SIGNATURE, decoded, signature
+from data_prep.shards.read import Shard, Span, captions, damage_lines
 from data_prep.subset import Numbering
-from mmpretrain.data.names import is_remote
 from mmpretrain.data.schema import BadSample
 
 
@@ -75,37 +69,13 @@ def find(names: list[str], against: list[str], options: Options, *, engine_name:
     usable[list(found.bad)] = False
     copies = found.copies = Copies(found.signatures, usable, found.training, options.keep, options.within)
     if options.near is not None:
-        _near(found, **run)
+        drop_near(copies, found.signatures, found.samples.places, options.near, options.difference, **run)
     if options.embedding is not None:
         from data_prep.dedup.embeddings import drop_alike
 
         found.not_embedded = drop_alike(copies, found.samples, options.embedding, options.threshold)
     copies.settle()
     return found
-
-
-def _tasks(found: Found, samples: np.ndarray) -> Iterator[Wanted]:
-    """Ascending samples -> what to read of each shard, at most a few hundred at a time."""
-    for name, places in groupby(found.samples.places(samples), lambda place: place.shard):
-        inside = [place.index for place in places]
-        step = len(inside) if is_remote(name) else SPAN
-        for start in range(0, len(inside), step):
-            yield Wanted(name, tuple(inside[start : start + step]))
-
-
-def _near(found: Found, **run: Any) -> None:
-    neighbours = Neighbours(found.copies, found.signatures, found.options.near or 0, found.options.difference)
-    samples = np.sort(neighbours.involved)
-    if not len(samples):
-        return
-    with tempfile.TemporaryFile() as file:
-        small = np.memmap(file, np.uint8, "w+", shape=(len(samples), THUMBNAIL, THUMBNAIL, 3))
-        at = 0
-        for images in engine.run(thumbnails, list(_tasks(found, samples)), title="candidates", **run):
-            small[at : at + len(images)] = images
-            at += len(images)
-        settle(neighbours, samples, small)
-        del small
 
 
 @dataclass(frozen=True)
@@ -131,17 +101,3 @@ class Sign:
             return max(map(len, captions(shard.read(sample, {self.caption.partition(":")[0]}), self.caption)))
         except BadSample:  # a sample without a caption may be kept for its image
             return 0
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Some samples of a shard, to be looked at again."""
-
-    name: str
-    samples: tuple[int, ...]
-
-
-def thumbnails(wanted: Wanted) -> np.ndarray:
-    """The stage: uint8 [n,32,32,3]."""
-    with Shard(wanted.name) as shard:
-        return np.stack([small(decoded(shard, sample)) for sample in wanted.samples])

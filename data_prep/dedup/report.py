@@ -12,7 +12,7 @@ import numpy as np
 from jinja2 import Environment
 from PIL import Image
 
-from data_prep.dedup.copies import RULES
+from data_prep.copies import RULES
 from data_prep.dedup.find import Found
 from data_prep.perceptual import decoded
 from data_prep.shards.read import Shard

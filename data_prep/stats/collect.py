@@ -6,7 +6,6 @@ import io
 import math
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from data_prep.captions import CONTEXT, num_tokens
+from data_prep.captions import num_tokens
+from data_prep.perceptual import THUMBNAIL, signature
 from data_prep.shards.read import Shard, captions, image_member, pixels
 from data_prep.stats.summary import Names, Ref, Summary, hashed
 from data_prep.stats.text import can_tell_languages, language, script, words
@@ -25,24 +25,7 @@ ASPECT_STEPS = 16  # bins per doubling of width / height
 BYTE_STEPS = 4  # bins per doubling of an image's bytes
 BLANK = 2.0  # standard deviation of the grey values, 0..255, below which an image counts as blank
 EXTENSIONS = {"jpg": "jpeg", "tif": "tiff", "pgm": "ppm", "pbm": "ppm"}  # where the name differs from the format
-HASH_SIDE = 32
 MAX_SIDE = 1 << 16  # pixels; longer sides are counted as this, so that hostile headers cannot fill the memory
-
-
-@lru_cache(1)
-def _dct() -> np.ndarray:
-    """float [8, 32]: the lowest cosines but the constant one."""
-    k, n = np.arange(1, 9)[:, None], np.arange(HASH_SIDE)[None]
-    return np.cos(np.pi * k * (2 * n + 1) / (2 * HASH_SIDE))
-
-
-def perceptual_hash(grey: np.ndarray) -> int:
-    """64 bits of float [32, 32]: which of the 8 x 8 lowest cosines, the constant ones left out, exceed their median.
-
-    A perceptual hash in the manner of Zauner 2010; small changes of size, brightness and compression change few bits.
-    """
-    low = _dct() @ grey @ _dct().T
-    return int.from_bytes(np.packbits(low.ravel() > np.median(low)).tobytes())
 
 
 def rank_of(key: str, sizes: dict[str, int]) -> int:
@@ -174,7 +157,6 @@ class Stage:
         found.formats[kind or "unknown"] += 1
         found.misnamed += kind is not None and extension != "img" and EXTENSIONS.get(extension, extension) != kind
         found.file_bytes[int(BYTE_STEPS * math.log2(max(len(data), 1)))] += 1
-        found.bytes_groups.add(hashed(data), rank, ref)
         size = _header(found.modes, data, kind)
         if size is not None:
             width, height = size
@@ -187,14 +169,14 @@ class Stage:
             found.elongated.offer((-max(size) / min(size), rank), (ref, note))
         image = pixels(data)  # uint8 [3, H, W]
         found.images += 1
-        small = interpolate(image[None].to(torch.float32), (HASH_SIDE, HASH_SIDE), mode="area")[0].numpy()
-        grey = np.tensordot(np.array([0.299, 0.587, 0.114]), small.astype(np.float64), 1)
-        spread = float(grey.std())
+        small = interpolate(image[None].to(torch.float32), (THUMBNAIL, THUMBNAIL), mode="area")[0].numpy()
+        spread = float(np.tensordot(np.array([0.299, 0.587, 0.114]), small.astype(np.float64), 1).std())
         if spread < BLANK:
-            found.blanks += 1  # blank images would all look alike
+            found.blanks += 1
             found.blank.offer((spread, rank), (ref, f"standard deviation {spread:.2f}"))
-        else:
-            found.look_groups.add(perceptual_hash(grey), rank, ref)
+        signed = signature(image.permute(1, 2, 0).numpy())
+        high, low = signed["digest"].tolist()
+        found.pictures.add(high << 64 | low, rank, ref, int(signed["hash"]), signed["colour"].tobytes())
 
 
 def _header(modes: Names, data: bytes, kind: str | None) -> tuple[int, int] | None:
@@ -221,6 +203,3 @@ class Count:
                 return len(shard)
         except (ShardError, OSError):
             return 0
-
-
-__all__ = ["CONTEXT", "Count", "Stage", "perceptual_hash"]

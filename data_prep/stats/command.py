@@ -28,6 +28,7 @@ def report(
     """
     from data_prep import engine as engines
     from data_prep.stats.collect import Count, Stage
+    from data_prep.stats.duplicates import find_duplicates
     from data_prep.stats.numbers import numbers
     from data_prep.stats.page import render
     from data_prep.stats.summary import Summary
@@ -40,7 +41,8 @@ def report(
     found = Summary()
     for part in engines.run(Stage(caption, label, share), names, engine=engine, processes=processes, title="reading shards"):
         found.merge(part)
-    data, duplicates = numbers(found, names, share, caption, label)
+    duplicates = find_duplicates(found.pictures, names, engine=engine, processes=processes)
+    data = numbers(found, names, share, caption, label, duplicates)
     html = render(found, data, duplicates, engine=engine, processes=processes) if page else ""
     # A lone surrogate in a key or caption cannot be written: a question mark in its place.
     return json.loads(json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")), html

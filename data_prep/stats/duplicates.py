@@ -1,16 +1,17 @@
-"""Images that are the same by bytes, or look alike by perceptual hash, within a summarised set."""
+"""Duplicates within a summarised set, by the rule of `dedup`: equal pixels, and near copies."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.stats.summary import Groups, Ref
-
-NEAR = 4  # bits of 64 in which the hashes of look-alikes may differ
-_BANDS = [(0, 13), (13, 13), (26, 13), (39, 13), (52, 12)]  # one more than NEAR: two hashes that near agree in one of them
+from data_prep.copies import Copies, drop_near
+from data_prep.perceptual import SIGNATURE
+from data_prep.shards.read import Place
+from data_prep.stats.summary import Picture, Pictures, Ref
 
 
 class Group(NamedTuple):
@@ -20,36 +21,45 @@ class Group(NamedTuple):
     refs: list[Ref]  # the first few
 
 
-def exact(groups: Groups) -> list[Group]:
-    return [Group(count, refs) for _, count, refs in groups.repeated()]
+class Duplicates(NamedTuple):
+    """Groups, the largest first. `superfluous`: images that `dedup` drops by default from the same shards."""
+
+    exact: list[Group]  # equal pixels
+    alike: list[Group]  # a kept picture and its near copies, with all that equal them
+    superfluous: int
 
 
-def alike(groups: Groups, same: Groups) -> list[Group]:
-    """Images whose hashes differ in at most NEAR bits from that of one among them, the largest group first; not those whose bytes are
-    all the same, which `same` holds. Groups do not chain: every member is near the group's centre."""
-    groups.repeated()  # cuts to the sample of digests
-    order = sorted(groups.groups, key=lambda digest: (-groups.groups[digest][0], digest))
-    hashes = np.array(order, np.uint64)
-    bands: list[dict[int, list[int]]] = []
-    for start, bits in _BANDS:
-        table: dict[int, list[int]] = defaultdict(list)
-        for at, value in enumerate(((hashes >> np.uint64(start)) & np.uint64((1 << bits) - 1)).tolist()):
-            table[value].append(at)
-        bands.append({value: members for value, members in table.items() if len(members) > 1})
-    identical = {ref: digest for digest, _, refs in same.repeated() for ref in refs}
-    free = np.ones(len(hashes), bool)
-    found: list[Group] = []
-    for centre, digest in enumerate(order):
-        if not free[centre]:
-            continue
-        near = {at for (start, bits), table in zip(_BANDS, bands) for at in table.get((digest >> start) & ((1 << bits) - 1), [])}
-        candidates = np.array(sorted(at for at in near if free[at] and at != centre), np.int64)
-        members = candidates[np.bitwise_count(hashes[candidates] ^ hashes[centre]) <= NEAR].tolist() if len(candidates) else []
-        free[[centre, *members]] = False
-        together = [groups.groups[order[at]] for at in (centre, *members)]
-        count = sum(number for number, _ in together)
-        refs = [ref for _, ref in sorted((m for _, entries in together for m in entries), key=lambda m: (m[0], m[1].key))]
-        copies = identical.get(refs[0])
-        if count > 1 and (copies is None or same.groups[copies][0] != count):
-            found.append(Group(count, refs[: groups.keep]))
-    return sorted(found, key=lambda group: (-group.count, group.refs[0].key))
+def find_duplicates(pictures: Pictures, names: Sequence[str], *, engine: str = "local", processes: int | None = None) -> Duplicates:
+    """Group the pictures of shards `names`. Those that may be near copies by their hashes are read again, to be compared."""
+    distinct = pictures.distinct()
+    number = {name: i for i, name in enumerate(names)}
+    order = sorted(distinct, key=lambda digest: (number[distinct[digest].first.shard], distinct[digest].first.sample))
+    ordered = [distinct[digest] for digest in order]
+    signatures = np.zeros(len(order), SIGNATURE)
+    for row, digest, picture in zip(signatures, order, ordered):
+        row["digest"], row["hash"] = divmod(digest, 1 << 64), picture.hash
+        row["colour"] = np.frombuffer(picture.colour, np.uint8)
+    copies = Copies(signatures, np.ones(len(order), bool), len(order))
+
+    def locate(samples: np.ndarray) -> Iterator[Place]:
+        return (Place(sample, ordered[sample].first.shard, ordered[sample].first.sample) for sample in samples.tolist())
+
+    drop_near(copies, signatures, locate, engine=engine, processes=processes)
+    near: dict[int, list[Picture]] = defaultdict(list)
+    for sample in np.flatnonzero(copies.of >= 0).tolist():
+        near[int(copies.of[sample])].append(ordered[sample])
+    exact = [_group([picture], pictures.keep) for picture in ordered if picture.count > 1]
+    alike = [_group([ordered[kept], *others], pictures.keep) for kept, others in near.items()]
+    dropped = sum(picture.count for others in near.values() for picture in others)
+    of_kept = sum(picture.count - 1 for picture, of in zip(ordered, copies.of.tolist()) if of < 0)
+    return Duplicates(_largest_first(exact), _largest_first(alike), dropped + of_kept)
+
+
+def _group(members: Iterable[Picture], keep: int) -> Group:
+    members = list(members)
+    refs = sorted((entry for picture in members for entry in picture.refs), key=lambda entry: (entry[0], entry[1].key))
+    return Group(sum(picture.count for picture in members), [ref for _, ref in refs[:keep]])
+
+
+def _largest_first(groups: list[Group]) -> list[Group]:
+    return sorted(groups, key=lambda group: (-group.count, group.refs[0].key))

@@ -9,7 +9,7 @@ from typing import Any
 from data_prep import files
 from data_prep.captions import CONTEXT
 from data_prep.stats.collect import ASPECT_STEPS, BYTE_STEPS
-from data_prep.stats.duplicates import Group, alike, exact
+from data_prep.stats.duplicates import Duplicates, Group
 from data_prep.stats.summary import Frequent, Histogram, Names, Ref, Summary
 from data_prep.stats.text import STOP_WORDS, can_tell_languages
 from mmpretrain.data.schema import ShardError
@@ -111,11 +111,8 @@ def _groups(groups: list[Group], cut: bool) -> dict[str, Any]:
     }
 
 
-def numbers(
-    s: Summary, names: Sequence[str], share: float, caption: str, label: str | None
-) -> tuple[dict[str, Any], dict[str, list[Group]]]:
-    """-> (plain data, the groups of duplicates with their references)."""
-    duplicates = {"exact": exact(s.bytes_groups), "alike": alike(s.look_groups, s.bytes_groups)}
+def numbers(s: Summary, names: Sequence[str], share: float, caption: str, label: str | None, duplicates: Duplicates) -> dict[str, Any]:
+    """The numbers of a summary as plain data."""
     classes = class_names(names)
     counted = class_counts(s.labels, classes)
     repeated = [(text, count) for _, count, text in s.captions.top(50) if count > 1]
@@ -153,8 +150,9 @@ def numbers(
             "counts": counted, "names": classes,
         },
         "duplicates": {
-            "exact": _groups(duplicates["exact"], s.bytes_groups.cut), "alike": _groups(duplicates["alike"], s.look_groups.cut),
+            "exact": _groups(duplicates.exact, s.pictures.cut), "alike": _groups(duplicates.alike, s.pictures.cut),
+            "superfluous": duplicates.superfluous,
         },
         "licences": licences(names),
     }  # fmt: skip
-    return data, duplicates
+    return data

@@ -16,10 +16,11 @@ from PIL import Image
 
 from data_prep import engine as engines
 from data_prep.captions import CONTEXT
+from data_prep.perceptual import DIFFERENCE, HASH_DISTANCE
 from data_prep.shards.read import Shard, image_member, pixels
 from data_prep.stats import charts as plots
 from data_prep.stats.collect import ASPECT_STEPS, BLANK, BYTE_STEPS
-from data_prep.stats.duplicates import NEAR, Group
+from data_prep.stats.duplicates import Duplicates, Group
 from data_prep.stats.numbers import SHOWN_GROUPS
 from data_prep.stats.summary import MAX_ITEMS, Ref, Summary
 from data_prep.stats.text import MIN_LETTERS
@@ -159,9 +160,7 @@ def _strip(group: Group, thumbs: dict[Ref, str]) -> dict[str, Any]:
     return {"count": group.count, "cards": _cards([(ref, "") for ref in group.refs], thumbs)}
 
 
-def render(
-    s: Summary, data: dict[str, Any], duplicates: dict[str, list[Group]], *, engine: str = "local", processes: int | None = None
-) -> str:
+def render(s: Summary, data: dict[str, Any], duplicates: Duplicates, *, engine: str = "local", processes: int | None = None) -> str:
     """The page; it reads the shards again for the few pictures that it shows."""
     worst = {
         "The smallest": s.smallest.sorted(), "The most elongated": s.elongated.sorted(), "Blank, or nearly": s.blank.sorted(),
@@ -171,7 +170,7 @@ def render(
     if len(s.sizes.items) == 1:
         del worst["The smallest"]
     texts = {"The shortest captions": s.shortest.sorted(), "The longest captions": s.longest.sorted()[:6]}
-    shown = {kind: groups[:SHOWN_GROUPS] for kind, groups in duplicates.items()}
+    shown = {"exact": duplicates.exact[:SHOWN_GROUPS], "alike": duplicates.alike[:SHOWN_GROUPS]}
     wanted = {item[0] for group in (*worst.values(), *texts.values(), s.examples.sorted()) for item in group}
     wanted |= {ref for groups in shown.values() for group in groups for ref in group.refs}
     by_shard: dict[str, set[int]] = defaultdict(set)
@@ -210,7 +209,7 @@ def render(
         "texts": {title: _cards(items, thumbs) for title, items in texts.items() if items},
         "shown": {kind: [_strip(group, thumbs) for group in groups] for kind, groups in shown.items()},
         "name": ", ".join(dict.fromkeys(line["folder"].rstrip("/").rpartition("/")[2] or line["folder"] for line in data["licences"])),
-        "near": NEAR, "max_items": MAX_ITEMS, "blank_below": BLANK, "min_letters": MIN_LETTERS,
+        "near": HASH_DISTANCE, "difference": DIFFERENCE, "max_items": MAX_ITEMS, "blank_below": BLANK, "min_letters": MIN_LETTERS,
     }  # fmt: skip
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader([jinja2.FileSystemLoader(Path(__file__).parent / "templates"), jinja2.FunctionLoader(_report_file)]),
@@ -285,9 +284,9 @@ def notes(d: dict[str, Any]) -> list[str]:
         )
     if captions["json_captions"] > 0.5 * n:
         found.append("The json members also hold “captions”: with --caption json:captions the page describes those.")
-    exact = d["duplicates"]["exact"]
-    if exact["superfluous"] > 0.001 * max(images["found"], 1):
-        found.append(f"{exact['superfluous']:,} images are byte-identical copies of others. The command dedup removes them.")
+    superfluous = d["duplicates"]["superfluous"]
+    if superfluous > 0.001 * max(images["found"], 1):
+        found.append(f"{superfluous:,} images are copies of others, of equal pixels or nearly. The command dedup removes them.")
     if images["blank"] > 0.001 * max(images["found"], 1):
         found.append(f"{images['blank']:,} images are blank, or nearly.")
     if images["misnamed"]:

@@ -120,39 +120,52 @@ class Frequent:
         return [(item, count, text) for item, (count, _, text) in ranked]
 
 
+class Picture(NamedTuple):
+    """Images with equal pixels."""
+
+    count: int
+    refs: list[tuple[int, Ref]]  # (rank, sample) of the few with the lowest ranks, ascending
+    first: Ref  # by shard and number
+    hash: int  # 64 bits, see `perceptual.signature`
+    colour: bytes  # 27, likewise
+
+    def joined(self, other: Picture, keep: int) -> Picture:
+        refs = sorted([*self.refs, *other.refs], key=lambda entry: (entry[0], entry[1].key))[:keep]
+        return self._replace(count=self.count + other.count, refs=refs, first=min(self.first, other.first))
+
+
 @dataclass
-class Groups:
-    """Samples that share a digest. Exact up to `cap` distinct digests; beyond, the groups of the `cap` lowest digests, a fair sample."""
+class Pictures:
+    """Images by their pixels. Exact up to `cap` distinct ones; beyond, those of the `cap` lowest digests, a fair sample."""
 
     cap: int = MAX_ITEMS
-    keep: int = 6  # samples remembered of each group
-    groups: dict[int, tuple[int, list[tuple[int, Ref]]]] = field(default_factory=dict)  # digest -> count, the first by hash
+    keep: int = 6  # samples remembered of each picture
+    of_digest: dict[int, Picture] = field(default_factory=dict)
     cut: bool = False
 
-    def add(self, digest: int, rank: int, ref: Ref) -> None:
-        self._join(digest, 1, [(rank, ref)])
+    def add(self, digest: int, rank: int, ref: Ref, hash: int = 0, colour: bytes = bytes(27)) -> None:
+        self._join(digest, Picture(1, [(rank, ref)], ref, hash, colour))
 
-    def _join(self, digest: int, count: int, members: list[tuple[int, Ref]]) -> None:
-        known, refs = self.groups.get(digest, (0, []))
-        self.groups[digest] = (known + count, sorted([*refs, *members], key=lambda m: (m[0], m[1].key))[: self.keep])
-        if len(self.groups) > 2 * self.cap:
+    def _join(self, digest: int, picture: Picture) -> None:
+        known = self.of_digest.get(digest)
+        self.of_digest[digest] = picture if known is None else known.joined(picture, self.keep)
+        if len(self.of_digest) > 2 * self.cap:
             self._cut()
 
     def _cut(self) -> None:
-        if len(self.groups) > self.cap:
+        if len(self.of_digest) > self.cap:
             self.cut = True
-            self.groups = {digest: self.groups[digest] for digest in heapq.nsmallest(self.cap, self.groups)}
+            self.of_digest = {digest: self.of_digest[digest] for digest in heapq.nsmallest(self.cap, self.of_digest)}
 
-    def merge(self, other: Groups) -> None:
-        for digest, (count, members) in other.groups.items():
-            self._join(digest, count, members)
+    def merge(self, other: Pictures) -> None:
+        for digest, picture in other.of_digest.items():
+            self._join(digest, picture)
         self.cut |= other.cut
 
-    def repeated(self) -> list[tuple[int, int, list[Ref]]]:
-        """(digest, samples, the first of them) of every group of two or more, the largest first."""
+    def distinct(self) -> dict[int, Picture]:
+        """Digest -> picture, at most `cap` of them."""
         self._cut()
-        found = [(digest, count, [ref for _, ref in members]) for digest, (count, members) in self.groups.items() if count > 1]
-        return sorted(found, key=lambda group: (-group[1], group[0]))
+        return self.of_digest
 
 
 @dataclass
@@ -184,8 +197,7 @@ class Summary:
     elongated: Lowest = field(default_factory=lambda: Lowest(12))
     blank: Lowest = field(default_factory=lambda: Lowest(12))
     blanks: int = 0
-    bytes_groups: Groups = field(default_factory=Groups)
-    look_groups: Groups = field(default_factory=Groups)  # by perceptual hash
+    pictures: Pictures = field(default_factory=Pictures)
 
     captioned: int = 0  # samples with a usable caption
     captions_per_sample: Histogram = field(default_factory=Histogram)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from data_prep.dedup.copies import RULES
+from data_prep.copies import RULES
 from data_prep.dedup.report import IN_EVALUATION
 from data_prep.filter.rules import Rules
 from data_prep.validate.kinds import KINDS

@@ -14,10 +14,10 @@ import typer
 from PIL import Image, ImageDraw, ImageFilter
 from typer.testing import CliRunner
 
+from data_prep import copies as dedup_settle
 from data_prep import perceptual
+from data_prep.copies import Copies, ranks
 from data_prep.dedup import command as dedup
-from data_prep.dedup import copies as dedup_settle
-from data_prep.dedup.copies import Copies, ranks
 from data_prep.dedup.find import Options, find
 from data_prep.perceptual import SIGNATURE, signature
 from data_prep.records import Record

@@ -15,15 +15,16 @@ import pytest
 from PIL import Image
 
 from data_prep.captions import num_tokens
+from data_prep.dedup.command import deduplicate
 from data_prep.records import Record
 from data_prep.shards.serial import write_shards
 from data_prep.stats import command as stats_module
 from data_prep.stats import page as stats_page
 from data_prep.stats.charts import Bin, histogram, linear_bins, log_bins
-from data_prep.stats.collect import Stage, perceptual_hash, rank_of
-from data_prep.stats.duplicates import alike, exact
+from data_prep.stats.collect import Stage, rank_of
+from data_prep.stats.duplicates import Duplicates, find_duplicates
 from data_prep.stats.numbers import growth, numbers
-from data_prep.stats.summary import Frequent, Groups, Histogram, Lowest, Ref, Summary, hashed
+from data_prep.stats.summary import Frequent, Histogram, Lowest, Pictures, Ref, Summary, hashed
 from data_prep.stats.text import language, script, words
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>'
@@ -71,7 +72,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 def test_known_shards_give_known_numbers(shards: dict[int, Path]) -> None:
     found, names = summary(shards[9])
-    d, _ = numbers(found, names, 1.0, "txt", "cls")
+    d = numbers(found, names, 1.0, "txt", "cls", duplicates(found, names))
     assert (d["samples"], d["looked_at"], d["shards"]) == (23, 23, 3)
     assert {name: m["samples"] for name, m in d["members"].items()} == {"png": 23, "txt": 23, "cls": 20}
     assert d["images"]["formats"] == {"png": 22, "unknown": 1}
@@ -91,7 +92,7 @@ def test_known_shards_give_known_numbers(shards: dict[int, Path]) -> None:
 
 def test_nothing_bad_is_lost(shards: dict[int, Path]) -> None:
     found, names = summary(shards[4])
-    d, _ = numbers(found, names, 1.0, "txt", "cls")
+    d = numbers(found, names, 1.0, "txt", "cls", duplicates(found, names))
     assert d["images"]["decoded"] + sum(n for reason, n in d["problems"].items() if reason.startswith("image")) == 23
     assert d["problems"] == {"caption: not_utf8": 1, "image: undecodable_image": 1, "image: unknown_format": 1}
     assert {(b["key"], b["reason"]) for b in d["bad"]} == {
@@ -99,11 +100,15 @@ def test_nothing_bad_is_lost(shards: dict[int, Path]) -> None:
     }  # fmt: skip
 
 
+def duplicates(found: Summary, names: list[str]) -> Duplicates:
+    return find_duplicates(found.pictures, names, processes=1)
+
+
 def comparable(found: Summary, names: list[str]) -> dict:
-    d, _ = numbers(found, names, 1.0, "txt", "cls")
+    d = numbers(found, names, 1.0, "txt", "cls", duplicates(found, names))
     for key in ("shards", "tar_bytes", "licences"):  # padding of a tar depends on its cut
         del d[key]
-    for group in d["bad"], *(g["samples"] for kind in d["duplicates"].values() for g in kind["first"]):
+    for group in d["bad"], *(g["samples"] for kind in ("exact", "alike") for g in d["duplicates"][kind]["first"]):
         for place in group:
             del place["shard"]
     return d
@@ -178,17 +183,45 @@ def test_a_sample_is_chosen_by_keys_and_counts_stay_whole(shards: dict[int, Path
 
 
 def test_duplicates_planted_are_found(shards: dict[int, Path], tmp_path: Path) -> None:
-    found, _ = summary(shards[9])
-    assert [(group.count, sorted(ref.key for ref in group.refs)) for group in exact(found.bytes_groups)] == [(3, ["k00", "k01", "k02"])]
-    assert alike(found.look_groups, found.bytes_groups) == []
+    found = duplicates(*summary(shards[9]))
+    assert [(group.count, sorted(ref.key for ref in group.refs)) for group in found.exact] == [(3, ["k00", "k01", "k02"])]
+    assert (found.alike, found.superfluous) == ([], 2)
     shades = [
         Record("small", {"png": picture(5)}),
         Record("large", {"jpg": picture(5, 240, 160, "JPEG")}),
         Record("other", {"png": picture(6)}),
+        Record("again", {"png": picture(5)}),
     ]
     write_shards(shades, tmp_path / "alike")
-    found, _ = summary(tmp_path / "alike")
-    assert [sorted(ref.key for ref in group.refs) for group in alike(found.look_groups, found.bytes_groups)] == [["large", "small"]]
+    found = duplicates(*summary(tmp_path / "alike"))
+    assert [sorted(ref.key for ref in group.refs) for group in found.alike] == [["again", "large", "small"]]
+    assert [(group.count, {ref.key for ref in group.refs}) for group in found.exact] == [(2, {"again", "small"})]
+    assert found.superfluous == 2
+
+
+def test_stats_counts_as_superfluous_what_dedup_drops(tmp_path: Path) -> None:
+    """Copies of several kinds, flat pictures of two colours, and pictures that differ in a detail or in colour alone."""
+    rng = np.random.default_rng(3)
+    base = [np.asarray(Image.open(io.BytesIO(picture(seed, 64, 64)))) for seed in range(100, 112)]
+    images = [*base, *base[:3], base[4][:, :, ::-1]]  # equal pixels; colours exchanged
+    images += [np.clip(image.astype(int) + rng.integers(-6, 7, image.shape), 0, 255).astype(np.uint8) for image in base[2:6]]  # noise
+    images += [np.clip(base[7] * gain, 0, 255).astype(np.uint8) for gain in (1.04, 1.08, 1.12)]  # one brightened further and further
+    images += [np.full((40, 40, 3), level, np.uint8) for level in (10, 12, 250)]
+    detail = base[8].copy()
+    detail[10:24, 10:24] = 255 - detail[10:24, 10:24]
+    images.append(detail)
+    files = []
+    for image in images:
+        out = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(image)).save(out, "PNG")
+        files.append(out.getvalue())
+    write_shards([Record(f"{i:03d}", {"png": data}) for i, data in enumerate(files)], tmp_path, max_count=7)
+    data, _ = stats_module.report([str(tmp_path)], processes=1, page=False)
+    report = deduplicate([str(tmp_path)], processes=1)
+    assert data["duplicates"]["superfluous"] == sum(report["dropped"].values()) >= 10
+    assert data["duplicates"]["exact"]["superfluous"] == 3
+    near = [cluster for cluster in report["clusters"] if any(each["rule"] == "near_copy" for each in cluster["dropped"])]
+    assert sorted(1 + len(cluster["dropped"]) for cluster in near) == sorted(g["count"] for g in data["duplicates"]["alike"]["first"])
 
 
 def test_shards_that_cannot_be_read_are_listed(shards: dict[int, Path], tmp_path: Path) -> None:
@@ -246,17 +279,17 @@ def test_frequent_items_survive_the_cap_within_the_stated_error() -> None:
     assert len(merged.items) <= 40
 
 
-def test_groups_beyond_the_cap_are_those_of_the_lowest_digests_whatever_the_order() -> None:
-    def groups(order: list[int]) -> Groups:
-        parts = [Groups(cap=10), Groups(cap=10)]
+def test_pictures_beyond_the_cap_are_those_of_the_lowest_digests_whatever_the_order() -> None:
+    def pictures(order: list[int]) -> Pictures:
+        parts = [Pictures(cap=10), Pictures(cap=10)]
         for i in order:
             parts[i % 2].add(hashed(str(i // 2)), hashed(f"key {i}"), Ref("s", i, f"key {i}"))
         parts[0].merge(parts[1])
         return parts[0]
 
-    forward, backward = groups(list(range(400))), groups(list(range(399, -1, -1)))
-    assert forward.repeated() == backward.repeated()
-    assert len(forward.repeated()) == 10
+    forward, backward = pictures(list(range(400))), pictures(list(range(399, -1, -1)))
+    assert forward.distinct() == backward.distinct()
+    assert [picture.count for picture in forward.distinct().values()] == [2] * 10
     assert forward.cut
 
 
@@ -285,15 +318,6 @@ def test_bins_hold_every_value() -> None:
     assert [(b.low, b.count) for b in doubled if b.count] == [(4.0, 3), (10.0, 3)]
     assert histogram([Bin(0, 1, 3, "<b>")], "t", "<x>").count("<rect") == 1
     assert "<b>" not in histogram([Bin(0, 1, 3, "<b>")], "t", "<x>")
-
-
-def test_a_perceptual_hash_ignores_size_and_brightness_and_tells_pictures_apart() -> None:
-    def grey(seed: int, side: int, gain: float = 1.0) -> np.ndarray:
-        image = Image.open(io.BytesIO(picture(seed, side, side))).convert("L").resize((32, 32), Image.Resampling.BOX)
-        return np.asarray(image, float) * gain
-
-    assert (perceptual_hash(grey(1, 256)) ^ perceptual_hash(grey(1, 96, 0.8))).bit_count() <= 4
-    assert (perceptual_hash(grey(1, 64)) ^ perceptual_hash(grey(2, 64))).bit_count() > 12
 
 
 @pytest.mark.parametrize(

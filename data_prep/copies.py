@@ -2,16 +2,26 @@
 
 Chains are not followed: where a brightened copy lies between two distinct pictures, it is dropped for the one that is kept first, and the
 other picture stays. (Joining all that is linked would lose it.)
+
+Near copies are settled best first: each sample is compared only with those kept before it, so memory grows with samples, not with pairs.
+Flat images all have the hash 0, and a picture encoded many times has few: samples of equal hash form a group, and groups whose hashes are
+near are neighbours.
 """
 
 from __future__ import annotations
 
+import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
-from data_prep.perceptual import alike_in_colour, differences, pairs_within
+from data_prep import engine as engines
+from data_prep.perceptual import DIFFERENCE, HASH_DISTANCE, THUMBNAIL, alike_in_colour, decoded, differences, pairs_within, small
+from data_prep.shards.read import SPAN, Place, Shard
+from mmpretrain.data.names import is_remote
 
 KEEP = ("first", "largest", "longest-caption")
 RULES = ("", "exact", "near", "embedding")  # the numbers in `Copies.rule`
@@ -166,3 +176,57 @@ def _first(small: np.ndarray, places: np.ndarray, picture: np.ndarray, limit: fl
             at = int(np.argmax(apart <= limit))
             return start + at, float(apart[at])
     return None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Some samples of a shard, to be looked at again."""
+
+    name: str
+    samples: tuple[int, ...]
+
+
+def thumbnails(wanted: Wanted) -> np.ndarray:
+    """The stage: uint8 [n,32,32,3]."""
+    with Shard(wanted.name) as shard:
+        return np.stack([small(decoded(shard, sample)) for sample in wanted.samples])
+
+
+def drop_near(
+    copies: Copies,
+    signatures: np.ndarray,
+    locate: Callable[[np.ndarray], Iterable[Place]],
+    distance: int = HASH_DISTANCE,
+    limit: float = DIFFERENCE,
+    *,
+    engine: str = "local",
+    processes: int | None = None,
+) -> None:
+    """Drop the near copies among the samples of shards. Images that may be copies by their signatures are read once more.
+
+    Args:
+        locate: samples, ascending -> where they lie, in the same order.
+        distance: bits of 64 in which the hashes of copies may differ.
+        limit: see `perceptual.difference`.
+    """
+    neighbours = Neighbours(copies, signatures, distance, limit)
+    samples = np.sort(neighbours.involved)
+    if not len(samples):
+        return
+    with tempfile.TemporaryFile() as file:
+        pictures = np.memmap(file, np.uint8, "w+", shape=(len(samples), THUMBNAIL, THUMBNAIL, 3))
+        start = 0
+        for images in engines.run(thumbnails, list(_tasks(locate(samples))), engine=engine, processes=processes, title="candidates"):
+            pictures[start : start + len(images)] = images
+            start += len(images)
+        settle(neighbours, samples, pictures)
+        del pictures
+
+
+def _tasks(places: Iterable[Place]) -> Iterator[Wanted]:
+    """What to read of each shard, at most a few hundred samples at a time."""
+    for name, group in groupby(places, lambda place: place.shard):
+        inside = [place.index for place in group]
+        step = len(inside) if is_remote(name) else SPAN
+        for start in range(0, len(inside), step):
+            yield Wanted(name, tuple(inside[start : start + step]))
