@@ -1,12 +1,15 @@
-"""Which language a caption is in, by py3langid (the optional extra `prep`)."""
+"""What a caption is: its language, by py3langid (the optional extra `prep`), and its length in CLIP's tokens."""
 
 from __future__ import annotations
 
 import re
 from functools import cache, lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 from data_prep.records import InputError
+
+MIN_LETTERS = 20  # of a caption whose language is guessed; shorter ones are too often taken for another's
 
 
 def _library() -> Any:
@@ -30,9 +33,18 @@ def check(languages: tuple[str, ...]) -> None:
         raise InputError(f"--language {', '.join(unknown)}: expected codes among {' '.join(sorted(known()))}")
 
 
-def language_of(text: str) -> str:
-    """The likeliest language. A guess for a word or two: names and numbers have none."""
-    return str(_library().classify(text)[0])
+@cache
+def can_tell_languages() -> bool:
+    """Is py3langid installed?"""
+    return find_spec("py3langid") is not None
+
+
+def language_of(text: str) -> str | None:
+    """The likeliest language, an ISO 639-1 code; None for fewer than MIN_LETTERS letters. Raises InputError where py3langid is missing."""
+    beginning = text[:400]
+    if sum(character.isalpha() for character in beginning) < MIN_LETTERS:
+        return None
+    return str(_library().classify(beginning)[0])
 
 
 CONTEXT = 77  # tokens that CLIP's text tower reads, the two special ones among them

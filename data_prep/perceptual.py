@@ -70,25 +70,26 @@ def alike_in_colour(first: np.ndarray, second: np.ndarray, limit: float = DIFFER
 
 
 def _pooled(difference: np.ndarray) -> np.ndarray:
-    """[...,32,32,3] -> the greatest absolute mean of 2 x 2 pixels [...]."""
-    *head, height, width, channels = difference.shape
-    return np.abs(difference.reshape(*head, height // 2, 2, width // 2, 2, channels).mean((-4, -2))).max((-3, -2, -1))
+    """[..., 32, 32, 3] -> the greatest absolute mean of 2 x 2 pixels [...]."""
+    upper, lower = difference[..., ::2, :, :], difference[..., 1::2, :, :]
+    total = upper[..., ::2, :] + upper[..., 1::2, :] + lower[..., ::2, :] + lower[..., 1::2, :]  # a quarter of the time of `mean`
+    return np.abs(total / 4).max((-3, -2, -1))
 
 
 def _neighbourhood_maximum(image: np.ndarray) -> np.ndarray:
     padded = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
-    height, width = image.shape[:2]
-    return np.max([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
+    rows = np.maximum(np.maximum(padded[:-2], padded[1:-1]), padded[2:])
+    return np.maximum(np.maximum(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
 
 
-def _residuals(x: np.ndarray, y: np.ndarray) -> Iterator[np.ndarray]:
-    """What remains of y when it is taken for x made brighter (where white cannot grow whiter) or darker, by each gain."""
-    top = _neighbourhood_maximum(x)
-    for gain in _GAINS[1:]:
-        most = np.minimum(gain * x, 255)
-        least = np.where(gain * top >= 250, np.minimum(most, x), most)  # beside white, the small image mixes what clipped and what did not
-        yield y - np.clip(y, least, most)
-        yield y - x / gain
+def _residuals(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """[32, 32, 3] twice -> [2 gains, 32, 32, 3]: what remains of y when it is taken for x made brighter (where white cannot grow whiter) or
+    darker, by each gain."""
+    gains = _GAINS[1:, None, None, None]
+    brightest = np.minimum(gains * x, 255)
+    beside_white = gains * _neighbourhood_maximum(x) >= 250  # there the small image mixes what clipped and what did not
+    darkest = np.where(beside_white, np.minimum(brightest, x), brightest)
+    return np.stack([y - np.clip(y, darkest, brightest), y - x / gains], axis=1).reshape(-1, *y.shape)
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> float:
@@ -97,7 +98,8 @@ def difference(first: np.ndarray, second: np.ndarray) -> float:
     One gain for the whole picture and all colours, that which leaves the least difference on average, is judged beside none at all.
     """
     a, b = first.astype(np.float32), second.astype(np.float32)
-    best = min([*_residuals(a, b), *_residuals(b, a)], key=lambda left: float(np.abs(left).mean()))
+    residuals = np.concatenate([_residuals(a, b), _residuals(b, a)])
+    best = residuals[np.abs(residuals).reshape(len(residuals), -1).mean(1).argmin()]
     return float(min(_pooled(a - b), _pooled(best)))
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter, defaultdict
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment
-from PIL import Image
 
 from data_prep.copies import RULES
 from data_prep.dedup.find import Found
 from data_prep.perceptual import decoded
 from data_prep.shards.read import Shard
 from data_prep.subset import Numbering, Selection
+from data_prep.thumbnails import thumbnail
 
 IN_EVALUATION = "in_evaluation"
 
@@ -100,7 +98,7 @@ figcaption { font-size: 11px; overflow-wrap: anywhere } .kept { color: #06622b }
 {% if result.evaluation %}{{ result.evaluation.in_training }} of {{ result.evaluation.samples }} evaluation samples have a copy in training.{% endif %}
 {% if clusters|length < result.clusters|length %}The {{ clusters|length }} largest of {{ result.clusters|length }} clusters are shown.{% endif %}</p>
 {% for cluster in clusters %}<section>{% for each in cluster.shown %}<figure>
-<img alt="" src="data:image/png;base64,{{ each.image }}"><figcaption><b class="{{ each.role }}">{{ each.role }}</b> {{ each.detail }}<br>{{ each.key }}<br><small>{{ each.shard }}</small></figcaption>
+<img alt="" src="{{ each.image }}"><figcaption><b class="{{ each.role }}">{{ each.role }}</b> {{ each.detail }}<br>{{ each.key }}<br><small>{{ each.shard }}</small></figcaption>
 </figure>{% endfor %}{% if cluster.more %}<p>and {{ cluster.more }} more</p>{% endif %}</section>{% endfor %}
 </body></html>
 """  # noqa: E501
@@ -109,11 +107,7 @@ figcaption { font-size: 11px; overflow-wrap: anywhere } .kept { color: #06622b }
 def _thumbnail(found: Found, sample: int) -> str:
     place = found.samples.place(sample)
     with Shard(place.shard) as shard:
-        image = Image.fromarray(decoded(shard, place.index))
-    image.thumbnail((SIDE, SIDE))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
+        return thumbnail(decoded(shard, place.index), SIDE, "PNG")
 
 
 def _figure(found: Found, sample: int, role: str, name: str, detail: str) -> dict[str, str]:

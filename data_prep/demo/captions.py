@@ -240,24 +240,6 @@ def binding(left: Thing, right: Thing, draw: random.Random) -> dict[str, str]:
     return {"caption": sentence(a, b), "swap": swap, "swap_kind": kind}
 
 
-_SLOT = {
-    "np": r"an? [a-z ]+",
-    "nn": r"[a-z ]+",
-    "other": r"an? [a-z ]+",
-    "bg": "(?:" + "|".join(COLOUR_NAMES) + ")",
-    "place": r"(?:in|at|on) the [a-z]+(?: [a-z]+)?",
-    "relation": r"(?:left of|right of|above|below)",
-    "opposite": r"(?:left of|right of|above|below)",
-    "count": r"[a-z]+ objects?",
-}
-
-
-def is_training_phrasing(text: str) -> bool:
-    """Could a training phrasing that names the class with a frame around it have produced this sentence? Bare noun phrases do not count."""
-    framed = [p for p in PHRASINGS if re.sub(r"\{\w+\}", "", p).strip() or p.count("{") > 1]
-    return any(re.fullmatch(re.sub(r"\{(\w+)\}", lambda m: _SLOT[m[1]], p), text.strip(" .!")) for p in framed)
-
-
 def prompts(which: str, names: Sequence[str] = CLASS_NAMES) -> list[str]:
     """Every prompt of a template set, filled with every class name."""
     return [template.format(c=name) for template in TEMPLATES[which] for name in names]

@@ -5,18 +5,17 @@ Each must stay at or below LIMIT, else the benchmark is too easy. Neighbours com
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import imagehash
 import numpy as np
 from PIL import Image
 
 from data_prep.demo.scenes import GENERATOR_VERSION, SIDE
+from data_prep.perceptual import DIFFERENCE, HASH_DISTANCE, alike_in_colour, differences, signature, small
+from mmpretrain.atomic import write_atomically
 from mmpretrain.data import index as shard_index
 from mmpretrain.machine import cores
 
@@ -100,38 +99,30 @@ def nearest_neighbour_baselines(root: Path | str, split: str = "test") -> dict:
         "limit": LIMIT,
     }
     result["passed"] = max(result["chance"], result["colour_histogram_knn"], result["raw_pixel_knn"]) <= LIMIT
-    temporary = cache.with_name(f"{CACHE}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps({"key": key, "result": result}, indent=1) + "\n")
-    os.replace(temporary, cache)
+    write_atomically(cache, json.dumps({"key": key, "result": result}, indent=1) + "\n")
     return result
 
 
 TRAIN, TEST = ("pairs", "photos"), ("val", "test", "heldout", "shifted", "binding")
-HASH_DISTANCE = 4  # of 64 bits
-PIXEL_DIFFERENCE = 12.0  # mean absolute difference, of 255: pictures with equal hashes that differ more are other scenes
-
-
-def perceptual_hash(images: np.ndarray) -> np.ndarray:
-    """uint8 [n, S, S, 3] -> uint64 [n]: the 64-bit DCT hash (pHash)."""
-    rows = np.stack([imagehash.phash(Image.fromarray(image)).hash.ravel() for image in images])
-    return np.packbits(rows, axis=1).view(np.uint64)[:, 0]
 
 
 def count_duplicates(train: np.ndarray, test: np.ndarray) -> dict[str, int]:
-    """How many test images (uint8 [n, S, S, 3]) have an equal, or a perceptually equal, image among the training ones [m, S, S, 3].
+    """Count the test images [n, S, S, 3] that have an equal, or a nearly equal, image among the training ones [m, S, S, 3]; all uint8.
 
-    same_pixels: equal sha256. same_hash: pHash within HASH_DISTANCE bits, which ignores colour. perceptual: same_hash, and a mean absolute
-    pixel difference of at most PIXEL_DIFFERENCE to one of those.
+    same_pixels: equal digests. same_hash: perceptual hashes within HASH_DISTANCE bits, which ignore colour. perceptual: same_hash, and the
+    pictures differ by at most DIFFERENCE from one of those, as `dedup` compares them.
     """
-    seen = {hashlib.sha256(image.tobytes()).digest() for image in train}
-    same = sum(hashlib.sha256(image.tobytes()).digest() in seen for image in test)
-    train_hash, test_hash = perceptual_hash(train), perceptual_hash(test)
+    train_signs, test_signs = (np.array([signature(image) for image in images]) for images in (train, test))
+    seen = set(map(tuple, train_signs["digest"].tolist()))
+    same = sum(tuple(digest) in seen for digest in test_signs["digest"].tolist())
     near = perceptual = 0
-    for image, bits in zip(test, test_hash):
-        at = np.flatnonzero(np.bitwise_count(train_hash ^ bits) <= HASH_DISTANCE)
-        near += bool(len(at))
-        difference = np.abs(train[at].astype(np.int16) - image).mean((1, 2, 3))
-        perceptual += bool(len(at) and difference.min() <= PIXEL_DIFFERENCE)
+    for image, signed in zip(test, test_signs):
+        close = np.flatnonzero(np.bitwise_count(train_signs["hash"] ^ signed["hash"]) <= HASH_DISTANCE)
+        near += bool(len(close))
+        close = close[alike_in_colour(train_signs["colour"][close], signed["colour"])]
+        if len(close):
+            pictures = np.stack([small(train[index]) for index in close])
+            perceptual += bool((differences(pictures, small(image)[None]) <= DIFFERENCE).any())
     return {"train": len(train), "test": len(test), "same_pixels": same, "same_hash": near, "perceptual": perceptual}
 
 

@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import queue
 import shutil
-import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from data_prep import engine
 from data_prep.demo.captions import TEMPLATES
 from data_prep.demo.records import chunk
 from data_prep.demo.scenes import CLASS_NAMES, GENERATOR_VERSION, NUM_TRAINED, SPLITS
@@ -48,56 +43,11 @@ def module_command(module: str) -> tuple[list[str], dict[str, str]]:
     return [sys.executable, "-m", module], {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def _start() -> subprocess.Popen:
-    """A rendering process. It starts from `records` alone: a `multiprocessing` child would first import the whole calling script,
-    torch included, which takes longer than much of the rendering."""
-    command, environment = module_command("data_prep.demo.records")
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-
-
-def _ask(idle: queue.SimpleQueue, job: tuple[int, str, int, int]) -> list[tuple[str, dict[str, bytes]]]:
-    """Have an idle process render one job. Raises RuntimeError where that process has died."""
-    process = idle.get()
-    try:
-        pickle.dump(job, process.stdin)
-        process.stdin.flush()
-        return pickle.load(process.stdout)
-    except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
-        raise RuntimeError(
-            f"a rendering process died (exit status {process.wait()}) at scenes {job[2]} to {job[3]} of {job[1]!r}; its error, if any, "
-            "is above. If memory ran out, try one process (--processes 1)."
-        ) from error
-    finally:
-        idle.put(process)
-
-
 def _records(seed: int, split: str, count: int, processes: int) -> Iterator[Record]:
-    """Scenes in order, rendered by so many processes with a bounded number of jobs ahead; by this one if 1."""
+    """Scenes in order, rendered by N processes."""
     jobs = [(seed, split, start, min(start + SCENES_PER_JOB, count)) for start in range(0, count, SCENES_PER_JOB)]
-    if processes == 1:
-        for job in jobs:
-            yield from (Record(key, members) for key, members in chunk(job))
-        return
-    idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
-    started = [_start() for _ in range(processes)]
-    for process in started:
-        idle.put(process)
-    pool, ahead = ThreadPoolExecutor(processes), deque()
-    try:
-        for job in jobs:
-            ahead.append(pool.submit(_ask, idle, job))
-            if len(ahead) > 4 * processes:
-                yield from (Record(key, members) for key, members in ahead.popleft().result())
-        while ahead:
-            yield from (Record(key, members) for key, members in ahead.popleft().result())
-    finally:
-        pool.shutdown(cancel_futures=True)
-        for process in started:
-            process.kill()  # it holds nothing but the next job
-            process.wait()
-            process.stdout.close()
-            with suppress(BrokenPipeError):  # a job that it never read
-                process.stdin.close()
+    for made in engine.run(chunk, jobs, processes=processes):
+        yield from (Record(key, members) for key, members in made)
 
 
 def _mark(seed: int, split: str, count: int) -> dict[str, object]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import random
-import sys
 
 import numpy as np
 from PIL import Image
@@ -144,18 +142,3 @@ def chunk(job: tuple[int, str, int, int]) -> list[tuple[str, dict[str, bytes]]]:
         scenes = sample(seed, split, np.arange(low, min(low + 32, stop)))
         made += [(f"{split}-{int(index):06d}", found) for index, found in zip(scenes.index, members(scenes))]
     return made
-
-
-def serve() -> None:
-    """Answer the pickled jobs on stdin with pickled chunks on stdout, until stdin closes: the child's side of `demo._Worker`."""
-    while True:
-        try:
-            job = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        pickle.dump(chunk(job), sys.stdout.buffer, protocol=pickle.HIGHEST_PROTOCOL)
-        sys.stdout.buffer.flush()
-
-
-if __name__ == "__main__":
-    serve()

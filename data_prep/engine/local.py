@@ -16,7 +16,6 @@ import struct
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_prep.engine.common import REPEATS, ahead, lost
+from mmpretrain.picklable import picklable
 
 _LENGTH = struct.Struct("<Q")
 
@@ -122,17 +122,6 @@ def results_of(function: Callable[[Any], Any], tasks: Iterator[Any], processes: 
             worker.stop()
 
 
-def _failure(error: BaseException) -> BaseException:
-    """The error as it can be sent, with the worker's traceback noted."""
-    error.add_note("in a worker process:\n" + "".join(traceback.format_exception(error)))
-    try:
-        if type(pickle.loads(pickle.dumps(error))) is type(error):
-            return error
-    except Exception:
-        pass
-    return RuntimeError(f"{type(error).__name__}: {error}")
-
-
 def _listen(pipe: IO[bytes], messages: queue.SimpleQueue[bytes]) -> None:
     while True:
         try:
@@ -162,7 +151,7 @@ def work() -> None:
         try:
             answer = (True, function(task))
         except BaseException as error:
-            answer = (False, _failure(error))
+            answer = (False, picklable(error, "in a worker process"))
         _send(results, answer)
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep import captions as language
 from data_prep import files
+from data_prep.captions import language_of
 from data_prep.records import InputError, Record
 from data_prep.shards.read import Shard, Span, captions, damage_lines, image_member, pixels
 from mmpretrain.data import decode
@@ -161,9 +161,9 @@ class Rules:
                 if most is not None and count > most:
                     return f"max_{unit}", f"{count} {unit}, at most {most}: {text[:80]!r}"
         for text in sample.captions if self.languages else ():
-            found = language.language_of(text)
-            if found not in self.languages:
-                return "language", f"{found}: {text[:80]!r}"
+            language = language_of(text)  # None: too short to tell, which breaks no rule
+            if language is not None and language not in self.languages:
+                return "language", f"{language}: {text[:80]!r}"
         if self.where is not None and not self.where(sample):
             return "where", self.where.name
         return None

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from data_prep.captions import num_tokens
+from data_prep.captions import can_tell_languages, language_of, num_tokens
 from data_prep.perceptual import THUMBNAIL, signature
 from data_prep.shards.read import Shard, captions, image_member, pixels
 from data_prep.stats.summary import Names, Ref, Summary, hashed
-from data_prep.stats.text import can_tell_languages, language, script, words
+from data_prep.stats.text import script, words
 from mmpretrain.data.decode import PILLOW_FORMATS, decode_json, label_from, sniff
 from mmpretrain.data.schema import BadSample, ShardError
 
@@ -146,7 +146,7 @@ class Stage:
             found.captions.add(hashed(text), rank, text[:300])
             found.scripts[script(text)] += 1
             if can_tell_languages():
-                found.languages[language(text)] += 1
+                found.languages[language_of(text) or "short"] += 1
             found.shortest.offer((length, hashed(text), rank), (ref, text[:300]))
             found.longest.offer((-length, hashed(text), rank), (ref, text[:1000]))
         for word in used:

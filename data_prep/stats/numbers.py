@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_prep import files
-from data_prep.captions import CONTEXT
+from data_prep.captions import CONTEXT, can_tell_languages
 from data_prep.stats.collect import ASPECT_STEPS, BYTE_STEPS
 from data_prep.stats.duplicates import Duplicates, Group
 from data_prep.stats.summary import Frequent, Histogram, Names, Ref, Summary
-from data_prep.stats.text import STOP_WORDS, can_tell_languages
+from data_prep.stats.text import STOP_WORDS
 from mmpretrain.data.schema import ShardError
 
 SHOWN_GROUPS = 8

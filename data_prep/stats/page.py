@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from PIL import Image
 
 from data_prep import engine as engines
-from data_prep.captions import CONTEXT
+from data_prep.captions import CONTEXT, MIN_LETTERS
 from data_prep.perceptual import DIFFERENCE, HASH_DISTANCE
 from data_prep.shards.read import Shard, image_member, pixels
 from data_prep.stats import charts as plots
@@ -23,7 +20,7 @@ from data_prep.stats.collect import ASPECT_STEPS, BLANK, BYTE_STEPS
 from data_prep.stats.duplicates import Duplicates, Group
 from data_prep.stats.numbers import SHOWN_GROUPS
 from data_prep.stats.summary import MAX_ITEMS, Ref, Summary
-from data_prep.stats.text import MIN_LETTERS
+from data_prep.thumbnails import thumbnail
 from mmpretrain.data.schema import BadSample, ShardError
 
 THUMB = 176  # pixels of the longer side
@@ -44,13 +41,10 @@ def thumbnails(task: tuple[str, tuple[int, ...]]) -> dict[int, str]:
                 extension = image_member(members)
                 if extension is None:
                     continue
-                picture = Image.fromarray(pixels(members[extension]).permute(1, 2, 0).numpy())
+                image = pixels(members[extension]).permute(1, 2, 0).numpy()
             except BadSample:
                 continue
-            picture.thumbnail((THUMB, THUMB))
-            out = io.BytesIO()
-            picture.save(out, "JPEG", quality=82)
-            found[i] = "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+            found[i] = thumbnail(image, THUMB, "JPEG", quality=82)
     return found
 
 

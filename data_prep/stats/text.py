@@ -1,4 +1,4 @@
-"""What is counted of a caption: words, CLIP tokens, script, language."""
+"""What is counted of a caption: words, script."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import re
 import unicodedata
 from collections import Counter
 from functools import lru_cache
-
-MIN_LETTERS = 20  # of a caption whose language is guessed; shorter ones are too often taken for another's
 
 # A word is a run of letters, digits and inner apostrophes; scripts written without spaces count character by character.
 _SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
@@ -43,23 +41,3 @@ def script(text: str) -> str:
     if found["Japanese kana"] and found["Han"]:
         return "Japanese kana"
     return max(found.items(), key=lambda item: (item[1], item[0]))[0]
-
-
-@lru_cache(1)
-def _identifier():
-    try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-    except ImportError:
-        return None
-    return LanguageIdentifier.from_model_file(MODEL_FILE)
-
-
-def can_tell_languages() -> bool:
-    return _identifier() is not None
-
-
-def language(text: str) -> str:
-    """An ISO 639-1 code, or "short" where there are too few letters to tell. py3langid must be there."""
-    if sum(c.isalpha() for c in text[:400]) < MIN_LETTERS:
-        return "short"
-    return str(_identifier().classify(text[:400])[0])

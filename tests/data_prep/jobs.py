@@ -58,6 +58,10 @@ def always_killed(task: int) -> int:
     return task
 
 
+def dies(_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def lives_on(task: str) -> None:
     Path(task).write_text(str(os.getpid()))
     time.sleep(60)

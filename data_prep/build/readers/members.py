@@ -15,9 +15,9 @@ from data_prep import files
 from data_prep.build.readers.base import caption_text, extension_of, safe
 from data_prep.records import InputError, Record, Skipped
 from mmpretrain.data.names import is_remote
-from mmpretrain.data.schema import SAFE_KEY, BadSample, ShardError
+from mmpretrain.data.schema import IMAGE_EXTENSIONS, SAFE_KEY, BadSample, ShardError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
+IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS) - {".avif", ".img"}  # of files that are taken for images
 
 
 def attempt(where: str, make: Callable[[], Record]) -> Record | Skipped:

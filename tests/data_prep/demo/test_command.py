@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from data_prep.demo import checks
 from data_prep.demo import command as demo
 from data_prep.demo.scenes import CLASS_NAMES, NUM_TRAINED, SIDE, SPLITS
+from tests.data_prep import jobs
 
 COUNTS = {"pairs": 126, "photos": 40, "val": 20, "test": 84, "heldout": 24, "shifted": 20, "binding": 20}
 
@@ -128,18 +129,11 @@ def test_processes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (tmp_path / "1/val/00000.tar").read_bytes() == (tmp_path / "2/val/00000.tar").read_bytes()
 
 
-def test_a_killed_process_is_an_error_and_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_processes_that_die_are_an_error_and_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(demo, "SCENES_PER_PROCESS", 8)
-    start = demo._start
-
-    def start_and_kill():
-        process = start()
-        process.kill()
-        process.wait()
-        return process
-
-    monkeypatch.setattr(demo, "_start", start_and_kill)
-    with pytest.raises(RuntimeError, match=r"died \(exit status -9\) at scenes 0 to 20 of 'val'"):
+    monkeypatch.setattr(demo, "SCENES_PER_JOB", 10)
+    monkeypatch.setattr(demo, "chunk", jobs.dies)
+    with pytest.raises(RuntimeError, match=r"task \(0, 'val', 0, 10\): its worker process died 4 times \(by SIGKILL\)"):
         demo.ensure_demo(tmp_path, splits=["val"], counts={"val": 20}, processes=2, say=lambda line: None)
     assert not list(tmp_path.iterdir())
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.captions import num_tokens
 from data_prep.dedup.command import deduplicate
 from data_prep.records import Record
 from data_prep.shards.serial import write_shards
@@ -25,7 +24,7 @@ from data_prep.stats.collect import Stage, rank_of
 from data_prep.stats.duplicates import Duplicates, find_duplicates
 from data_prep.stats.numbers import growth, numbers
 from data_prep.stats.summary import Frequent, Histogram, Lowest, Pictures, Ref, Summary, hashed
-from data_prep.stats.text import language, script, words
+from data_prep.stats.text import script, words
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 
@@ -333,15 +332,3 @@ def test_words(text: str, expected: list[str]) -> None:
 )
 def test_scripts(text: str, expected: str) -> None:
     assert script(text) == expected
-
-
-def test_tokens_are_those_of_clip_and_hostile_words_do_not_hang() -> None:
-    assert num_tokens("a photo of a cat") == 7
-    assert 78 > num_tokens("x" * 60_000) > 2
-    assert num_tokens("cat " * 100) == 102
-
-
-def test_languages_where_there_is_enough_text() -> None:
-    pytest.importorskip("py3langid")
-    assert language("Ein kleiner Hund spielt mit seinem Ball im Garten") == "de"
-    assert language("dog") == "short"
