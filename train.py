@@ -28,7 +28,7 @@ def main() -> int:
     if shown_only:  # without the libraries that compute: in half a second, not in ten
         import_stubs.install()
     elif Path(recipe).resolve() == default.resolve():
-        from data_prep.demo_training import DemoData
+        from data_prep.demo.background import DemoData
 
         demo = DemoData("data/demo")  # begins to write its shards, while this process imports
     from mmpretrain.config import recipe as recipes
@@ -53,7 +53,7 @@ def main() -> int:
 
 def run(config, demo) -> int:
     """Train. What is known to go wrong is one line, and status 1; anything else keeps its traceback."""
-    from data_prep.demo_background import DemoError
+    from data_prep.demo.background import DemoError
     from mmpretrain.checkpoint import CheckpointError
     from mmpretrain.data.schema import BadSampleBudgetError, LoaderError, ShardError
     from mmpretrain.tracking.jsonl import LogError

@@ -10,18 +10,18 @@ from click import Command, Context
 from typer.core import TyperGroup
 from typer.main import get_command
 
-# command -> (module, function or typer app, example); modules that only register further commands come first.
+# command -> (module, function or typer app, example)
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "build": ("data_prep.build", "app", ""),
+    "build": ("data_prep.build.commands", "app", ""),
     "index": ("data_prep.index", "index", "python -m data_prep index 'shards/theirs/{00000..00099}.tar'"),
-    "validate": ("data_prep.validate", "validate", "python -m data_prep validate shards/pairs --repair shards/repaired"),
-    "stats": ("data_prep.stats", "stats", "python -m data_prep stats shards/pairs --out pairs.html"),
-    "filter": ("data_prep.filter", "filter_", "python -m data_prep filter shards/pairs --out shards/kept --min-side 200"),
-    "dedup": ("data_prep.dedup", "dedup", "python -m data_prep dedup shards/pairs --out shards/unique"),
-    "mix": ("data_prep.mix", "mix", "python -m data_prep mix configs/demo.yaml"),
-    "demo": ("data_prep.demo", "demo", "python -m data_prep demo data/demo"),
+    "validate": ("data_prep.validate.command", "validate", "python -m data_prep validate shards/pairs --repair shards/repaired"),
+    "stats": ("data_prep.stats.command", "stats", "python -m data_prep stats shards/pairs --out pairs.html"),
+    "filter": ("data_prep.filter.command", "filter_", "python -m data_prep filter shards/pairs --out shards/kept --min-side 200"),
+    "dedup": ("data_prep.dedup.command", "dedup", "python -m data_prep dedup shards/pairs --out shards/unique"),
+    "shuffle": ("data_prep.shuffle", "shuffle", "python -m data_prep shuffle data/demo/pairs --out data/shuffled"),
+    "mix": ("data_prep.mix.command", "mix", "python -m data_prep mix configs/demo.yaml"),
+    "demo": ("data_prep.demo.command", "demo", "python -m data_prep demo data/demo"),
 }
-REGISTERS = {"build": ("data_prep.build_tables", "data_prep.build_more")}
 
 
 class Commands(TyperGroup):
@@ -34,8 +34,6 @@ class Commands(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         module, name, example = COMMANDS[cmd_name]
-        for more in REGISTERS.get(cmd_name, ()):
-            import_module(more)
         found: Any = getattr(import_module(module), name)
         if not isinstance(found, typer.Typer):
             single = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)

@@ -12,8 +12,9 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
+from mmpretrain.atomic import write_atomically
 from mmpretrain.data.cache import retried
 from mmpretrain.data.schema import ShardError
 from mmpretrain.data.shard_names import is_remote
@@ -199,9 +200,8 @@ def put(path: Path, url: str | Path) -> None:
         try:
             os.replace(path, where)
         except OSError:  # another file system
-            temporary = where.with_name(f"{where.name}.tmp-{os.getpid()}")
-            shutil.copyfile(path, temporary)
-            os.replace(temporary, where)
+            with path.open("rb") as source:
+                write_atomically(where, lambda file: shutil.copyfileobj(source, file, 1 << 20))
             path.unlink()
         return
     system, target = filesystem(where)
@@ -223,9 +223,7 @@ def write_text(url: str | Path, text: str) -> None:
     """Write atomically, as UTF-8; a lone surrogate, of a file name that is not UTF-8, as its escape, which JSON reads back."""
     where, encoded = place(url), text.encode("utf-8", "backslashreplace")
     if isinstance(where, Path):
-        temporary = where.with_name(f"{where.name}.tmp-{os.getpid()}")
-        temporary.write_bytes(encoded)
-        os.replace(temporary, where)
+        write_atomically(where, encoded)
         return
     system, path = filesystem(where)
     retried(lambda: system.pipe_file(path, encoded), where)
@@ -234,16 +232,17 @@ def write_text(url: str | Path, text: str) -> None:
 def write_lines(url: str | Path, lines: Iterable[str]) -> None:
     """Like `write_text`, of text that need not fit into memory."""
     where = place(url)
-    folder = where.parent if isinstance(where, Path) else None
-    prefix = f"{str(where).rpartition('/')[2]}.tmp-"
-    handle, temporary = tempfile.mkstemp(prefix=prefix, dir=folder)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(lines)
-        os.chmod(temporary, 0o644)
-        put(Path(temporary), url)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+
+    def write(file: BinaryIO) -> None:
+        file.writelines(line.encode("utf-8", "backslashreplace") for line in lines)
+
+    if isinstance(where, Path):
+        write_atomically(where, write)
+        return
+    with tempfile.TemporaryDirectory(prefix="data_prep-") as folder:
+        path = Path(folder) / "text"
+        write_atomically(path, write)
+        put(path, url)
 
 
 def write_json(url: str | Path, value: Any) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import typer
 
 from data_prep import files
+from data_prep.cli import Engine, Processes, one_line
 from data_prep.engine import WorkerLostError, run
-from data_prep.options import Engine, Processes, one_line
 from mmpretrain.data import index as shard_index
 from mmpretrain.data.cache import remote_index
 from mmpretrain.data.index import BYTES
@@ -121,7 +121,7 @@ def index(
     processes: Processes = None,
 ) -> None:
     """Index shards; damaged ones are named, and make the exit status 1."""
-    from data_prep.samples import expand
+    from data_prep.shards.read import expand
 
     failed = 0
     counts: dict[str, int] = {}

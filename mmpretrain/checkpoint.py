@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mmpretrain.atomic import flush
 from mmpretrain.towers.weights import load_pickled
 
 MANIFEST = "manifest.json"
@@ -33,14 +34,6 @@ class CheckpointError(RuntimeError):
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def problem(folder: Path) -> str | None:
@@ -91,14 +84,14 @@ def save(
             (partial / f"{stem}.json").write_text(json.dumps(document, indent=1))
         files = sorted(p for p in partial.iterdir())
         for path in files:
-            _flush(path)
+            flush(path)
         (partial / MANIFEST).write_text(json.dumps({"step": step, "files": {p.name: _sha256(p) for p in files}}, indent=1))
-        _flush(partial / MANIFEST)
-        _flush(partial)
+        flush(partial / MANIFEST)
+        flush(partial)
         if final.exists():  # the same step saved again, after a resume from an older one
             shutil.rmtree(final)
         partial.rename(final)
-        _flush(root)
+        flush(root)
     except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError, by who wrote
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(

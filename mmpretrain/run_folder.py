@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
+from mmpretrain.atomic import write_atomically
 from mmpretrain.checkpoint import CheckpointError, load_json, newest_valid
 from mmpretrain.config.build import OptionError
 from mmpretrain.config.recipe import Config, differences, plain
@@ -81,9 +81,4 @@ def write_recipe(config: Config, environment: dict[str, Any]) -> None:
     folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(plain(config) | {"environment": environment}, sort_keys=False, allow_unicode=True)
-    temporary = folder / f"{RECIPE}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / RECIPE)
+    write_atomically(folder / RECIPE, text)

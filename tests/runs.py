@@ -10,7 +10,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from data_prep.writer import Record, write_shards
+from data_prep.records import Record
+from data_prep.shards.serial import write_shards
 from mmpretrain.checkpoint import find_checkpoint, load_tensors
 from mmpretrain.tracking.jsonl import read_jsonl
 from tests.tiny import MODEL, WORDS

@@ -27,7 +27,7 @@ from mmpretrain.tracking.jsonl import read_jsonl
 from mmpretrain.trainer import train
 from tests import docs, runs
 from tests.data_prep import test_docs_commands as data_page
-from tests.data_prep.readers_support import image
+from tests.data_prep.build.readers.support import image
 from tests.docs import ROOT
 from tests.tiny import MODEL
 

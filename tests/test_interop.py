@@ -28,7 +28,8 @@ import torch
 import webdataset
 from PIL import Image
 
-from data_prep.writer import Record, write_shards
+from data_prep.records import Record
+from data_prep.shards.serial import write_shards
 from mmpretrain.data.source import Source, SourceConfig
 from mmpretrain.data.views import CenterView, TextView
 from mmpretrain.export import export_open_clip

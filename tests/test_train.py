@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep.writer import Record, write_shards
+from data_prep.records import Record
+from data_prep.shards.serial import write_shards
 from mmpretrain.checkpoint import CheckpointError, checkpoints, find_checkpoint, load_json, load_tensors
 from mmpretrain.config import recipe as recipes
 from mmpretrain.config.build import OptionError

@@ -11,7 +11,6 @@ import json
 import logging
 import mmap
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from mmpretrain.atomic import write_atomically
 from mmpretrain.data.schema import ShardError, split_name
 from mmpretrain.data.tar import Headers, Stop, read_headers
 from mmpretrain.system import lock_across_forks
@@ -168,15 +168,7 @@ def save(index: ShardIndex, path: Path, mtime_ns: int = 0) -> None:
         "size": index.size,
         "checksum": np.zeros((0, BYTES), np.uint8) if index.checksum is None else index.checksum,
     }
-    handle, temporary = tempfile.mkstemp(prefix=path.name + ".tmp-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, lambda file: np.savez(file, **arrays))
 
 
 def _read(path: str | Path | Any) -> tuple[ShardIndex, int]:

@@ -17,7 +17,6 @@ import os
 import pickle
 import signal
 import sys
-import traceback
 import warnings
 import weakref
 from collections import deque
@@ -34,6 +33,7 @@ from mmpretrain.data import buffers
 from mmpretrain.data.block import Block
 from mmpretrain.data.schema import LoaderError
 from mmpretrain.data.source import Source
+from mmpretrain.picklable import picklable
 from mmpretrain.types import ViewSpec
 
 WATCH_S = 0.2  # how often an idle process looks whether its parent lives
@@ -276,19 +276,8 @@ def _serve(worker: ThreadWorker, connection: Connection, parents: Connection, pl
             try:
                 _Writer(data, worker.sources[name].views, memory).dump(worker.block(name, slots))
             except BaseException as raised:
-                error = _portable(raised)
+                error = picklable(raised, "in a loader process")
             memory.send_new(connection, parent, error is None)
             connection.send((error, data.getvalue()))
         except (EOFError, OSError):  # nobody is there any more
             return
-
-
-def _portable(error: BaseException) -> BaseException:
-    """An exception that can be sent, with the place it came from."""
-    trace = "".join(traceback.format_exception(error))
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        error = RuntimeError(f"{type(error).__name__}: {error}")
-    error.add_note(f"in a loader process:\n{trace}")
-    return error

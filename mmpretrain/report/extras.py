@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from mmpretrain.atomic import write_atomically
 from mmpretrain.tracking.jsonl import file_name, jsonable
 from mmpretrain.types import Result
 
@@ -31,12 +31,7 @@ def save_result_extras(run_dir: str | Path, name: str, step: int | None, result:
     content = {"name": name, "step": step, "dataset": result.dataset, "n": result.n, "metrics": result.metrics}
     content |= {"tables": result.tables, "figures": figures}
     path = folder / f"{stem}.json"
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8", errors="replace") as file:
-        json.dump(jsonable(content), file, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomically(path, json.dumps(jsonable(content), ensure_ascii=False).encode("utf-8", "replace"))
     return path
 
 

@@ -14,6 +14,7 @@ import jinja2
 import numpy as np
 import yaml
 
+from mmpretrain.atomic import write_atomically
 from mmpretrain.report import plots, tables
 from mmpretrain.report.extras import load_extras
 from mmpretrain.tracking.console import duration
@@ -62,10 +63,8 @@ def write_report(run_dir: str | Path, summary: Mapping[str, Any] | None = None) 
     )
     environment.filters["count"] = tables.show
     path = run_dir / "report.html"
-    temporary = path.with_suffix(".tmp")
     # A lone surrogate in a caption cannot be encoded: a question mark rather than no report.
-    temporary.write_text(environment.get_template("report.html.jinja").render(context), encoding="utf-8", errors="replace")
-    temporary.replace(path)
+    write_atomically(path, environment.get_template("report.html.jinja").render(context).encode("utf-8", "replace"))
     return path
 
 

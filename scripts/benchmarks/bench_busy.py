@@ -93,8 +93,9 @@ class Training(Paused):
 
 
 def write_shards_of(folder: Path, pairs: int, photos: int) -> None:
-    from data_prep.demo_records import chunk
-    from data_prep.writer import Record, write_shards
+    from data_prep.demo.records import chunk
+    from data_prep.records import Record
+    from data_prep.shards.serial import write_shards
 
     for split, count in (("pairs", pairs), ("photos", photos)):
         records = [record for first in range(0, count, 250) for record in chunk((0, split, first, min(first + 250, count)))]

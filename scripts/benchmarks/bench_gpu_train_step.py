@@ -38,7 +38,7 @@ def main() -> None:
     import open_clip
     from open_clip_train.train import train_one_epoch
 
-    from data_prep.demo_records import chunk
+    from data_prep.demo.records import chunk
     from mmpretrain.assembly import build_model, layers
     from mmpretrain.config.recipe import assemble
     from mmpretrain.data.text import get_tokenizer, trim

@@ -13,7 +13,7 @@ import torch
 from common import Row, Spread, alternate, arguments, ratio, record, threads
 from trainers import SMALL, TINY
 
-from data_prep.demo_records import chunk
+from data_prep.demo.records import chunk
 from mmpretrain.compute import choose_precision, model_width
 from mmpretrain.data.text import get_tokenizer, trim
 from mmpretrain.functional import info_nce, unit

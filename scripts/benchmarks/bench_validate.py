@@ -21,9 +21,10 @@ import numpy as np
 from common import Row, Spread, alternate, arguments, ratio, record
 from PIL import Image
 
-from data_prep.validate_members import Checks
-from data_prep.validate_shard import Examine
-from data_prep.writer import Record, write_shards
+from data_prep.records import Record
+from data_prep.shards.serial import write_shards
+from data_prep.validate.members import Checks
+from data_prep.validate.shard import Examine
 from mmpretrain.system import cores
 
 REQUIRED = 0.8  # of the speed of reading: limited by the disk

@@ -33,7 +33,8 @@ def jpeg(image: Image.Image) -> bytes:
 
 def write(folder: Path, width: int, height: int, count: int, shards: int = 4, different: int = 64) -> float:
     """Shards of `count` samples with an image and a caption, `different` pictures over and over; returns bytes per image."""
-    from data_prep.writer import Record, write_shards
+    from data_prep.records import Record
+    from data_prep.shards.serial import write_shards
 
     files = [jpeg(picture(width, height, seed)) for seed in range(min(different, count))]
     records = (Record(f"{i:06d}", {"jpg": files[i % len(files)], "txt": b"a picture"}) for i in range(count))

@@ -158,7 +158,8 @@ def reads(cases: list[tuple[int, int]]) -> str:
 
 def index_bytes() -> tuple[float, float]:
     """Bytes a sample of a shard's index, with and without checksums, for an image and a caption each."""
-    from data_prep.writer import Record, write_shards
+    from data_prep.records import Record
+    from data_prep.shards.serial import write_shards
     from mmpretrain.data import index
 
     with tempfile.TemporaryDirectory() as name:

@@ -97,8 +97,9 @@ class Setting:
 
     def prepare(self) -> None:
         """Write shards (image and caption, nothing else), the model's config, and the weights that both start from."""
-        from data_prep.demo_records import chunk
-        from data_prep.writer import Record, write_shards
+        from data_prep.demo.records import chunk
+        from data_prep.records import Record
+        from data_prep.shards.serial import write_shards
 
         scenes = [pair for at in range(0, self.samples, 250) for pair in chunk((0, "pairs", at, min(at + 250, self.samples)))]
         records = [Record(key, {"jpg": members["jpg"], "txt": members["txt"]}) for key, members in scenes]

@@ -13,7 +13,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from data_prep.writer import Record, write_shards
+from data_prep.records import Record
+from data_prep.shards.serial import write_shards
 from mmpretrain.data import cache as cache_module
 from mmpretrain.data.cache import ShardCache
 from mmpretrain.data.loader import Loader

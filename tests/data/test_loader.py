@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.writer import Record, write_shards
+from data_prep.records import Record
+from data_prep.shards.serial import write_shards
 from mmpretrain.data import decode
 from mmpretrain.data.loader import Loader
 from mmpretrain.data.source import Source, SourceConfig

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal
 import pytest
 import torch
 
-from data_prep.writer import Record, write_shards
+from data_prep.records import Record
+from data_prep.shards.serial import write_shards
 from mmpretrain.data import buffers, decode
 from mmpretrain.data.loader import Loader
 from mmpretrain.data.loader_worker import ProcessWorker, ThreadWorker, start_workers

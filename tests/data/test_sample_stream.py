@@ -11,7 +11,8 @@ import pytest
 import webdataset
 from torch.utils.data import DataLoader
 
-from data_prep.writer import Record, write_shards
+from data_prep.records import Record
+from data_prep.shards.serial import write_shards
 from mmpretrain.data.sample_stream import SampleStream
 from mmpretrain.data.schema import BadSample
 from mmpretrain.data.source import Source, SourceConfig, SplitConfig

@@ -12,7 +12,8 @@ import torch
 import webdataset
 from PIL import Image
 
-from data_prep.writer import Record, write_shards
+from data_prep.records import Record
+from data_prep.shards.serial import write_shards
 from mmpretrain.config.build import OptionError
 from mmpretrain.data import shards as shards_module
 from mmpretrain.data.schema import BadSampleBudgetError, ShardError

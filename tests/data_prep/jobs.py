@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.writer import Record, Skipped
+from data_prep.records import Record, Skipped
 
 
 def square(task: int) -> int:
@@ -56,6 +56,10 @@ def always_killed(task: int) -> int:
     if task == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return task
+
+
+def dies(_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def lives_on(task: str) -> None:

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import dedup, filter
-from data_prep.filter_rules import Rules
-from data_prep.writer import Record, write_shards
+from data_prep.dedup import command as dedup
+from data_prep.filter import command as filter
+from data_prep.filter.rules import Rules
+from data_prep.records import Record
+from data_prep.shards.serial import write_shards
 from mmpretrain.data.index import SUFFIX
 
 

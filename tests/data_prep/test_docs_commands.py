@@ -14,9 +14,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from data_prep.__main__ import app
-from data_prep.writer import Record, write_shards
+from data_prep.records import Record
+from data_prep.shards.serial import write_shards
 from tests import docs
-from tests.data_prep.readers_support import image
+from tests.data_prep.build.readers.support import image
 
 PAGE = "docs/data.md"
 ON_THE_DEMO = ("python -m data_prep mix configs/demo.yaml",)  # run by tests/test_docs.py, which has the demo's data

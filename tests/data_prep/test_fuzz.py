@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from data_prep.samples import Shard, captions, pixels
-from data_prep.validate import validate
-from data_prep.validate_members import Checks
-from data_prep.validate_shard import Examine
-from data_prep.validate_sound import Sound
-from data_prep.writer import Record, write_shards
+from data_prep.records import Record
+from data_prep.shards.read import Shard, captions, pixels
+from data_prep.shards.serial import write_shards
+from data_prep.validate.command import validate
+from data_prep.validate.members import Checks, Sound
+from data_prep.validate.shard import Examine
 from mmpretrain.data import index as shard_index
 from mmpretrain.data.decode import decode_image
 from mmpretrain.data.schema import BadSample, BadSampleBudgetError, ShardError

@@ -11,7 +11,8 @@ import typer
 from typer.testing import CliRunner, Result
 
 from data_prep.index import index
-from data_prep.writer import Record, write_shards
+from data_prep.records import Record
+from data_prep.shards.serial import write_shards
 from mmpretrain.data.cache import remote_index
 from mmpretrain.data.index import index_path, load
 

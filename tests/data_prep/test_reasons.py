@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from data_prep.dedup_clusters import RULES
-from data_prep.dedup_report import IN_EVALUATION
-from data_prep.filter_rules import Rules
-from data_prep.validate_kinds import KINDS
+from data_prep.copies import RULES
+from data_prep.dedup.report import IN_EVALUATION
+from data_prep.filter.rules import Rules
+from data_prep.validate.kinds import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 GIVEN = {"BadSample": 0, "Skipped": 1, "Stop": 1, "read": 1, "drop": 1}  # the call -> which argument is the reason
@@ -28,7 +28,7 @@ def literals(node: ast.AST) -> Iterator[str]:
 
 
 def test_reasons_are_documented() -> None:
-    known = {text for path in CODE if not path.name.startswith("demo") for text in literals(ast.parse(path.read_text()))}
+    known = {text for path in CODE if "demo" not in path.parts for text in literals(ast.parse(path.read_text()))}
     assert {"bad_row", "zeros", "checksum", "missing_sidecar", "unknown_image", "max_repeats", "score"} <= known  # all forms are seen
     known |= {field.name for field in fields(Rules)} - {"languages", "caption"} | {"language"}
     known = known - set(RULES) | {f"{rule}_copy" for rule in RULES if rule} | {IN_EVALUATION}

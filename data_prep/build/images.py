@@ -1,0 +1,233 @@
+"""What `build` may do to images: shrink, encode anew, and tell duplicates by their pixels. Nothing is done unless asked."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from data_prep.build.readers.base import extension_of
+from data_prep.build.readers.members import json_member
+from data_prep.records import Record, Skipped
+from mmpretrain.data.schema import METADATA_EXTENSION, BadSample, image_extension
+
+ENCODERS = {"jpeg": "jpg", "webp": "webp", "png": "png"}  # what --reencode takes -> extension
+FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF", "ppm": "PPM"}
+MAX_PIXELS = 200_000_000  # width times height; checked from the header, before decoding
+BACKGROUND = (255, 255, 255)  # what shows through transparency that the new format cannot hold; training's default
+
+_ORIENTATION = 0x0112  # EXIF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_QUARTER_TURNS = (5, 6, 7, 8)  # width and height change places
+
+
+def _eight_bit(data: bytes, image: Image.Image) -> Image.Image:
+    """16-bit and float images by the range that training gives them."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    from mmpretrain.data.decode import ImageLimits, decode_image
+
+    pixels = decode_image(data, ImageLimits(max_pixels=MAX_PIXELS, min_side=1, max_aspect=float("inf")))
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def _plain(image: Image.Image, alpha: bool) -> Image.Image:
+    """RGB, grey, or with `alpha` also RGBA; transparency that cannot stay is laid over the background."""
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if alpha:
+            return image
+        under = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+        return Image.alpha_composite(under, image).convert("RGB")
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+class Encoded(NamedTuple):
+    """An image file; the sizes are those that are shown, EXIF orientation applied."""
+
+    extension: str
+    data: bytes
+    before: Size
+    after: Size
+
+
+def encode(data: bytes, resize: int | None, form: str | None, quality: int) -> Encoded | None:
+    """The image with the shorter side at most `resize` pixels, in `form` or else the format it has (PNG for those without loss).
+
+    None where there is nothing to do. EXIF orientation is applied, since what is written has no EXIF. Raises ValueError or OSError where
+    the image cannot be decoded.
+    """
+    kind = extension_of(data)
+    if kind is None:
+        raise ValueError(f"it begins with {data[:12]!r}")
+    with Image.open(io.BytesIO(data), formats=[FORMATS[kind]]) as opened:
+        width, height = opened.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width} x {height} pixels, the limit is {MAX_PIXELS}")
+        shrink = resize is not None and min(width, height) > resize
+        if not shrink and form is None:
+            return None
+        extension = ENCODERS[form] if form else kind if kind in ENCODERS.values() else "png"
+        scale = resize / min(width, height) if shrink and resize else 1.0
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        if shrink:
+            opened.draft(None, (2 * size[0], 2 * size[1]))  # JPEG decodes large ones at a half, quarter, eighth: still twice what is needed
+        opened.load()
+        profile = opened.info.get("icc_profile")
+        orientation = opened.getexif().get(_ORIENTATION)
+        before = (height, width) if orientation in _QUARTER_TURNS else (width, height)
+        eight_bit = _eight_bit(data, opened)
+        turned = eight_bit is not opened  # by `decode_image`
+        image = _plain(eight_bit, alpha=extension != "jpg")
+        if shrink:
+            size = size[::-1] if turned and orientation in _QUARTER_TURNS else size
+            image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+        if not turned and orientation in _TURNS:
+            image = image.transpose(_TURNS[orientation])
+    out = io.BytesIO()
+    options: dict[str, Any] = {"icc_profile": profile} if profile else {}
+    if extension == "jpg":
+        image.save(out, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2, **options)
+    elif extension == "webp":
+        image.save(out, "WEBP", quality=quality, method=4, **options)
+    else:
+        image.save(out, "PNG", **options)
+    return Encoded(extension, out.getvalue(), before, image.size)
+
+
+@dataclass(frozen=True)
+class Images:
+    """A reader's records with their images (and boxes and masks) shrunk, or encoded anew. One that cannot be decoded is left out."""
+
+    produce: Callable[[Any], Iterator[Record | Skipped]]
+    resize: int | None
+    form: str | None
+    quality: int
+
+    def __call__(self, task: Any) -> Iterator[Record | Skipped]:
+        for item in self.produce(task):
+            extension = image_extension(list(item.members)) if isinstance(item, Record) else None
+            yield item if isinstance(item, Skipped) or extension is None else self._changed(item, extension)
+
+    def sources(self, task: Any) -> Iterator[str | None]:
+        return self.produce.sources(task) if hasattr(self.produce, "sources") else iter(())
+
+    def _changed(self, record: Record, extension: str) -> Record | Skipped:
+        members = {name: data for name, data in record.members.items() if name != extension}
+        try:
+            encoded = encode(record.members[extension], self.resize, self.form, self.quality)
+            if encoded is None:
+                return record
+            changed = scaled(members, encoded.before, encoded.after) if encoded.before != encoded.after else {}
+        except BadSample as error:
+            return Skipped(record.key, error.reason, error.detail)
+        except (Exception, MemoryError) as error:  # decoders raise all sorts over hostile bytes
+            return Skipped(record.key, "undecodable_image", f"{extension}: {' '.join(str(error).split())[:200]}")
+        return Record(record.key, members | changed | {encoded.extension: encoded.data})
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """Sends a `fraction` of the records to "holdout", the others to "train".
+
+    By the key's hash, as the `split` of a source does; or by that of the image's pixels as training decodes them, so that duplicates stay
+    on one side, also where the files differ. An image that cannot be decoded goes by its bytes, a record without one by its key.
+    """
+
+    fraction: float
+    by: str  # key | image
+    parts: tuple[str, ...] = ("train", "holdout")
+
+    def __call__(self, record: Record) -> str:
+        extension = image_extension(list(record.members)) if self.by == "image" else None
+        content = record.key.encode() if extension is None else _pixels(record.members[extension])
+        share = int.from_bytes(hashlib.blake2b(content, digest_size=4).digest())
+        return self.parts[share < self.fraction * 2.0**32]
+
+
+def _pixels(data: bytes) -> bytes:
+    from mmpretrain.data.decode import ImageLimits, decode_image
+    from mmpretrain.data.schema import BadSample
+
+    try:
+        pixels = decode_image(data, ImageLimits(max_pixels=MAX_PIXELS, min_side=1, max_aspect=float("inf")))
+    except BadSample:
+        return data
+    return str(tuple(pixels.shape)).encode() + pixels.contiguous().numpy().tobytes()
+
+
+MASK = "mask.png"  # class indices, as `build voc` writes them
+MAX_MASK = 200_000_000  # pixels
+
+Size = tuple[int, int]  # width, height
+
+
+def scaled(members: Mapping[str, bytes], before: Size, after: Size) -> dict[str, bytes]:
+    """Those members of an image's sample that change with its size. Raises BadSample: bad_box, bad_mask."""
+    changed = {}
+    if METADATA_EXTENSION in members and (metadata := _metadata(members[METADATA_EXTENSION], before, after)) is not None:
+        changed[METADATA_EXTENSION] = json_member(metadata)
+    if MASK in members:
+        changed[MASK] = _mask(members[MASK], before, after)
+    return changed
+
+
+def _metadata(data: bytes, before: Size, after: Size) -> dict[str, Any] | None:
+    """None where it says nothing of pixels: `boxes` in the form that docs/data.md states, and the image's own `width` and `height`, do."""
+    try:
+        metadata = json.loads(data)
+    except (ValueError, RecursionError):
+        return None  # `validate` tells
+    if not isinstance(metadata, dict):
+        return None
+    found: dict[str, Any] = {}
+    if (metadata.get("width"), metadata.get("height")) == before:
+        found |= {"width": after[0], "height": after[1]}
+    if isinstance(boxes := metadata.get("boxes"), list):
+        found["boxes"] = [_box(box, after[0] / before[0], after[1] / before[1]) for box in boxes]
+    return metadata | found if found else None
+
+
+def _box(box: Any, x: float, y: float) -> dict[str, Any]:
+    numbers = box.get("bbox") if isinstance(box, dict) else None
+    if not isinstance(numbers, list) or len(numbers) != 4 or not all(_finite(number) for number in numbers):
+        raise BadSample(
+            "bad_box",
+            f"{str(box)[:100]} among the json's `boxes` cannot be resized with the image: expected an object with "
+            "`bbox`: [x, y, width, height] in pixels. Build without --resize, or keep the boxes under another name",
+        )
+    resized = {"bbox": [round(number * factor, 3) for number, factor in zip(numbers, (x, y, x, y))]}
+    return box | resized | ({"area": round(box["area"] * x * y, 3)} if _finite(box.get("area")) else {})
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _mask(data: bytes, before: Size, after: Size) -> bytes:
+    """By nearest neighbour: class indices have no mean."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as mask:
+            if mask.size != before or mask.width * mask.height > MAX_MASK:
+                raise BadSample("bad_mask", f"{MASK} has {mask.width} x {mask.height} pixels, the image {before[0]} x {before[1]}")
+            resized, out = mask.resize(after, Image.Resampling.NEAREST), io.BytesIO()
+    except BadSample:
+        raise
+    except (Exception, MemoryError) as error:  # decoders raise all sorts over hostile bytes
+        raise BadSample("bad_mask", f"{MASK}: {' '.join(str(error).split())[:200]}") from error
+    resized.save(out, "PNG")
+    return out.getvalue()

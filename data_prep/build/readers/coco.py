@@ -1,0 +1,182 @@
+"""COCO annotation files: instances, captions, or both of the same images. The json member holds boxes [x, y, width, height] in pixels."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from data_prep import files
+from data_prep.build.readers.members import attempt, caption_members, inside, json_member, path_key, read_image
+from data_prep.records import InputError, Record, Skipped
+from mmpretrain.data.schema import BadSample
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """An image and what was said about it. `reason` and `detail` say why it cannot be used, where that shows before it is read."""
+
+    key: str
+    image_id: int | str
+    file: str
+    size: tuple[int, int] | None
+    boxes: tuple[tuple[Any, ...], ...] = ()  # (annotation id, bbox, category id, area, iscrowd)
+    captions: tuple[str, ...] = ()
+    reason: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Coco:
+    """`categories` are (id, name) in the order of their ids; a box's `category_id` is the index in that order, as in classnames.txt."""
+
+    images: str
+    inputs: tuple[Annotated, ...] = field(repr=False)
+    categories: tuple[tuple[int, str], ...]
+    captioned: bool
+
+    @property
+    def classes(self) -> list[str] | None:
+        return [name for _, name in self.categories] or None
+
+    def tasks(self, max_count: int) -> Iterator[tuple[Annotated, ...]]:
+        for start in range(0, len(self.inputs), max_count):
+            yield self.inputs[start : start + max_count]
+
+    def __call__(self, task: tuple[Annotated, ...]) -> Iterator[Record | Skipped]:
+        for item in task:
+            yield attempt(f"image {item.image_id} ({item.file})", lambda item=item: self.record(item))
+
+    def __getstate__(self) -> dict[str, Any]:  # a worker gets its inputs with each task
+        return self.__dict__ | {"inputs": ()}
+
+    def sources(self, task: tuple[Annotated, ...]) -> Iterator[str | None]:
+        """The images; what the annotations say is in the task."""
+        return (files.join(self.images, item.file) for item in task if not item.reason and not item.file.startswith("/"))
+
+    def record(self, item: Annotated) -> Record:
+        """Raises BadSample."""
+        if item.reason:
+            raise BadSample(item.reason, item.detail)
+        metadata: dict[str, Any] = {"file_name": item.file, "image_id": item.image_id}
+        if item.size is not None:
+            metadata |= {"width": item.size[0], "height": item.size[1]}
+        members: dict[str, bytes] = {}
+        if self.captioned:
+            members |= caption_members(item.captions, True, metadata, f"{len(item.captions)} captions")
+        if self.categories:
+            metadata["boxes"] = [self._box(*box) for box in item.boxes]
+        extension, data = read_image(inside(self.images, item.file))
+        return Record(item.key, members | {extension: data, "json": json_member(metadata)})
+
+    def _box(self, annotation: Any, bbox: Any, category: Any, area: Any, crowd: Any) -> dict[str, Any]:
+        index = {known: i for i, (known, _) in enumerate(self.categories)}.get(category)
+        if index is None:
+            raise BadSample("unknown_category", f"annotation {annotation} has category_id {category!r}, which `categories` does not list")
+        numbers = bbox if isinstance(bbox, list | tuple) and len(bbox) == 4 else ()
+        finite = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
+        if not numbers or not finite or numbers[2] < 0 or numbers[3] < 0:
+            raise BadSample("bad_box", f"annotation {annotation} has bbox {bbox!r}, expected [x, y, width, height] in pixels"[:300])
+        made = {"bbox": list(numbers), "category": self.categories[index][1], "category_id": index}
+        if isinstance(area, int | float) and math.isfinite(area):
+            made["area"] = area
+        return made | ({"iscrowd": 1} if crowd == 1 else {})
+
+
+def _drop_outlines(value: dict[str, Any]) -> dict[str, Any]:
+    value.pop("segmentation", None)  # most of the file, and not used
+    return value
+
+
+def _load(file: str) -> dict[str, list[dict[str, Any]]]:
+    """Raises InputError for a file that is no COCO annotation file."""
+    try:
+        value = json.loads(files.read_bytes(file), object_hook=_drop_outlines)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not readable as JSON ({error})") from error
+    lists = {name: value.get(name, []) for name in ("images", "annotations", "categories")} if isinstance(value, dict) else {}
+    wanted = {"images": ("id", "file_name"), "annotations": ("image_id",), "categories": ("id", "name")}
+    if not lists or "images" not in value or "annotations" not in value:
+        keys = ", ".join(value) if isinstance(value, dict) else f"a {type(value).__name__}"
+        raise InputError(f"{file}: expected COCO annotations with `images` and `annotations`, found {keys[:200]}")
+    for name, items in lists.items():
+        for i, item in enumerate(items if isinstance(items, list) else [items]):
+            lacking = [field for field in wanted[name] if not isinstance(item, dict) or field not in item]
+            if lacking or not isinstance(item[wanted[name][0]], int | str):
+                raise InputError(f"{file}: {name}[{i}] has no {', '.join(lacking) or wanted[name][0] + ' that is a number or text'}")
+    return lists
+
+
+def _orphan(annotation: dict[str, Any], file: str) -> Annotated:
+    detail = f"annotation {annotation.get('id')} of {file} names image {annotation['image_id']!r}, which `images` does not list"
+    return Annotated("", annotation["image_id"], "-", None, reason="unknown_image", detail=detail)
+
+
+def coco(annotations: list[str], images: str) -> Coco:
+    """A reader of images with what the annotation files, read whole, say about them.
+
+    Images without boxes stay, with none; where there are captions, an image without one is skipped. Raises InputError, OSError.
+    """
+    listed: dict[Any, dict[str, Any]] = {}
+    repeated: list[Annotated] = []
+    boxes: dict[Any, list[tuple[Any, ...]]] = {}
+    captions: dict[Any, list[str]] = {}
+    categories: dict[int, str] = {}
+    orphans: list[Annotated] = []
+    captioned = False
+    for file in annotations:
+        found = _load(file)
+        here: set[Any] = set()
+        for image in found["images"]:
+            if image["id"] in here:
+                again = f"image id {image['id']!r} comes twice in {file}"
+                repeated.append(Annotated("", image["id"], str(image["file_name"]), None, reason="duplicate_id", detail=again))
+            elif image["id"] in listed and listed[image["id"]]["file_name"] != image["file_name"]:
+                other = listed[image["id"]]["file_name"]
+                raise InputError(
+                    f"{file}: image {image['id']} is {image['file_name']}, but {other} in another file: not one set of images."
+                )
+            else:
+                listed.setdefault(image["id"], image)
+            here.add(image["id"])
+        for category in found["categories"]:
+            if categories.setdefault(category["id"], str(category["name"])) != str(category["name"]):
+                raise InputError(f"{file}: category {category['id']} is {category['name']!r}, elsewhere {categories[category['id']]!r}")
+        for note in found["annotations"]:
+            if note["image_id"] not in here:
+                orphans.append(_orphan(note, file))
+            elif "caption" in note:
+                captions.setdefault(note["image_id"], []).append(str(note["caption"] or ""))
+            else:
+                fields = ("id", "bbox", "category_id", "area", "iscrowd")
+                boxes.setdefault(note["image_id"], []).append(tuple(note.get(field) for field in fields))
+        captioned = captioned or any("caption" in note for note in found["annotations"])
+    ordered = tuple(sorted(categories.items()))
+    if len({name for _, name in ordered}) != len(ordered):
+        raise InputError(f"{', '.join(annotations)}: two categories have the same name")
+    inputs = (_input(image, boxes.get(image["id"], []), captions.get(image["id"], [])) for image in listed.values())
+    return Coco(images, tuple(itertools.chain(_unique(inputs), repeated, orphans)), ordered, captioned)
+
+
+def _input(image: dict[str, Any], boxes: list[tuple[Any, ...]], captions: list[str]) -> Annotated:
+    size = (image.get("width"), image.get("height"))
+    known = size if all(isinstance(side, int) for side in size) else None
+    file = str(image["file_name"])
+    return Annotated(path_key(file), image["id"], file, known, tuple(boxes), tuple(captions))
+
+
+def _unique(inputs: Iterator[Annotated]) -> Iterator[Annotated]:
+    """An image file listed under two ids is one sample; a.jpg and a.png get keys of their own."""
+    keys: set[str] = set()
+    names: set[str] = set()
+    for item in inputs:
+        if item.file in names:
+            yield Annotated("", item.image_id, item.file, None, reason="duplicate_key", detail="its file is listed under another id too")
+            continue
+        names.add(item.file)
+        key = path_key(item.file, shared=item.key in keys)
+        keys.add(key)
+        yield replace(item, key=key)

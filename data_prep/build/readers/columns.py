@@ -1,0 +1,224 @@
+"""Which columns of a row become which members of a sample: the part that tables of every kind (csv, jsonl, tsv, parquet, datasets) share.
+
+A caption is a column's name, whose text is taken as it is and whose list of texts gives several captions, or a template over columns in
+braces. `{a.b}` and `a.b` reach into a column `a` that holds an object.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from string import Formatter
+from typing import Any
+
+from data_prep import files
+from data_prep.build.readers.base import safe
+from data_prep.build.readers.members import caption_members, image_member, json_member, label_member, read, some
+from data_prep.records import InputError, Record
+from mmpretrain.data.schema import BadSample
+from mmpretrain.data.shard_names import is_remote
+
+_DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
+
+
+def lookup(row: Mapping[str, Any], column: str) -> Any:
+    """A column's value; None where the row, or an object in it, does not have it."""
+    if column in row or "." not in column:
+        return row.get(column)
+    value: Any = row
+    for name in column.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _word(value: Any, column: str, mark: str | None) -> str:
+    """A column's value inside a template."""
+    if value is None or value != value:  # NaN is how tables say "nothing"
+        return ""
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            raise BadSample("not_utf8", f"column {column}: {error}") from error
+    if isinstance(value, list | tuple):
+        return ", ".join(filter(None, (_word(item, column, mark) for item in value)))
+    if isinstance(value, Mapping):
+        raise BadSample("bad_caption", f"column {column} holds an object with {', '.join(map(str, value))}; name one as {{{column}.NAME}}")
+    text = str(value)
+    return re.sub(r"\s+", " ", text.replace(mark, ", ") if mark else text).strip()
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption made of columns: alternating literal text and column names; `plain` is the name of a column taken as it is."""
+
+    parts: tuple[tuple[str, str | None], ...]
+    plain: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Caption:
+        """Raises InputError for a format that is no list of columns."""
+        if "{" not in text and "}" not in text:
+            return cls((), text)
+        try:
+            parsed = list(Formatter().parse(text))
+        except ValueError as error:
+            raise InputError(f"caption {text!r}: {error}. Name columns in braces, e.g. '{{name}}: {{keywords}}'.") from error
+        if any(name == "" or form or conversion for _, name, form, conversion in parsed):
+            raise InputError(f"caption {text!r}: name columns in braces, and nothing else there, e.g. '{{name}}: {{keywords}}'.")
+        return cls(tuple((literal, name) for literal, name, _, _ in parsed))
+
+    @property
+    def columns(self) -> list[str]:
+        return [self.plain] if self.plain is not None else [name for _, name in self.parts if name is not None]
+
+    def fill(self, row: Mapping[str, Any], join: Mapping[str, str]) -> list[str]:
+        """The captions of a row, "" among them where columns are empty. Raises BadSample: bad_caption, not_utf8."""
+        if self.plain is not None:
+            value = lookup(row, self.plain)
+            values = value if isinstance(value, list | tuple) else [value]
+            if self.plain in join or not all(isinstance(item, str) for item in values):
+                return [_word(item, self.plain, join.get(self.plain)) for item in values]
+            return list(values)
+        words = {name: _word(lookup(row, name), name, join.get(name)) for name in self.columns}
+        if words and not any(words.values()):
+            return [""]
+        text = "".join(literal + words.get(name or "", "") for literal, name in self.parts).strip()
+        # An empty joined column leaves no dangling "name: ".
+        return [text if all(words.values()) else text.rstrip(":;,-").strip()]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What to take from a row. `root` is the folder that paths are relative to and may not leave, except into one of `folders`."""
+
+    image: str = "image"
+    captions: tuple[str, ...] = ()
+    key: str | None = None
+    label: str | None = None
+    classes: tuple[str, ...] | None = None
+    extra: tuple[str, ...] = ()
+    join: tuple[tuple[str, str], ...] = ()
+    base64: bool = False
+    root: str = ""
+    folders: tuple[str, ...] = ()
+
+    @cached_property
+    def texts(self) -> list[Caption]:
+        return [Caption.parse(caption) for caption in self.captions]
+
+    @cached_property
+    def numbers(self) -> dict[str, int] | None:
+        return None if self.classes is None else {name: i for i, name in enumerate(self.classes)}
+
+    def wanted(self) -> dict[str, str]:
+        """Column -> the option that names it."""
+        found = {self.image: "--image-column"}
+        for caption in self.texts:
+            found |= dict.fromkeys(caption.columns, "--caption")
+        found |= {name: option for name, option in ((self.key, "--key-column"), (self.label, "--label-column")) if name}
+        return found | dict.fromkeys(self.extra, "--extra") | {name: "--join" for name, _ in self.join}
+
+    def top(self, existing: Collection[str]) -> list[str]:
+        """The columns that must be read, `a` for `a.b`."""
+        return list(dict.fromkeys(c if c in existing else c.partition(".")[0] for c in self.wanted()))
+
+    def check(self, existing: Collection[str], what: str) -> None:
+        """Raises InputError naming a column that is not there, and those that are."""
+        for column, option in self.wanted().items():
+            if column not in existing and column.partition(".")[0] not in existing:
+                raise InputError(f"{what} has no column {column!r} ({option}); it has {some(existing) or 'none'}")
+
+    def image_bytes(self, value: Any) -> bytes:
+        """The image file that a cell holds: bytes, {bytes, path}, base64 text or a path. Raises BadSample."""
+        value = _held(value)
+        if isinstance(value, bytes | bytearray | memoryview):
+            return bytes(value)
+        if value is None or value == "":
+            raise BadSample("missing_image", f"column {self.image} is empty")
+        if not isinstance(value, str):
+            raise BadSample("bad_image", f"column {self.image} holds {type(value).__name__}, expected bytes, base64 text or a path")
+        uri = _DATA_URI.match(value[:100])
+        if self.base64 or uri:
+            try:
+                return base64.b64decode("".join(value[uri.end() if uri else 0 :].split()), validate=True)
+            except (binascii.Error, ValueError) as error:
+                raise BadSample("bad_base64", f"column {self.image}, which begins with {value[:24]!r}: {error}") from error
+        return read(self._place(value))
+
+    def _place(self, path: str) -> str:
+        if is_remote(path) and not (is_remote(self.root) and path.startswith(self.root)):
+            raise BadSample("not_local", f"{path[:200]}: images are not downloaded. Fetch them first, e.g. with img2dataset")
+        if len(path) > 4000 or "\0" in path:
+            raise BadSample("bad_path", f"column {self.image} holds {len(path)} characters, {path[:24]!r} ...: for base64 pass --base64")
+        if is_remote(self.root):
+            if ".." in path.split("/") or (path.startswith("/") and not is_remote(path)):
+                raise BadSample("outside_root", f"{path[:200]} does not lie in {self.root}; see --root")
+            return path if is_remote(path) else files.join(self.root, path)
+        if ".." not in path and not path.startswith("/"):
+            return files.join(self.root, path)
+        found = os.path.join(files.place(self.root or "."), path)
+        if not any(_inside(str(files.place(folder)), found) for folder in (self.root or ".", *self.folders)):
+            remedy = "pass --root with a folder that holds it" + ("" if path.startswith("/") else ", and write such paths relative to that")
+            raise BadSample("outside_root", f"{path[:200]} does not lie in {self.root or '.'}: if it is yours to read, {remedy}")
+        return found
+
+    def source(self, row: Mapping[str, Any]) -> str | None:
+        """The file that a row's image lies in, where it is one that may be read."""
+        value = _held(lookup(row, self.image))
+        if not isinstance(value, str) or not value or self.base64 or _DATA_URI.match(value[:100]):
+            return None
+        try:
+            return self._place(value)
+        except BadSample:
+            return None
+
+    def record(self, number: int, row: Mapping[str, Any]) -> Record:
+        """Row `number` as a sample; the key is the number, followed by the key column's text. Raises BadSample."""
+        if self.image not in row and lookup(row, self.image) is None:
+            raise BadSample("missing_column", f"no {self.image!r}, but {', '.join(map(str, row))}"[:300])
+        metadata: dict[str, Any] = {column: _plain(lookup(row, column)) for column in self.extra}
+        members: dict[str, bytes] = {}
+        if self.texts:  # before the image: captions are cheaper to refuse
+            join = dict(self.join)
+            several = len(self.texts) > 1 or any(t.plain and isinstance(lookup(row, t.plain), list | tuple) for t in self.texts)
+            found = [text for caption in self.texts for text in caption.fill(row, join)]
+            columns = ", ".join(column for caption in self.texts for column in caption.columns)
+            members |= caption_members(found, several, metadata, f"of {columns}")
+        if self.label is not None:
+            members["cls"] = label_member(lookup(row, self.label), self.numbers, f"column {self.label}")
+        if metadata:
+            members["json"] = json_member(metadata)
+        extension, data = image_member(self.image_bytes(lookup(row, self.image)), f"column {self.image}")
+        suffix = safe(_word(lookup(row, self.key), self.key, None)) if self.key else ""
+        return Record(f"{number:08d}" + (f"_{suffix}" if suffix else ""), members | {extension: data})
+
+
+def _held(value: Any) -> Any:
+    """Of {bytes, path} the bytes, or else the path."""
+    if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
+        return value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    return value
+
+
+def _inside(folder: str, path: str) -> bool:
+    """By their names, or by where links lead."""
+    return any(os.path.commonpath([resolve(folder), resolve(path)]) == resolve(folder) for resolve in (os.path.abspath, os.path.realpath))
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON holds: NaN becomes null, dates and decimals text. Raises BadSample: bad_metadata for bytes."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, bytes):
+        raise BadSample("bad_metadata", "bytes do not go into the json member; leave that column out of --extra")
+    if isinstance(value, float) and not -float("inf") < value < float("inf"):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -1,0 +1,60 @@
+"""A folder of images at any depth, with or without class folders."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from data_prep import files
+from data_prep.build.readers.base import chunks, safe
+from data_prep.build.readers.members import attempt, read_image
+from data_prep.records import InputError, Record, Skipped
+from mmpretrain.data.schema import BadSample
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One record an image, in the order of their paths; with `classes`, the first folder of the path is its class."""
+
+    folder: str
+    classes: tuple[str, ...] | None = None
+
+    @staticmethod
+    def open(folder: str, label_from_folder: bool) -> Folder:
+        """Raises InputError where there is no such folder, or none of its files lies in a class folder."""
+        if not files.listing(folder):
+            raise InputError(f"{folder}: no such folder, or nothing in it. Give the folder that holds the images.")
+        if not label_from_folder:
+            return Folder(folder)
+        classes = sorted({name.split("/", 1)[0] for name in files.walk(folder) if "/" in name})
+        if not classes:
+            raise InputError(f"{folder} has no class folders (--label-from-folder)")
+        return Folder(folder, tuple(classes))
+
+    def tasks(self, max_count: int) -> Iterator[tuple[str, ...]]:
+        yield from chunks(files.walk(self.folder), max_count)
+
+    def __call__(self, task: tuple[str, ...]) -> Iterator[Record | Skipped]:
+        number = {name: i for i, name in enumerate(self.classes or ())}
+        base = files.join(self.folder, "").rstrip("/") + "/"
+        for relative in task:
+            yield attempt(relative, lambda relative=relative: self._record(base, relative, number))
+
+    def sources(self, task: tuple[str, ...]) -> Iterator[str | None]:
+        base = files.join(self.folder, "").rstrip("/") + "/"
+        return (base + relative for relative in task)
+
+    def _record(self, base: str, relative: str, number: dict[str, int]) -> Record:
+        """Raises BadSample."""
+        extension, data = read_image(base + relative)
+        members = {extension: data}
+        if number:
+            if "/" not in relative:
+                raise BadSample("missing_label", "it lies in no class folder")
+            members["cls"] = str(number[relative.split("/", 1)[0]]).encode()
+        # Names may collide once dots and spaces are replaced: the path's digest keeps keys apart.
+        digest = hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest()[:10]
+        stem = safe(os.path.splitext(relative)[0].replace("/", "_")) or "image"
+        return Record(f"{stem}_{digest}", members)

@@ -1,0 +1,106 @@
+"""`dedup`: find images that are copies of each other, or of evaluation images, and write the shards without them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from data_prep.cli import Engine, JsonOutput, Processes, command_line, input_errors, shard_names
+from data_prep.records import InputError
+
+
+def deduplicate(
+    shards: list[str],
+    out: str | None = None,
+    *,
+    against: list[str] | None = None,
+    options: Any = None,
+    page: str | None = None,
+    engine: str = "local",
+    processes: int | None = None,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Shard specs -> the report (dedup.report); with `out`, shards without the copies; with `page`, the clusters as an HTML file.
+
+    `options`: a `find.Options`. Raises InputError, OptionError, ShardError, FileExistsError (see shards.build).
+    """
+    from data_prep import files
+    from data_prep.dedup.find import Options, find
+    from data_prep.dedup.report import named, report, selection
+    from data_prep.subset import write_rest
+
+    options = options or Options()
+    names, held = shard_names(shards), shard_names(against) if against else []
+    twice = sorted(set(names) & set(held) | {name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"{twice[0]} is named twice: every sample of it would be a copy of itself. Name each shard once.")
+    found = find(names, held, options, engine_name=engine, processes=processes)
+    known = named(found)
+    result = report(found, known)
+    if page is not None:
+        from data_prep.dedup.report import render
+
+        files.write_text(page, render(found, result, known))
+    if out is not None:
+        plan = {"dedup": result["options"], "against": held}
+        manifest = write_rest(selection(found, known), out, plan, engine=engine, processes=processes, command=command)
+        result["written"] = manifest["num_samples"]
+    return result
+
+
+def dedup(
+    shards: Annotated[list[str], typer.Argument(help="shards: paths, globs, brace ranges, folders, URLs")],
+    out: Annotated[
+        str | None, typer.Option("--out", help="write the shards without copies to this folder or URL; default: only report")
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option("--against", help="evaluation shards; training samples that are in them are dropped; may be repeated"),
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="only equal pixels, unless --near or --embedding is given too")] = False,
+    near: Annotated[
+        int | None, typer.Option("--near", min=0, max=32, help="perceptual hashes within so many of 64 bits, then compared; default: 10")
+    ] = None,
+    difference: Annotated[
+        float, typer.Option("--difference", min=0, max=255, help="how far near copies may differ where they differ most, of 255")
+    ] = 17.0,
+    embedding: Annotated[
+        str | None,
+        typer.Option("--embedding", metavar="MODEL", help="also by the cosine under a model: a run, an open_clip folder or name"),
+    ] = None,
+    threshold: Annotated[float, typer.Option("--threshold", min=0, max=1, help="cosine from which --embedding says copy")] = 0.95,
+    keep: Annotated[str, typer.Option("--keep", help="of copies, keep the: first, largest, or longest-caption")] = "first",
+    within: Annotated[bool, typer.Option(help="also find copies within the training shards")] = True,
+    caption: Annotated[
+        str, typer.Option("--caption", help="the member that holds the caption, or json:FIELD, for longest-caption")
+    ] = "txt",
+    report: Annotated[str | None, typer.Option("--report", help="write the clusters and counts to this JSON file")] = None,
+    page: Annotated[str | None, typer.Option("--page", help="write an HTML page that shows the clusters side by side")] = None,
+    engine: Engine = "local",
+    processes: Processes = None,
+    json_output: JsonOutput = False,
+) -> None:
+    """Find copies among images: equal pixels, the same picture re-encoded, resized or brightened, or alike under a model.
+
+    Equal pixels always count. Without --exact, --near and --embedding, near copies are found too. With --against, nothing of the
+    evaluation shards is removed: training samples that are in them are.
+    """
+    from data_prep import files
+    from data_prep.copies import KEEP
+    from data_prep.dedup.find import Options
+    from data_prep.perceptual import HASH_DISTANCE
+    from data_prep.subset import show
+
+    if keep not in KEEP:
+        raise typer.BadParameter(f"--keep {keep!r}: expected {', '.join(KEEP)}")
+    if not within and not against:
+        raise typer.BadParameter("--no-within leaves nothing to compare without --against")
+    near = HASH_DISTANCE if near is None and not exact and embedding is None else near
+    options = Options(near, difference, embedding, threshold, keep, within, caption)
+    run = {"against": against, "options": options, "page": page, "engine": engine, "processes": processes, "command": command_line()}
+    with input_errors(TypeError, RuntimeError):
+        result = deduplicate(shards, out, **run)
+        if report is not None:
+            files.write_json(report, result)
+    show(result, out, json_output)

@@ -1,0 +1,135 @@
+"""What the demo's test set gives away without learning: chance, and nearest neighbours by colour histogram and by raw pixels.
+
+Each must stay at or below LIMIT, else the benchmark is too easy. Neighbours come from `pairs`, whose true labels they may use.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_prep.demo.scenes import GENERATOR_VERSION, SIDE
+from data_prep.perceptual import DIFFERENCE, HASH_DISTANCE, alike_in_colour, differences, signature, small
+from mmpretrain.atomic import write_atomically
+from mmpretrain.data import index as shard_index
+from mmpretrain.system import cores
+
+LIMIT = 0.25
+NEIGHBOURS = (1, 5, 20, 50)  # the best of these is reported: a baseline should be as strong as it can be
+CACHE = "baselines.json"
+
+
+def read_split(folder: Path | str) -> tuple[np.ndarray, np.ndarray]:
+    """-> (images uint8 [n, S, S, 3], class int64 [n], -1 where there is none), in shard order. Raises FileNotFoundError."""
+    paths = sorted(Path(folder).glob("*.tar"))
+    if not paths:
+        raise FileNotFoundError(f"no .tar in {folder}: write the demo shards first (python -m data_prep demo {Path(folder).parent})")
+    images, labels = [], []
+
+    def decode(data: bytes) -> np.ndarray:
+        return np.asarray(Image.open(io.BytesIO(data), formats=["JPEG"]))
+
+    with ThreadPoolExecutor(cores()) as pool:
+        for path in paths:
+            index = shard_index.open_index(path)
+            data = path.read_bytes()
+            members = [index.members(i) for i in range(len(index))]
+            images += pool.map(decode, [data[m["jpg"].offset : m["jpg"].offset + m["jpg"].size] for m in members])
+            labels += [int(data[m["cls"].offset : m["cls"].offset + m["cls"].size]) if "cls" in m else -1 for m in members]
+    return np.stack(images), np.array(labels)
+
+
+def colour_histogram(images: np.ndarray) -> np.ndarray:
+    """uint8 [n, S, S, 3] -> float32 [n, 512]: eight bins a channel, as square roots of frequencies, so that a dot product of two rows is
+    their Bhattacharyya coefficient."""
+    high = images >> 5
+    flat = (high[..., 0].astype(np.uint16) << 6 | high[..., 1] << 3 | high[..., 2]).reshape(len(images), -1)
+    return np.sqrt(np.stack([np.bincount(row, minlength=512) for row in flat]) / flat.shape[1]).astype(np.float32)
+
+
+def raw_pixels(images: np.ndarray) -> np.ndarray:
+    """uint8 [n, S, S, 3] -> float32 [n, (S/2)**2 * 3] in 0..1: means of 2x2 pixels, which also averages the noise away."""
+    pairs = images[:, ::2].astype(np.uint16) + images[:, 1::2]
+    return (pairs[:, :, ::2] + pairs[:, :, 1::2]).reshape(len(images), -1).astype(np.float32) / 1020
+
+
+def nearest_neighbours(train: np.ndarray, labels: np.ndarray, test: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Accuracy of majority vote among the k nearest by Euclidean distance, for each k of NEIGHBOURS; ties go to the nearer."""
+    square = (train**2).sum(1)
+    correct = dict.fromkeys(NEIGHBOURS, 0)
+    most = min(max(NEIGHBOURS), len(train))
+    for low in range(0, len(test), 256):
+        distance = square - 2 * test[low : low + 256] @ train.T
+        near = np.argpartition(distance, most - 1, axis=1)[:, :most]
+        near = np.take_along_axis(near, np.argsort(np.take_along_axis(distance, near, 1), 1, kind="stable"), 1)
+        votes = labels[near]  # [b, most], nearest first
+        for k in NEIGHBOURS:
+            score = np.zeros((len(votes), int(labels.max()) + 1))
+            for rank, vote in enumerate(votes[:, :k].T):
+                score[np.arange(len(votes)), vote] += 1 - 1e-6 * rank
+            correct[k] += int((score.argmax(1) == truth[low : low + 256]).sum())
+    return {f"k={k}": n / len(test) for k, n in correct.items()}
+
+
+def nearest_neighbour_baselines(root: Path | str, split: str = "test") -> dict:
+    """Chance and both nearest-neighbour accuracies of `pairs` -> `split`, as fractions; `passed` says whether all are within LIMIT.
+
+    Kept in `root`/baselines.json for as long as generator, seed and sizes are the same.
+    """
+    root = Path(root)
+    key = {"generator_version": GENERATOR_VERSION, "of": [json.loads((root / name / "demo.json").read_text()) for name in ("pairs", split)]}
+    cache = root / CACHE
+    if cache.exists() and (kept := json.loads(cache.read_text()))["key"] == key:
+        return kept["result"]
+    (train, labels), (test, truth) = read_split(root / "pairs"), read_split(root / split)
+    histogram = nearest_neighbours(colour_histogram(train), labels, colour_histogram(test), truth)
+    pixels = nearest_neighbours(raw_pixels(train), labels, raw_pixels(test), truth)
+    result = {
+        "split": split,
+        "n": len(test),
+        "chance": 1 / len(np.unique(labels)),
+        "colour_histogram_knn": max(histogram.values()),
+        "raw_pixel_knn": max(pixels.values()),
+        "detail": {"colour_histogram_knn": histogram, "raw_pixel_knn": pixels, "side": SIDE},
+        "limit": LIMIT,
+    }
+    result["passed"] = max(result["chance"], result["colour_histogram_knn"], result["raw_pixel_knn"]) <= LIMIT
+    write_atomically(cache, json.dumps({"key": key, "result": result}, indent=1) + "\n")
+    return result
+
+
+TRAIN, TEST = ("pairs", "photos"), ("val", "test", "heldout", "shifted", "binding")
+
+
+def count_duplicates(train: np.ndarray, test: np.ndarray) -> dict[str, int]:
+    """Count the test images [n, S, S, 3] that have an equal, or a nearly equal, image among the training ones [m, S, S, 3]; all uint8.
+
+    same_pixels: equal digests. same_hash: perceptual hashes within HASH_DISTANCE bits, which ignore colour. perceptual: same_hash, and the
+    pictures differ by at most DIFFERENCE from one of those, as `dedup` compares them.
+    """
+    train_signs, test_signs = (np.array([signature(image) for image in images]) for images in (train, test))
+    seen = set(map(tuple, train_signs["digest"].tolist()))
+    same = sum(tuple(digest) in seen for digest in test_signs["digest"].tolist())
+    near = perceptual = 0
+    for image, signed in zip(test, test_signs):
+        close = np.flatnonzero(np.bitwise_count(train_signs["hash"] ^ signed["hash"]) <= HASH_DISTANCE)
+        near += bool(len(close))
+        close = close[alike_in_colour(train_signs["colour"][close], signed["colour"])]
+        if len(close):
+            pictures = np.stack([small(train[index]) for index in close])
+            perceptual += bool((differences(pictures, small(image)[None]) <= DIFFERENCE).any())
+    return {"train": len(train), "test": len(test), "same_pixels": same, "same_hash": near, "perceptual": perceptual}
+
+
+def duplicates(root: Path | str) -> dict[str, int]:
+    """`count_duplicates` of all the test splits against both training splits found under `root`."""
+    root = Path(root)
+    train, test = ([read_split(root / name)[0] for name in names if (root / name).exists()] for names in (TRAIN, TEST))
+    if not train or not test:
+        raise FileNotFoundError(f"{root} needs a training split ({', '.join(TRAIN)}) and a test split ({', '.join(TEST)})")
+    return count_duplicates(np.concatenate(train), np.concatenate(test))

@@ -1,0 +1,166 @@
+"""`mix`: what a recipe's sources amount to, before a step is made: epochs over each, tokens, repeats, expected time."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from data_prep.cli import input_errors
+
+if TYPE_CHECKING:
+    from mmpretrain.config.recipe import Config
+    from mmpretrain.data.source import Source
+    from mmpretrain.model import PretrainModel
+
+
+def mix_of(config: Config, samples_per_s: float | None = None) -> dict[str, Any]:
+    """A recipe -> its mixture as plain data: "steps", "rows_per_step", "sources", "time", "warnings".
+
+    Raises OptionError for a recipe that cannot work, ShardError where no source can be opened.
+    """
+    from data_prep.mix.tokens import tokens
+    from mmpretrain.mixture import of_recipe, of_source, shared
+
+    model = _model(config)
+    views = model.views()
+    labelled = {config.objectives[name].source for name, objective in model.objectives.items() if objective.wants_label}
+    opened, warnings = _sources(config, views, labelled)
+    steps = _steps(config, opened)
+    rows = sum(source.batch_size for source in config.sources.values())
+    sources = {}
+    for name, options in config.sources.items():
+        line: dict[str, Any] = {
+            "rows_per_step": options.batch_size,
+            "share": options.batch_size / rows,
+            "objectives": [key for key, objective in config.objectives.items() if objective.source == name],
+            "rows": None if steps is None else steps * options.batch_size,
+        }
+        if name in opened:
+            line |= _amounts(opened[name], line["rows"])
+            line |= tokens(model, name, opened[name], line["rows"])
+            warnings += of_source(name, opened[name], line)
+        sources[name] = line
+    warnings += shared(opened) + of_recipe(config, steps)
+    time, told = _time(config, steps, rows, samples_per_s)
+    return {
+        "run_dir": config.run_dir,
+        "steps": steps,
+        "rows_per_step": rows,
+        "rows": None if steps is None else steps * rows,
+        "sources": sources,
+        "time": time,
+        "warnings": warnings + told,
+    }
+
+
+def _model(config: Config) -> PretrainModel:
+    """The towers and objectives without their weights: only the views and token counts are asked for."""
+    import torch
+
+    from mmpretrain.assembly import build_model
+
+    try:
+        with torch.device("meta"):
+            return build_model(config, resumed=True)[0]
+    except (NotImplementedError, RuntimeError):  # a tower that computes while it is built
+        return build_model(config, resumed=True)[0]
+
+
+def _sources(config: Config, views: dict[str, Any], labelled: set[str]) -> tuple[dict[str, Source], list[str]]:
+    """Those that open; what is wrong with the others is a warning, so that one run names all."""
+    from mmpretrain.config.build import OptionError
+    from mmpretrain.data.schema import ShardError
+    from mmpretrain.data.source import Source
+
+    found, warnings = {}, []
+    for name, options in config.sources.items():
+        try:
+            found[name] = Source(name, options, views[name], name in labelled, config.seed)
+        except (OptionError, ShardError, ValueError, OSError) as error:
+            text = str(error)
+            warnings.append(text if f"source {name!r}" in text else f"source {name!r}: {text}")
+    if not found:
+        raise ShardError("no source can be opened:\n  " + "\n  ".join(warnings))
+    return found, warnings
+
+
+def _steps(config: Config, opened: dict[str, Source]) -> int | None:
+    """None where it takes a source that cannot be opened to know."""
+    from mmpretrain.assembly import total_steps
+
+    if config.epochs is not None and config.epochs.source in config.sources and config.epochs.source not in opened:
+        return None
+    return total_steps(config, opened)
+
+
+def _amounts(source: Source, rows: int | None) -> dict[str, Any]:
+    """Samples, epochs and repeats of a source and of each part of its blend."""
+    quotas = source._blend.quotas
+    parts = []
+    for shards, order, quota in zip(source.shard_sets, source._orders, quotas.tolist()):
+        part_rows = None if rows is None else rows * quota / int(quotas.sum())
+        parts.append(
+            {
+                "shards": len(shards.names),
+                "first": shards.names[0],
+                "share": quota / int(quotas.sum()),
+                "samples": order.total,
+                "epochs": None if part_rows is None else part_rows / order.total,
+            }
+        )
+    epochs = None if rows is None else rows / source.num_samples
+    return {
+        "samples": source.num_samples,
+        "shards": sum(part["shards"] for part in parts),
+        "epochs": epochs,
+        "seen_at_least": None if any(p["epochs"] is None for p in parts) else min(math.floor(p["epochs"]) for p in parts),
+        "seen_at_most": None if any(p["epochs"] is None for p in parts) else max(math.ceil(p["epochs"]) for p in parts),
+        "parts": parts,
+    }
+
+
+def _time(config: Config, steps: int | None, rows: int, samples_per_s: float | None) -> tuple[dict[str, Any], list[str]]:
+    """Seconds for the whole run, at the speed given, or else at the one that its run folder holds."""
+    from mmpretrain.tracking.jsonl import read_jsonl
+
+    if samples_per_s is not None:
+        return _at(samples_per_s, "given", steps, rows), []
+    metrics = Path(config.run_dir) / "metrics.jsonl"
+    lines = [line for line in read_jsonl(metrics, strict=False) if isinstance(line.get("samples_per_s"), int | float)]
+    rates = sorted(line["samples_per_s"] for line in lines[len(lines) // 2 :] if line["samples_per_s"] > 0)
+    if not rates:
+        return {"samples_per_s": None, "seconds": None, "measured": None}, []
+    warnings = []
+    seen, step = lines[-1].get("samples_seen"), lines[-1].get("step")
+    if isinstance(seen, int) and isinstance(step, int) and step and seen != step * rows:
+        warnings.append(f"{metrics} was measured with {seen / step:.0f} rows a step, the recipe has {rows}: the time is only a guess.")
+    return _at(rates[len(rates) // 2], str(metrics), steps, rows), warnings
+
+
+def _at(rate: float, measured: str, steps: int | None, rows: int) -> dict[str, Any]:
+    return {"samples_per_s": rate, "seconds": None if steps is None else steps * rows / rate, "measured": measured}
+
+
+def mix(
+    recipe: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a YAML recipe")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, dots for nesting")] = None,
+    samples_per_s: Annotated[
+        float | None, typer.Option("--samples-per-s", min=1e-9, help="rows per second; default: as measured in the recipe's run_dir")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+) -> None:
+    """What a recipe's sources amount to: rows, epochs, tokens, repeats, expected time."""
+    from mmpretrain.config import recipe as recipes
+
+    with input_errors():
+        found = mix_of(recipes.load(recipe, overrides or []), samples_per_s)
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False))
+        return
+    from data_prep.mix.report import show
+
+    show(found)

@@ -1,0 +1,246 @@
+"""Tasks -> shards, in parallel: byte-reproducible, atomic, resumable, with an index that holds a checksum of every member."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from data_prep import files
+from data_prep.engine import run
+from data_prep.files import write_json
+from data_prep.records import InputError, Record, Skipped, Split
+from data_prep.shards.serial import write_shards
+from data_prep.shards.tar_writer import MANIFEST, SIZES, manifest_of
+from data_prep.shards.task import UNFINISHED, Done, Job, digest_of, index_keys, key_digest, part_folder
+from mmpretrain.system import hold
+
+__all__ = ["InputError", "Record", "Skipped", "Split", "build", "write_json", "write_shards"]
+
+SKIPPED = "skipped.jsonl"
+PLAN = "plan.json"
+
+
+def build(
+    out: str | Path,
+    produce: Callable[[Any], Iterator[Record | Skipped]],
+    tasks: Iterable[Any],
+    *,
+    plan: dict[str, Any],
+    max_bytes: int = 1 << 30,
+    engine: str = "local",
+    processes: int | None = None,
+    command: str | None = None,
+    licence: str | None = None,
+    allow_skipped: bool = True,
+    split: Split | None = None,
+    texts: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write what `produce(task)` yields to OUT: task i to {i:05d}.tar, and {i:05d}-01.tar ... where it exceeds `max_bytes`.
+
+    Beside each lies its index with a checksum per member; at the end come sizes.json, manifest.json and, where inputs were left out,
+    skipped.jsonl. The same tasks give the same bytes whatever the engine, the processes, and kills in between. A shard takes its final
+    name when it is whole. Called again after a kill, with the same tasks and plan, it does what is not done; on a finished build, nothing.
+
+    Args:
+        out: a folder or fsspec URL, new or holding an unfinished build of the same tasks and plan.
+        produce: see `engine.run`.
+        tasks: their repr, with that of `plan`, is what tells one build from another.
+        plan: the options that shape the records.
+        allow_skipped: if false, the first Skipped is an InputError.
+        split: sends each record to one of `split.parts`, folders of OUT that are shard sets of their own.
+        texts: further files of each shard set, by name.
+
+    Returns the manifest; with `split` the sum of those of the parts, and each under "parts".
+    Raises FileExistsError where OUT holds anything else, ValueError where a key comes twice or is unsafe.
+    """
+    out = str(files.place(out))
+    if out.startswith("memory://"):  # lives in this process alone
+        engine, processes = "local", 1
+    plan_digest = digest_of(json.dumps(plan, sort_keys=True, default=repr), max_bytes, split)
+    parts = split.parts if split else ("",)
+    job = Job(out, produce, plan_digest, max_bytes, allow_skipped, split)
+    if _finished(out, parts):
+        found = _found(out, parts, job, tasks)
+        if isinstance(files.place(out), Path):
+            shutil.rmtree(files.join(out, UNFINISHED), ignore_errors=True)  # what a kill in the last moment left
+        return found
+    with _begun(out, plan_digest), tempfile.TemporaryFile("w+", encoding="utf-8", errors="surrogatepass") as skipped:
+        with closing(run(job, enumerate(tasks), engine=engine, processes=processes, title="shards")) as results:
+            manifests = _gather(results, out, parts, plan_digest, skipped, command, licence)
+        for part, manifest in manifests.items():
+            folder = part_folder(out, part)
+            files.make_folder(folder)
+            for name, text in (texts or {}).items():
+                files.write_text(files.join(folder, name), text)
+            write_json(files.join(folder, SIZES), {name: shard["count"] for name, shard in manifest["shards"].items()})
+            write_json(files.join(folder, MANIFEST), manifest)
+    return _sum(manifests)
+
+
+def _finished(out: str, parts: tuple[str, ...]) -> bool:
+    if files.exists(files.join(files.join(out, UNFINISHED), PLAN)):
+        return False
+    return all(files.exists(files.join(part_folder(out, part), MANIFEST)) for part in parts)
+
+
+def _read(name: str, out: str) -> dict[str, Any]:
+    """A JSON object that a build wrote. Raises FileExistsError where it is damaged: what the build was cannot be told."""
+    try:
+        found = json.loads(files.read_bytes(name))
+        if not isinstance(found, dict):
+            raise ValueError("expected an object")
+        return found
+    except ValueError as error:
+        raise FileExistsError(f"{name} is damaged ({error}). Delete {out} and build again, or choose another --out.") from error
+
+
+def _found(out: str, parts: tuple[str, ...], job: Job, tasks: Iterable[Any]) -> dict[str, Any]:
+    """The manifests of a finished build. Raises FileExistsError where other tasks made it, or a shard of it is gone."""
+    build_digest = _total(job.plan, (job.task_digest(numbered) for numbered in enumerate(tasks)))
+    manifests = {}
+    for part in parts:
+        folder = part_folder(out, part)
+        manifest = _read(files.join(folder, MANIFEST), out)
+        if manifest.get("build") != build_digest:
+            raise FileExistsError(
+                f"{folder} exists and holds other samples than these inputs give, or an input has changed since. "
+                "Choose another --out, or delete the old build."
+            )
+        for name, shard in manifest["shards"].items():
+            if files.size(files.join(folder, name)) != shard["bytes"]:
+                raise FileExistsError(
+                    f"{files.join(folder, name)} is gone or has changed since it was built. Delete {out} and build again."
+                )
+        manifests[part] = manifest
+    return _sum(manifests)
+
+
+@contextmanager
+def _begun(out: str, plan_digest: str) -> Iterator[None]:
+    """OUT is ours while this holds. Raises FileExistsError where it holds something else, or another process builds there."""
+    files.make_folder(out)
+    state = files.join(out, UNFINISHED)
+    plan = files.join(state, PLAN)
+    if files.exists(plan):
+        if _read(plan, out).get("plan") != plan_digest:
+            raise FileExistsError(f"{out} holds an unfinished build of other inputs or options. Choose another --out, or delete it.")
+    elif others := [name for name in files.listing(out) if name != state]:
+        raise FileExistsError(
+            f"{out} is not empty ({others[0]}) and holds no unfinished build of ours. Choose another --out, or empty the folder."
+        )
+    files.make_folder(state)
+    local = isinstance(files.place(out), Path)
+    try:
+        lock = hold(Path(state) / "lock", wait=False) if local else None
+    except BlockingIOError:
+        raise FileExistsError(f"another process is building in {out}. Wait for it, or choose another --out.") from None
+    try:
+        files.write_json(plan, {"plan": plan_digest})
+        _sweep(out)
+        yield
+        for name in files.listing(state):
+            if not name.endswith((PLAN, "lock")):
+                files.remove(name)
+        files.remove(plan)  # from here on the build is finished
+        if local:
+            shutil.rmtree(state, ignore_errors=True)
+    finally:
+        _sweep(out)
+        if lock is not None:
+            lock.close()
+
+
+def _sweep(out: str) -> None:
+    """Remove what killed processes left half written."""
+    if isinstance(where := files.place(out), Path):
+        for leftover in where.rglob("*.tmp-*"):
+            leftover.unlink(missing_ok=True)
+
+
+def _total(plan_digest: str, tasks: Iterable[str]) -> str:
+    """A digest of the whole build: the plan, and the tasks in order."""
+    digest = plan_digest
+    for task in tasks:
+        digest = digest_of(digest, task)
+    return digest
+
+
+def _gather(
+    results: Iterator[Done], out: str, parts: tuple[str, ...], plan_digest: str, skipped: IO[str], command: str | None, licence: str | None
+) -> dict[str, dict[str, Any]]:
+    """The manifest of each part. Writes skipped.jsonl. Raises ValueError for a key that comes twice."""
+    shards: dict[str, dict[str, dict[str, Any]]] = {part: {} for part in parts}
+    keys: list[np.ndarray] = []
+    left_out = 0
+
+    def tasks() -> Iterator[str]:
+        nonlocal left_out
+        for done in results:
+            for part, written in done.shards.items():
+                shards[part].update(written)
+            keys.append(done.keys)
+            for item in done.skipped:
+                record = {"input": item.where, "reason": item.reason, "detail": item.detail}
+                skipped.write(json.dumps(record, ensure_ascii=False) + "\n")
+            left_out += len(done.skipped)
+            yield done.task
+
+    build_digest = _total(plan_digest, tasks())
+    _check_alone(shards, out)
+    _check_unique(keys, [files.join(part_folder(out, part), name) for part in parts for name in shards[part]])
+    if left_out:
+        skipped.seek(0)
+        files.write_lines(files.join(out, SKIPPED), skipped)
+    manifests = {}
+    for part in parts:
+        members: Counter[str] = Counter()
+        for shard in shards[part].values():
+            members.update(shard["members"])
+        manifests[part] = manifest_of(shards[part], members, command, licence, skipped=left_out, build=build_digest)
+    return manifests
+
+
+def _check_alone(shards: dict[str, dict[str, dict[str, Any]]], out: str) -> None:
+    """Raises FileExistsError where OUT holds a shard that is not of this build: readers would take it for one."""
+    for part, written in shards.items():
+        there = [name for name in files.listing(part_folder(out, part)) if name.endswith(".tar")]
+        extra = [name for name in there if name.rpartition("/")[2] not in written]
+        if extra:
+            raise FileExistsError(
+                f"{extra[0]} is not of this build. Did an input change after the build had been stopped? Delete {out} and build again."
+            )
+
+
+def _check_unique(keys: list[np.ndarray], shards: list[str]) -> None:
+    """Digests that come twice are looked up, and those of one key are an error."""
+    every = np.concatenate([np.zeros(0, np.uint64), *keys])
+    keys.clear()  # of all that a build holds only these grow with the corpus: eight bytes a sample
+    every.sort()
+    again = {digest.tobytes() for digest in every[1:][every[1:] == every[:-1]]}
+    seen: dict[str, str] = {}
+    for shard in shards if again else ():
+        for key in index_keys(shard):
+            if key_digest(key) not in again:
+                continue
+            if key in seen:
+                raise ValueError(f"key {key!r} comes twice, in {seen[key]} and {shard}: keys must be unique over the whole data set")
+            seen[key] = shard
+
+
+def _sum(manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    if list(manifests) == [""]:
+        return manifests[""]
+    members: Counter[str] = Counter()
+    for manifest in manifests.values():
+        members.update(manifest["members"])
+    shards = {f"{part}/{name}": shard for part, manifest in manifests.items() for name, shard in manifest["shards"].items()}
+    first = next(iter(manifests.values()))
+    return manifest_of(shards, members, first["command"], first["licence"], skipped=first["skipped"], build=first["build"], parts=manifests)

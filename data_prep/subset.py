@@ -1,0 +1,256 @@
+"""A subset of the samples of shards: numbered over all shards, some dropped with a reason, the rest written to shards again.
+
+`filter` and `dedup` decide which samples to drop; everything else about a subset is here.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import typer
+
+from data_prep import engine as engines
+from data_prep import files
+from data_prep.records import Record, Skipped
+from data_prep.shards.build import build
+from data_prep.shards.read import Place, Shard, Span, spans
+from data_prep.shards.task import key_digest, key_digests
+from mmpretrain.data.cache import remote_index
+from mmpretrain.data.index import open_index
+from mmpretrain.data.schema import BadSample, ShardError
+from mmpretrain.data.shard_names import is_remote
+
+Result = TypeVar("Result")
+CARRIED = ("classnames.txt", "zeroshot_classification_templates.txt")  # beside the shards, and as true of a part of them
+
+
+@dataclass(frozen=True)
+class Part:
+    """A shard and what to leave out of it: (sample, reason, detail), ascending."""
+
+    name: str
+    count: int  # samples that were judged
+    drops: tuple[tuple[int, str, str], ...] = ()
+    state: str = field(default="", compare=False)  # of the shard's file: one that changes gives another build
+
+
+def keep(part: Part) -> Iterator[Record | Skipped]:
+    """The samples that stay, byte for byte, and for each of the others the rule that dropped it.
+
+    Raises ShardError where the shard is not the one that was judged, or a key is none that can be written.
+    """
+    drops = {sample: (reason, detail) for sample, reason, detail in part.drops}
+    with Shard(part.name) as shard:
+        if len(shard) != part.count:
+            raise ShardError(
+                f"{part.name}: {len(shard)} samples, but {part.count} when they were judged. Shards must not change meanwhile."
+            )
+        for damage in shard.index.damage:
+            yield Skipped(part.name, damage.reason, f"at byte {damage.offset}: {damage.detail}; about {damage.lost} samples lost")
+        for sample in range(len(shard)):
+            where = f"{part.name}/{shard.key(sample)}"
+            if sample in drops:
+                yield Skipped(where, *drops[sample])
+                continue
+            try:
+                record = shard.read(sample)
+            except BadSample as error:  # a member that no rule had to read
+                yield Skipped(where, error.reason, error.detail)
+                continue
+            try:
+                record.check()
+            except ValueError as error:
+                raise ShardError(f"{part.name}: {error} `python -m data_prep build shards` replaces such keys: run it first.") from error
+            yield record
+
+
+def check_keys(parts: Callable[[], Iterable[Part]]) -> None:
+    """Before anything is written: raises ValueError for a key that stays twice. A remote shard without an index is left to the writer."""
+    digests = [key_digests(key for _, key in _staying(part)) for part in parts()]
+    every = np.sort(np.concatenate([np.zeros(0, np.uint64), *digests]))
+    again = {digest.tobytes() for digest in every[1:][every[1:] == every[:-1]]}
+    seen: dict[str, str] = {}
+    for part in parts() if again else ():
+        for place, key in _staying(part):
+            if key_digest(key) in again and seen.setdefault(key, place) != place:
+                raise ValueError(
+                    f"key {key!r} comes twice, in {seen[key].rpartition('#')[0]} and {part.name}: keys must be unique over the whole data "
+                    "set. Where each shard counts from 0, run `python -m data_prep build shards --keys shard` on them first."
+                )
+
+
+def _staying(part: Part) -> Iterator[tuple[str, str]]:
+    """(shard#number, key) of the samples that are not dropped."""
+    index = remote_index(part.name) if is_remote(part.name) else open_index(files.place(part.name), save_new=False)
+    drops = {sample for sample, _, _ in part.drops}
+    for sample, key in enumerate(index.keys if index is not None else ()):
+        if sample not in drops:
+            yield f"{part.name}#{sample}", key
+
+
+def write_rest(
+    selection: Selection,
+    out: str,
+    plan: dict[str, Any],
+    *,
+    engine: str = "local",
+    processes: int | None = None,
+    command: str | None = None,
+    licence: str | None = None,
+) -> dict[str, Any]:
+    """Write the samples that are not dropped to `out`; returns the manifest.
+
+    Raises ValueError for a key that stays twice, before anything is written; see `build` for the rest.
+    """
+    check_keys(selection.parts)
+    run: dict[str, Any] = {"engine": engine, "processes": processes, "command": command, "licence": licence}
+    return build(out, keep, selection.parts(), plan=plan, texts=carried(selection.samples.names), **run)
+
+
+def carried(names: Iterable[str]) -> dict[str, str]:
+    """Class names and templates that lie beside the input belong beside the output too, where the input is one folder."""
+    folders = {name.rpartition("/")[0] or "." for name in names}
+    if len(folders) != 1:
+        return {}
+    places = {name: files.join(next(iter(folders)), name) for name in CARRIED}
+    return {name: files.read_bytes(place).decode("utf-8") for name, place in places.items() if files.exists(place)}
+
+
+def show(result: dict[str, Any], out: str | None, as_json: bool) -> None:
+    """How many samples each rule dropped; good + dropped = all. Ends with status 1 where shards were wanted and none is left to write."""
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        _print_table(result)
+    if out is not None and not result["good"]:
+        typer.echo(f"error: no sample is left to write to {out}", err=True)
+        raise typer.Exit(1)
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "samples")
+    for rule, count in result["dropped"].items():
+        table.add_row(rule, f"{count:,}")
+    table.add_row("good", f"{result['good']:,}")
+    table.add_row("all", f"{result['samples']:,}")
+    Console().print(table)
+    for line in result.get("damage", []):
+        typer.echo(f"damaged: {line}", err=True)
+    if "evaluation" in result:
+        held = result["evaluation"]
+        line = f"{held['in_training']} of {held['samples']} evaluation samples have a copy among the training samples"
+        typer.echo(line + (f"; not comparable: {held['unusable']}" if held["unusable"] else ""))
+    if "not_embedded" in result:
+        first = result["not_embedded"][0]
+        typer.echo(f"{len(result['not_embedded'])} samples were not compared by embedding, first {first['sample']}: {first['reason']}")
+
+
+class Numbering:
+    """The samples of shards, numbered over all of them in order."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.counts = np.zeros(len(names), np.int64)  # samples of each shard, known once `run` has read it
+        self._keys: tuple[str, list[str]] = ("", [])
+
+    def run(
+        self, stage: Callable[[Span], Result], count: Callable[[Result], int], *, engine: str, processes: int | None, title: str
+    ) -> Iterator[tuple[int, Result]]:
+        """Apply a stage to every sample, in spans, and count the samples.
+
+        Args:
+            stage: see `engine.run`; it numbers samples within their shard.
+            count: result -> samples of its span.
+
+        Yields (the number of the first sample of the span's shard, the result), in order.
+        """
+        tasks, number = list(spans(self.names)), {name: i for i, name in enumerate(self.names)}
+        total = 0
+        for span, result in zip(tasks, engines.run(stage, tasks, engine=engine, processes=processes, title=title), strict=True):
+            self.counts[number[span.name]] += count(result)
+            yield total - span.start, result
+            total += count(result)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """int64 [shards + 1]: the first sample of each shard, and the number of all."""
+        return np.r_[0, np.cumsum(self.counts)]
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    def shards_of(self, samples: np.ndarray) -> np.ndarray:
+        """int64 [n] -> int64 [n]: the number of each sample's shard."""
+        return np.searchsorted(self.starts, samples, side="right") - 1
+
+    def places(self, samples: np.ndarray) -> Iterator[Place]:
+        starts = self.starts
+        for sample, shard in zip(samples.tolist(), self.shards_of(samples).tolist()):
+            yield Place(sample, self.names[shard], sample - int(starts[shard]))
+
+    def place(self, sample: int) -> Place:
+        return next(self.places(np.array([sample])))
+
+    def key(self, sample: int) -> str:
+        """shard/key. The keys of one shard are held at a time."""
+        place = self.place(sample)
+        if self._keys[0] != place.shard:
+            index = remote_index(place.shard) if is_remote(place.shard) else None
+            if index is None:
+                with Shard(place.shard) as shard:
+                    index = shard.index
+            self._keys = place.shard, index.keys
+        return f"{place.shard}/{self._keys[1][place.index]}"
+
+
+class Selection:
+    """Which samples are dropped, and why. In memory, 18 bytes of each dropped one; the details wait in a temporary file."""
+
+    def __init__(self, samples: Numbering) -> None:
+        self.samples = samples
+        self._samples, self._rules, self._places = array("q"), array("H"), array("q")
+        self._numbers: dict[str, int] = {}  # of rules
+        self._details = tempfile.TemporaryFile()  # noqa: SIM115 (goes with this object)
+
+    def drop(self, sample: int, rule: str, detail: str) -> None:
+        """A sample that was not dropped before."""
+        self._samples.append(sample)
+        self._rules.append(self._numbers.setdefault(rule, len(self._numbers)))
+        self._places.append(self._details.tell())
+        data = detail.encode("utf-8", "surrogatepass")
+        self._details.write(len(data).to_bytes(4, "little") + data)
+
+    def dropped_by(self) -> dict[str, int]:
+        """Rule -> samples, sorted by name."""
+        counts = Counter(self._rules)
+        return {rule: counts[number] for rule, number in sorted(self._numbers.items())}
+
+    def left(self) -> np.ndarray:
+        """int64: the samples not dropped, ascending."""
+        good = np.ones(len(self.samples), bool)
+        good[np.array(self._samples, np.int64)] = False
+        return np.flatnonzero(good)
+
+    def parts(self) -> Iterator[Part]:
+        """What to leave out of each shard; made one shard at a time."""
+        samples, rules = np.array(self._samples, np.int64), list(self._numbers)
+        order = np.argsort(samples)
+        starts = self.samples.starts
+        edges = np.searchsorted(samples[order], starts)
+        for name, count, start, low, high in zip(self.samples.names, self.samples.counts.tolist(), starts.tolist(), edges, edges[1:]):
+            drops = tuple((self._samples[i] - start, rules[self._rules[i]], self._detail(i)) for i in order[low:high].tolist())
+            yield Part(name, count, drops, files.states([name]))
+
+    def _detail(self, i: int) -> str:
+        self._details.seek(self._places[i])
+        return self._details.read(int.from_bytes(self._details.read(4), "little")).decode("utf-8", "surrogatepass")

@@ -1,0 +1,106 @@
+"""The counts that lie beside shards, against what was found: sizes.json, __len__, _info.json, manifest.json, img2dataset's _stats.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep import files
+from data_prep.validate.kinds import Finding
+from mmpretrain.data.schema import ShardError
+
+
+@dataclass(frozen=True)
+class Stated:
+    """`count` samples in `shard` ("" for the whole folder), says `file`."""
+
+    file: str
+    shard: str
+    count: int
+
+
+def _sizes(data: bytes) -> dict[str, int]:
+    return {name: _count(count) for name, count in json.loads(data).items()}
+
+
+def _manifest(data: bytes) -> dict[str, int]:
+    return {name: _count(shard["count"]) for name, shard in json.loads(data)["shards"].items()}
+
+
+def _info(data: bytes) -> dict[str, int]:
+    """timm's: {"splits": {"train": {"filenames": [...], "shard_lengths": [...], "num_samples": n}}}."""
+    found = {}
+    for split in json.loads(data)["splits"].values():
+        if "filenames" in split and "shard_lengths" in split:
+            found |= dict(zip(split["filenames"], map(_count, split["shard_lengths"]), strict=True))
+    return found
+
+
+def _total(data: bytes) -> dict[str, int]:
+    return {"": _count(int(data))}
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+FILES: dict[str, Callable[[bytes], dict[str, int]]] = {
+    "sizes.json": _sizes,
+    "manifest.json": _manifest,
+    "_info.json": _info,
+    "__len__": _total,
+}
+
+
+def stated(folder: str, shards: list[str]) -> tuple[list[Stated], list[Finding]]:
+    """What the files of a folder say of its shards (their base names), and what of that cannot be read."""
+    found: list[Stated] = []
+    wrong: list[Finding] = []
+
+    def read(name: str, parse: Callable[[bytes], dict[str, int]]) -> None:
+        place = files.join(folder, name)
+        try:
+            found.extend(Stated(place, shard, count) for shard, count in parse(files.read_bytes(place)).items())
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+            wrong.append(Finding(place, "", -1, "bad_count_file", f"{type(error).__name__}: {error}"[:300]))
+
+    for name, parse in FILES.items():
+        read(name, parse)
+    for shard in shards:
+        stats = shard.removesuffix(".tar") + "_stats.json"
+        read(stats, lambda data, shard=shard: {shard: _count(json.loads(data)["successes"])})
+    return found, wrong
+
+
+def compare(folder: str, counts: dict[str, int]) -> tuple[dict[str, int], Iterator[Finding]]:
+    """(the counts that are known otherwise, what disagrees) for the shards of a folder, base name -> samples found."""
+    said, wrong = stated(folder, list(counts))
+    known = {}
+    for entry in said:
+        known.setdefault(entry.shard, entry.count)
+
+    def findings() -> Iterator[Finding]:
+        yield from wrong
+        try:
+            tars = {name.rpartition("/")[2] for name in files.listing(folder) if name.endswith(".tar")}
+        except (ShardError, OSError):
+            tars = set(counts)
+        for entry in said:
+            shard = files.join(folder, entry.shard) if entry.shard else folder
+            if entry.shard in counts and counts[entry.shard] != entry.count:
+                detail = f"{entry.file} says {entry.count} samples, there are {counts[entry.shard]}"
+                yield Finding(shard, "", -1, "count_disagrees", detail)
+            elif not entry.shard and tars <= counts.keys() and sum(counts.values()) != entry.count:
+                yield Finding(
+                    shard, "", -1, "count_disagrees", f"{entry.file} says {entry.count} samples, there are {sum(counts.values())}"
+                )
+            elif entry.shard and entry.shard not in counts and entry.shard not in tars:
+                yield Finding(shard, "", -1, "missing_shard", f"{entry.file} says that it has {entry.count} samples; it is not there")
+
+    return known, findings()

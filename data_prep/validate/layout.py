@@ -1,0 +1,236 @@
+"""Where a shard's samples lie, and how readers would take their names: units with keys that anything takes."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.shards.read import LocalCopy
+from data_prep.validate.kinds import Finding, Found, is_image
+from mmpretrain.data import index as shard_index
+from mmpretrain.data.index import Member, ShardIndex
+from mmpretrain.data.schema import IMAGE_EXTENSIONS, SAFE_KEY, ShardError, split_name
+from mmpretrain.data.tar import NO_HEADERS, read_headers
+
+MAX_KEY = 200
+_HOSTILE = re.compile(r"(^|/)\.\.(/|$)|^/|^[A-Za-z]:|\\|[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+@dataclass
+class Unit:
+    """One sample as --repair writes it: dotted keys split, every key sanitised."""
+
+    key: str
+    places: dict[str, Member]
+    found: list[Found]  # of the key and the order of members; `examine` adds what the members hold
+    name: str = ""  # its key in the shard, where `key` has been sanitised
+
+    @property
+    def offset(self) -> int:
+        return min((member.offset for member in self.places.values()), default=-1)
+
+
+def clean(key: str) -> str:
+    """A key that every reader and file system takes."""
+    key = "/".join(part for part in re.sub(r"[^\w/-]+", "_", key).split("/") if part.strip("_")) or "sample"
+    if len(key) > MAX_KEY:
+        key = f"{key[: MAX_KEY - 13].rstrip('/')}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    return key
+
+
+def _same_layout(a: ShardIndex, b: ShardIndex) -> bool:
+    return a.keys == b.keys and np.array_equal(a.offset, b.offset) and np.array_equal(a.size, b.size)
+
+
+def read_ahead(file: int) -> None:
+    """The kernel fetches the file from end to end, ahead of what follows: the disk does not wait for what is done with each sample."""
+    if hasattr(os, "posix_fadvise"):
+        copy = os.dup(file)
+
+        def fetch() -> None:
+            with suppress(OSError):  # a wish: reading tells what is wrong with the file
+                os.posix_fadvise(copy, 0, 0, os.POSIX_FADV_WILLNEED)
+            os.close(copy)
+
+        threading.Thread(target=fetch, daemon=True).start()
+
+
+class Layout:
+    """Where a shard's samples lie, by its headers, or by an index with checksums where the headers are damaged."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.found: list[Finding] = []
+        self.lost, self.estimated = 0, False
+        self.trusted = True  # the places are those of sound headers
+        self.index = shard_index.from_headers(NO_HEADERS, None, 0)
+        self.size, self.file = 0, -1
+        self._copy: LocalCopy | None = None
+        try:
+            self._copy = LocalCopy(name)
+            self.file = os.open(self._copy.path, os.O_RDONLY)
+            self.size = os.fstat(self.file).st_size
+            read_ahead(self.file)
+        except (ShardError, OSError) as error:
+            self._add("unreachable", -1, str(error))
+            self.lost, self.estimated = 1, True
+            return
+        try:
+            self._read(self._copy.path)
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, kind: str, offset: int, detail: str, key: str = "") -> None:
+        self.found.append(Finding(self.name, key, offset, kind, detail))
+
+    def _read(self, path: Path) -> None:
+        assert self._copy is not None
+        saved = None
+        if shard_index.index_path(path).exists():
+            try:
+                saved, _ = shard_index.load(shard_index.index_path(path))
+            except ShardError as error:
+                self._add("bad_index", -1, self._copy.explain(error))
+        scanned = None
+        try:
+            headers, stop = read_headers(mmap.mmap(self.file, 0, access=mmap.ACCESS_READ) if self.size else b"", str(path))
+            scanned = shard_index.from_headers(headers, stop, self.size)
+            if len(headers.names) > len(scanned.offset):
+                for member, at in zip(headers.names, headers.header.tolist()):
+                    if split_name(member) is None and not re.fullmatch(r"(.*/)?__\w+__", member):
+                        self._add("stray_member", at, repr(member)[:200])
+        except ShardError as error:
+            self._add("no_tar", 0, self._copy.explain(error).removeprefix(f"{self.name}: "))
+            self.lost, self.estimated = 1, True
+        for damage in () if scanned is None else scanned.damage:  # one without samples is false
+            self._add(damage.reason, damage.offset, damage.detail)
+            self.lost, self.estimated = damage.lost, True
+        self._choose(saved, scanned)
+
+    def _choose(self, saved: ShardIndex | None, scanned: ShardIndex | None) -> None:
+        """An index with checksums knows what a damaged shard held, sample by sample, and finds what is sound behind the damage."""
+        if scanned is not None:
+            self.index = scanned
+        if saved is None:
+            return
+        if saved.checksum is None:
+            if scanned is None or not _same_layout(saved, scanned):
+                self._add("index_outdated", -1, f"the index says {len(saved)} samples in {saved.tar_bytes} bytes")
+            return
+        if scanned is not None and saved.tar_bytes == self.size and _same_layout(saved, scanned):
+            self.index = saved
+            return
+        here = f"{len(scanned)} samples in {self.size} bytes" if scanned is not None else f"no tar, {self.size} bytes"
+        self._add("index_disagrees", -1, f"{here}, its index says {len(saved)} samples in {saved.tar_bytes} bytes")
+        if scanned is None or scanned.damage or self.size < saved.tar_bytes:
+            self.index, self.trusted = saved, False
+            self.lost, self.estimated = 0, False
+
+    def units(self) -> Iterator[Unit]:
+        """The samples in order, dotted keys split into those they hide."""
+        return (unit for i in range(len(self.index)) for unit in self.units_of(i))
+
+    @cached_property
+    def crossed(self) -> np.ndarray | None:
+        return _interleaved(self.index)
+
+    @cached_property
+    def _again(self) -> set[str]:
+        return set(self.index.keys) if self.index.duplicates else set()
+
+    @cached_property
+    def _rare_extensions(self) -> set[str]:
+        return _rare(self.index)
+
+    def units_of(self, i: int) -> Iterator[Unit]:
+        key, places = self.index.keys[i], self.index.members(i)
+        found: list[Found] = []
+        base = key.rpartition("~")[0]
+        if self._again and base in self._again and key[len(base) + 1 :].isdecimal():
+            found.append(("duplicate_key", -1, f"{base} came before"))
+            key = base
+        if self.crossed is not None and self.crossed[i]:
+            found.append(("interleaved", -1, "other samples' members lie between its own"))
+        yield from _split(Unit(key, places, found), self._rare_extensions)
+
+    def close(self) -> None:
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1
+        if self._copy is not None:
+            self._copy.close()
+
+    def __enter__(self) -> Layout:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _interleaved(index: ShardIndex) -> np.ndarray | None:
+    """bool [S]: samples between whose members other samples' members lie; None where there are none."""
+    if not len(index.offset) or (np.diff(index.offset) >= 0).all():
+        return None
+    rank = np.argsort(np.argsort(index.offset, kind="stable"), kind="stable")
+    first, last = np.minimum.reduceat(rank, index.starts[:-1]), np.maximum.reduceat(rank, index.starts[:-1])
+    return last - first + 1 != np.diff(index.starts)
+
+
+def _known(extension: str) -> bool:
+    return is_image(extension) or extension in ("txt", "json", "cls")
+
+
+def _rare(index: ShardIndex) -> set[str]:
+    """Extensions with dots that look like the end of a dotted key: few samples have them."""
+    counts = index.counts()
+    return {e for e, n in counts.items() if "." in e and _known(e.rpartition(".")[2]) and n * 10 < len(index)}
+
+
+def _split(unit: Unit, rare: set[str]) -> Iterator[Unit]:
+    """`photo.1.jpg` and `photo.2.jpg` are two samples for people and one for readers; `x.jpg` with `x.seg.png` is one for both."""
+    hidden: dict[str, dict[str, Member]] = {}
+    for extension, member in unit.places.items():
+        middle, dot, last = extension.rpartition(".")
+        if not dot or not _known(last):
+            continue
+        plain = any(e in unit.places for e in IMAGE_EXTENSIONS) if is_image(last) else last in unit.places
+        if not plain or extension in rare:
+            hidden.setdefault(f"{unit.key}.{middle}", {})[last] = member
+    moved = {member.offset for places in hidden.values() for member in places.values()}
+    rest = {extension: member for extension, member in unit.places.items() if member.offset not in moved}
+    if rest or not hidden:
+        yield _judged(Unit(unit.key, rest, unit.found))
+    for key, places in hidden.items():
+        yield _judged(Unit(key, places, [*unit.found, ("dotted_key", -1, f"readers take it for {unit.key}, with other members")]))
+
+
+def _judged(unit: Unit) -> Unit:
+    key = unit.key.removeprefix("./")
+    if _HOSTILE.search(key):
+        unit.found.append(("unsafe_key", -1, repr(unit.key)[:250]))
+    elif len(key) > MAX_KEY or not (SAFE_KEY.fullmatch(key) or any(kind == "dotted_key" for kind, _, _ in unit.found)):
+        unit.found.append(("unusual_key", -1, repr(unit.key)[:250]))
+    return unit
+
+
+def unique(units: Iterator[Unit], used: set[str]) -> Iterator[Unit]:
+    """Sanitised keys, each once within the shard: a repeated one gets -2, -3 ... `used` are those that are taken, and grows."""
+    for unit in units:
+        key = name = unit.key if len(unit.key) <= MAX_KEY and SAFE_KEY.fullmatch(unit.key) else clean(unit.key)
+        number = 1
+        while name in used:
+            number += 1
+            name = f"{key[: MAX_KEY - 8]}-{number}"
+        used.add(name)
+        yield Unit(name, unit.places, unit.found, unit.key)

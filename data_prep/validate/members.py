@@ -1,0 +1,250 @@
+"""What one sample's members hold: can training use them?"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from PIL import Image, UnidentifiedImageError
+
+from data_prep.validate.kinds import Found
+from data_prep.validate.layout import MAX_KEY, Layout
+from mmpretrain.data import decode
+from mmpretrain.data.decode import ImageLimits
+from mmpretrain.data.index import BYTES, Member, checksum
+from mmpretrain.data.schema import LABEL_EXTENSION, METADATA_EXTENSION, SAFE_KEY, BadSample, image_extension
+from mmpretrain.data.source import MAX_CAPTION_BYTES
+from mmpretrain.data.tar import read_at
+
+# Members that readers' default decoders run as code (pickles), and those that have no business in a data set.
+EXECUTABLE = frozenset(
+    ["pyd", "pickle", "pkl", "pth", "pt", "dill", "joblib", "py", "pyc", "so", "dll", "exe", "sh", "bat", "com", "cmd", "ps1", "jar"]
+)
+COMPRESSED = frozenset(["gz", "bz2", "xz", "zst", "zip"])
+EXTENSION = re.compile(r"[a-z0-9_+-]+(\.[a-z0-9_+-]+)*")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
+_HEAD = 2048  # bytes in which an image's format, and mostly its size, can be seen
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What is asked of every sample."""
+
+    need: tuple[str, ...] = ()  # extensions; "image" stands for any image
+    caption: str = "txt"  # the member that holds it, or json:FIELD
+    decode: bool = True
+    checksums: bool = True
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    max_member_bytes: int = 64 << 20
+
+
+class Members:
+    """A sample's members, each read once."""
+
+    def __init__(self, file: int, places: dict[str, Member]) -> None:
+        self.places, self._file, self._read = places, file, {}
+
+    def __call__(self, extension: str) -> bytes:
+        """Raises BadSample where the bytes are not there or the disk fails."""
+        if extension not in self._read:
+            member = self.places[extension]
+            self._read[extension] = self.head(extension, member.size)
+        return self._read[extension]
+
+    def head(self, extension: str, size: int) -> bytes:
+        if extension in self._read:
+            return self._read[extension]
+        member = self.places[extension]
+        try:
+            return read_at(self._file, member.offset, min(size, member.size))
+        except OSError as error:
+            raise BadSample("unreadable", f"{extension}: {error}") from error
+
+
+def _seen(kind: str, head: bytes) -> tuple[int, int] | None:
+    """(width, height) where the first bytes show them."""
+    if kind == "jpeg" and (header := decode.jpeg_header(head)) is not None:
+        return header.width, header.height
+    if kind == "png" and len(head) >= 24:
+        return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+    return None
+
+
+def _dimensions(kind: str, data: bytes) -> tuple[int, int]:
+    """(width, height) without decoding a pixel."""
+    if (seen := _seen(kind, data)) is not None:
+        return seen
+    try:
+        with Image.open(io.BytesIO(data), formats=[decode.PILLOW_FORMATS[kind]]) as image:
+            return image.size
+    except Image.DecompressionBombError as error:
+        raise BadSample("too_many_pixels", str(error)) from error
+    except UnidentifiedImageError as error:  # it would name an object in memory
+        raise BadSample("undecodable_image", f"{kind}: its header cannot be read") from error
+    except (Exception, MemoryError) as error:  # decoders raise all sorts over hostile bytes
+        raise BadSample("undecodable_image", f"{kind}: {' '.join(str(error).split())[:200]}") from error
+
+
+def image(data: Callable[[int], bytes], size: int, checks: Checks) -> None:
+    """An image of `size` bytes; data(n) gives the first n of them. Raises BadSample."""
+    if checks.decode:
+        decode.decode_image(data(size), checks.limits)
+        return
+    head = data(min(_HEAD, size))
+    kind = decode.sniff(head)
+    if kind is None:
+        raise BadSample("unknown_format", f"begins with {head[:12]!r}; decoded are {', '.join(decode.PILLOW_FORMATS)}")
+    checks.limits.check(*(_seen(kind, head) or _dimensions(kind, data(size))))
+
+
+def text(data: bytes, role: str, checks: Checks) -> str | None:
+    """A member that is read as text, in its role: caption | json | label. Gives a caption's control character. Raises BadSample."""
+    if role == "json":
+        decode.decode_json(data)
+    elif role == "label":
+        try:
+            label = decode.decode_text(data)
+        except BadSample as error:
+            raise BadSample("bad_label", str(error)) from error
+        if re.fullmatch(r"-\d+", label):
+            raise BadSample("bad_label", f"{LABEL_EXTENSION} holds {label}, expected at least 0 or a name")
+    elif control := _CONTROL.search(_caption(data, checks.caption)):
+        return control[0]
+    return None
+
+
+def _caption(data: bytes, caption: str) -> str:
+    _, _, name = caption.partition(":")
+    if not name:
+        return decode.decode_text(data)
+    fields = decode.decode_json(data)
+    if name not in fields:
+        raise BadSample("missing_field", f"{caption}; it has {', '.join(sorted(fields))[:200]}")
+    return "\n".join(decode.captions_from(fields[name], caption))
+
+
+def role_of(extension: str, checks: Checks, image: str | None) -> str:
+    """What is asked of a member: caption | json | label | image, or "" for nothing but its checksum."""
+    roles = {image: "image", LABEL_EXTENSION: "label", METADATA_EXTENSION: "json", checks.caption.partition(":")[0]: "caption"}
+    return roles.get(extension, "")
+
+
+def most_bytes(role: str, checks: Checks) -> int:
+    """How large a member may be."""
+    return MAX_CAPTION_BYTES if role == "caption" and ":" not in checks.caption else checks.max_member_bytes
+
+
+def _content(members: Members, extension: str, checks: Checks, role: str) -> Iterator[Found]:
+    member = members.places[extension]
+    if checks.checksums and member.checksum is not None and not member.holds(members(extension)):
+        raise BadSample("checksum", f"{extension}: the {member.size} bytes at {member.offset} are not those that the index was written for")
+    if role == "image":
+        image(lambda size: members.head(extension, size), member.size, checks)
+    elif role and (control := text(members(extension), role, checks)) is not None:
+        yield "control_characters", member.offset, f"{extension} holds U+{ord(control):04X}"
+
+
+def examine(members: Members, checks: Checks, size: int) -> Iterator[Found]:
+    """Everything wrong with a sample's members, of a shard of `size` bytes."""
+    places = members.places
+    picture = image_extension(list(places))
+    for wanted in checks.need:
+        if (picture if wanted == "image" else places.get(wanted)) is None:
+            start = min((member.offset for member in places.values()), default=-1)
+            yield "missing_member", start, f"{wanted}; it has {', '.join(sorted(places)) or 'nothing'}"
+    if not kept(places):
+        yield "missing_member", -1, f"nothing that may be kept; it has {', '.join(sorted(places))[:200] or 'nothing'}"
+    for extension, member in places.items():
+        last = extension.rpartition(".")[2]
+        if last in EXECUTABLE:
+            yield "executable_member", member.offset, f"{extension}, {member.size} bytes"
+            continue
+        if not EXTENSION.fullmatch(extension):
+            yield "odd_extension", member.offset, repr(extension)[:100]
+            continue
+        if last in COMPRESSED:
+            yield "compressed_member", member.offset, extension
+        try:
+            if member.offset + member.size > size:
+                raise BadSample("cut", f"{extension}: {member.size} bytes at {member.offset}, the shard has {size}")
+            role = role_of(extension, checks, picture)
+            if member.size > (most := most_bytes(role, checks)):
+                raise BadSample("too_many_bytes", f"{extension} has {member.size} bytes, the limit is {most}")
+            yield from _content(members, extension, checks, role)
+        except BadSample as error:
+            yield error.reason, member.offset, error.detail or extension
+
+
+def kept(places: dict[str, Member]) -> list[str]:
+    """The members that --repair keeps."""
+    return [e for e in places if e.rpartition(".")[2] not in EXECUTABLE and EXTENSION.fullmatch(e)]
+
+
+class Sound:
+    """Is sample i sound beyond doubt? It then has one plain key, nothing odd among its members, and passes every check."""
+
+    def __init__(self, layout: Layout, checks: Checks) -> None:
+        index = layout.index
+        self._file, self._size, self._checks, self._crossed = layout.file, layout.size, checks, layout.crossed
+        self._keys, self._names = index.keys, index.extensions
+        self._starts, self._kinds = index.starts.tolist(), index.extension.tolist()
+        self._offsets, self._sizes = index.offset.tolist(), index.size.tolist()
+        known = index.checksum is not None and index.checksum.shape[1] == BYTES
+        self._checksums = memoryview(index.checksum.tobytes()) if known and checks.checksums else None
+        # Behind damage, and where the checksums are of another kind, everything is examined in full.
+        self._any = layout.trusted and (index.checksum is None or known or not checks.checksums)
+        self._times: Counter[tuple[int, ...]] = Counter()
+        self._roles: dict[tuple[int, ...], list[str] | None] = {}  # by the kinds of a sample's members
+
+    def __call__(self, i: int) -> bool:
+        key = self._keys[i]
+        if not self._any or len(key) > MAX_KEY or not SAFE_KEY.fullmatch(key) or (self._crossed is not None and self._crossed[i]):
+            return False
+        first, end = self._starts[i], self._starts[i + 1]
+        kinds = tuple(self._kinds[first:end])
+        if kinds not in self._roles:
+            self._roles[kinds] = self._plan([self._names[kind] for kind in kinds])
+        roles = self._roles[kinds]
+        try:
+            good = roles is not None and all(map(self._member, range(first, end), roles))
+        except (BadSample, OSError):
+            return False
+        if good:
+            self._times[kinds] += 1
+        return good
+
+    @property
+    def members(self) -> Counter[str]:
+        """Extension -> how many of the sound samples have it."""
+        found: Counter[str] = Counter()
+        for kinds, times in self._times.items():
+            found.update({self._names[kind]: times for kind in kinds})
+        return found
+
+    def _plan(self, extensions: list[str]) -> list[str] | None:
+        """The members' roles; None where some of them, or their absence, must be reported."""
+        picture = image_extension(extensions)
+        for wanted in self._checks.need:
+            if (picture is None) if wanted == "image" else (wanted not in extensions):
+                return None
+        if any("." in e or e in EXECUTABLE or e in COMPRESSED or not EXTENSION.fullmatch(e) for e in extensions):
+            return None
+        return [role_of(extension, self._checks, picture) for extension in extensions]
+
+    def _member(self, m: int, role: str) -> bool:
+        offset, size = self._offsets[m], self._sizes[m]
+        if offset + size > self._size or size > most_bytes(role, self._checks):
+            return False
+        whole = None
+        if self._checksums is not None:
+            whole = read_at(self._file, offset, size)
+            if checksum(whole) != self._checksums[m * BYTES : (m + 1) * BYTES]:
+                return False
+        if role == "image":
+            image(lambda length: whole[:length] if whole is not None else read_at(self._file, offset, length), size, self._checks)
+        elif role:
+            return text(read_at(self._file, offset, size) if whole is None else whole, role, self._checks) is None
+        return True

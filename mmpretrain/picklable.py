@@ -1,0 +1,21 @@
+"""Exceptions that reach the process that waits for a result."""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+
+
+def picklable(error: BaseException, where: str) -> BaseException:
+    """An exception that another process can raise: the error itself, or a RuntimeError with its text where it does not survive pickling.
+
+    The traceback, which pickling loses, is added as a note that begins with `where`.
+    """
+    trace = "".join(traceback.format_exception(error))
+    try:
+        survives = type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:  # whatever its own __reduce__ or __init__ raises
+        survives = False
+    result = error if survives else RuntimeError(f"{type(error).__name__}: {error}")
+    result.add_note(f"{where}:\n{trace}")
+    return result
