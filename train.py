@@ -14,6 +14,7 @@ def main() -> int:
     parser.add_argument("recipe", nargs="?", default=None, help="a YAML recipe; default: configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", help="key=value, dots for nesting")
     parser.add_argument("--print-config", action="store_true", help="show the resolved recipe and stop")
+    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="a module whose classes the recipe may name")
     parser.add_argument("-h", "--help", action="store_true", help="every option with its documentation")
     arguments = parser.parse_intermixed_args()  # options may stand anywhere among the overrides
 
@@ -31,6 +32,7 @@ def main() -> int:
         from data_prep.demo.background import DemoData
 
         demo = DemoData("data/demo")  # begins to write its shards, while this process imports
+    from mmpretrain import plugins
     from mmpretrain.config import recipe as recipes
 
     if arguments.help:
@@ -38,6 +40,7 @@ def main() -> int:
         print(recipes.help_text())
         return 0
     try:
+        plugins.allow(arguments.plugin)
         config = recipes.load(recipe, overrides)
         if arguments.print_config:
             print(recipes.dump(config))
@@ -61,7 +64,7 @@ def run(config, demo) -> int:
 
     try:
         if demo is not None:
-            demo.prepare(config)
+            return train(config, demo.prepare(config))
         return train(config)
     except (BadSampleBudgetError, CheckpointError, DemoError, LoaderError, LogError, ShardError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)

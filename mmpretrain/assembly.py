@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from mmpretrain.checkpoint import MANIFEST, find_checkpoint
 from mmpretrain.config.build import OptionError, blaming
-from mmpretrain.config.recipe import Config
+from mmpretrain.config.recipe import Config, NetworkConfig
 from mmpretrain.data.schema import ShardError
 from mmpretrain.data.shards import load_classes
 from mmpretrain.data.source import ImageConfig, Source
 from mmpretrain.data.text import get_tokenizer
-from mmpretrain.model import PretrainModel
+from mmpretrain.distributed import world_size
+from mmpretrain.heads import is_batch_norm, use_global_statistics
+from mmpretrain.model import PretrainModel, with_mask_embeddings
 from mmpretrain.objectives import OBJECTIVES, Context, Objective
-from mmpretrain.objectives.base import source_encodes
+from mmpretrain.objectives.base import Network, source_encodes
 from mmpretrain.optim import align_tops
 from mmpretrain.towers.dual import DualEncoder
 from mmpretrain.towers.specs import build_towers
@@ -23,15 +28,17 @@ from mmpretrain.towers.teacher import Teacher
 from mmpretrain.towers.weights import load_weights
 
 
-def build_model(config: Config, resumed: bool = False) -> tuple[PretrainModel, Teacher | None]:
+def build_model(config: Config, resumed: bool = False, steps: int | None = None) -> tuple[PretrainModel, Teacher | None]:
     """Towers, objectives and teacher, drawn from `config.seed`; towers that nobody encodes with are left out.
 
+    `steps`: updates of the whole run, where `config.steps` does not say it (epochs).
     `resumed`: a checkpoint will be put in, so that `init_from` is not read; what it names may be gone.
 
     Raises:
         OptionError: a model or objective that cannot be built.
         CheckpointError: `init_from` is a run without a valid checkpoint.
     """
+    steps = config.steps if steps is None else steps
     torch.manual_seed(config.seed)
     pretrained = None if resumed else config.init_from
     if pretrained is not None and ((Path(pretrained) / "checkpoints").is_dir() or (Path(pretrained) / MANIFEST).exists()):
@@ -44,17 +51,25 @@ def build_model(config: Config, resumed: bool = False) -> tuple[PretrainModel, T
     with blaming("init_from"):
         leftovers = load_weights(towers, pretrained, absent="keep") if pretrained else {}
 
+    networks, known = {}, {}
+    for name, network in config.networks.items():
+        with blaming(f"networks.{name}"):
+            networks[name] = frozen_network(network)
+        known[name] = about(networks[name])
     objectives: dict[str, Objective] = {}
     for name, options in config.objectives.items():
         torch.manual_seed(config.seed)  # an objective's first weights do not depend on which others stand beside it
         with blaming(f"objectives.{name}"):
-            objectives[name] = OBJECTIVES[options.kind](options, context(config, options.source, towers))
-    for parameter in ("logit_scale", "logit_bias"):
-        for objective in objectives.values():
+            objectives[name] = OBJECTIVES[options.kind](options, context(config, options.source, towers, steps, known))
+    for objective in objectives.values():
+        for parameter in objective.exported:
             if parameter in leftovers and isinstance(getattr(objective, parameter, None), torch.nn.Parameter):
                 getattr(objective, parameter).data.copy_(leftovers[parameter].reshape(1))
+    with blaming("model"):
+        with_mask_embeddings(towers, objectives.values(), config.seed)
 
-    modalities = {e.view.modality for objective in objectives.values() for e in source_encodes(objective.needs)}
+    encodes = [e for objective in objectives.values() for e in source_encodes(objective.needs)]
+    modalities = {e.view.modality for e in encodes if e.network in ("student", "teacher")}
     if "image" not in modalities:
         towers.visual = None
     if "text" not in modalities:
@@ -68,19 +83,72 @@ def build_model(config: Config, resumed: bool = False) -> tuple[PretrainModel, T
             for tower in (towers.visual, towers.text):
                 if tower is not None:
                     tower.compile_trunk()
-    if config.accumulate > 1 and any(t is not None and not t.mergeable for t in (towers.visual, towers.text)):
-        raise OptionError(
-            f"accumulate is {config.accumulate}, but this tower's rows cannot be split (BatchNorm, or a foreign module's dropout): "
-            "chunks would not equal one batch. Set accumulate=1"
-        )
+    if world_size() > 1:  # statistics of one rank's rows would let the ranks differ
+        use_global_statistics(towers)
+    if config.accumulate > 1:
+        check_accumulate(config, towers, objectives)
 
     teacher = None
     if config.teacher is not None:
         t = config.teacher
         with blaming("teacher"):
-            teacher = Teacher(towers, t.momentum, t.final_momentum, t.schedule)
+            heads = [pair for objective in objectives.values() for pair in copy_heads(objective)]
+            teacher = Teacher(towers, t.momentum, t.final_momentum, t.schedule, heads)
     weights = {name: options.weight for name, options in config.objectives.items()}
-    return PretrainModel(towers, objectives, weights, teacher.module if teacher is not None else None), teacher
+    with blaming("objectives"):
+        model = PretrainModel(
+            towers,
+            objectives,
+            weights,
+            teacher.module if teacher is not None else None,
+            networks=networks,
+            spans={name: (options.start, options.stop) for name, options in config.objectives.items()},
+            teacher_statistics=config.teacher.batch_norm if config.teacher is not None else "running",
+        )
+    return model, teacher
+
+
+def copy_heads(objective: Objective) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
+    """Give an objective the EMA copies of what it says is averaged; -> (module, its copy)."""
+    copies = {name: copy.deepcopy(objective.get_submodule(name)).requires_grad_(False) for name in objective.averaged}
+    objective.teacher = torch.nn.ModuleDict(copies)
+    return [(objective.get_submodule(name), module) for name, module in copies.items()]
+
+
+def frozen_network(config: NetworkConfig) -> DualEncoder:
+    """A frozen network of the recipe, with its weights."""
+    towers = build_towers(config.model, image_size=config.image_size)
+    if config.init_from is not None:
+        path = Path(config.init_from)
+        run = (path / "checkpoints").is_dir() or (path / MANIFEST).exists()
+        load_weights(towers, str(find_checkpoint(path)) if run else config.init_from, absent="error")
+    return towers.eval().requires_grad_(False)
+
+
+def about(towers: DualEncoder) -> Network:
+    visual, text, p = towers.visual, towers.text, towers.preprocess
+    return Network(
+        image_size=p.size, mean=p.mean, std=p.std,
+        patch_size=visual.patch_size if visual is not None else None,
+        image_width=visual.width if visual is not None else 0,
+        text_width=text.width if text is not None else 0,
+        embed_dim=towers.embed_dim,
+    )  # fmt: skip
+
+
+def check_accumulate(config: Config, towers: DualEncoder, objectives: dict[str, Objective]) -> None:
+    """What would make the chunks of a step differ from one batch."""
+    if any(t is not None and not t.mergeable for t in (towers.visual, towers.text)):
+        raise OptionError(
+            f"accumulate is {config.accumulate}, but this tower's rows cannot be split (BatchNorm, or a foreign module's dropout): "
+            "chunks would not equal one batch. Set accumulate=1"
+        )
+    for name, objective in objectives.items():
+        if objective.per_row and any(is_batch_norm(module) for module in objective.modules()):
+            raise OptionError(
+                f"accumulate is {config.accumulate}, and objective {name!r} runs chunk by chunk with a BatchNorm, which would see "
+                "one chunk: set accumulate=1, or give its head another norm (layer)"
+            )
 
 
 def check_vocabulary(towers: DualEncoder) -> None:
@@ -93,7 +161,9 @@ def check_vocabulary(towers: DualEncoder) -> None:
         )
 
 
-def context(config: Config, source: str, towers: DualEncoder) -> Context:
+def context(
+    config: Config, source: str, towers: DualEncoder, steps: int | None = None, networks: Mapping[str, Network] | None = None
+) -> Context:
     """What an objective on `source` may know."""
     image = config.sources[source].image or ImageConfig()
     visual, text, preprocess = towers.visual, towers.text, towers.preprocess
@@ -113,6 +183,8 @@ def context(config: Config, source: str, towers: DualEncoder) -> Context:
         vocab_size=get_tokenizer(towers.tokenizer).vocab_size if text is not None else 0,
         trim_text=text is not None and text.trimmable,
         classes=tuple(classes or ()),
+        steps=steps or 0,
+        networks=networks or {},
     )
 
 
@@ -151,6 +223,24 @@ def check_division(config: Config, processes: int) -> None:
                 f"sources.{name}.batch_size is {source.batch_size} rows per update over all processes; it must be a multiple of "
                 f"{processes} processes x accumulate {config.accumulate} = {parts}"
             )
+
+
+def schedule_views(sources: Mapping[str, Source], model: PretrainModel, steps: int, step: int, positions: Mapping[str, int]) -> None:
+    """Let every source make a view only while an objective that looks at it is active.
+
+    Args:
+        step, positions: where the run starts or goes on; slots count from there.
+    """
+    for name, spans in model.spans_of_views().items():
+        source = sources[name]
+        for view, parts in spans.items():
+            if any(start <= 0 and stop >= 1 for start, stop in parts):
+                continue
+            slots = []
+            for start, stop in parts:
+                first, last = (steps if f >= 1 else math.ceil(f * steps - 1e-9) for f in (start, stop))
+                slots.append(tuple(positions[name] + (s - step) * source.batch_size for s in (first, last)))
+            source.schedule[view] = slots
 
 
 def total_steps(config: Config, sources: dict[str, Source]) -> int:

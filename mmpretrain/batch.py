@@ -35,8 +35,17 @@ def join(pieces: list[Encoded], rows: Rows, encode: Encode) -> Encoded:
     for name in OUTPUTS:
         if getattr(pieces[0], name) is not None:
             fields[name] = torch.cat([getattr(p, name) for p in pieces]).requires_grad_(encode.network == "student")
-    mask = torch.cat([p.mask for p in pieces]) if pieces[0].mask is not None else None
-    return Encoded(**fields, mask=mask, grid=pieces[0].grid, rows=rows, view=rows.views[encode.view])
+    mask, mix = (None if getattr(pieces[0], name) is None else torch.cat([getattr(p, name) for p in pieces]) for name in ("mask", "mix"))
+    return Encoded(**fields, mask=mask, grid=pieces[0].grid, rows=rows, view=rows.views[encode.view], mix=mix)
+
+
+def slice_of(whole: Encoded, i: int, chunks: int, rows: Rows, encode: Encode) -> Encoded:
+    """Chunk `i` of `chunks` of joined outputs, without copying."""
+    fields = {}
+    for name in (*OUTPUTS, "mask", "mix"):
+        value = getattr(whole, name)
+        fields[name] = None if value is None else value[i * len(value) // chunks : (i + 1) * len(value) // chunks]
+    return Encoded(**fields, grid=whole.grid, rows=rows, view=rows.views[encode.view])
 
 
 def surrogate(encoded: Encoded, leaf: Encoded, i: int, chunks: int) -> Tensor:

@@ -19,7 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mmpretrain import distributed
 from mmpretrain.atomic import flush
+from mmpretrain.model import PretrainModel
+from mmpretrain.objectives.base import source_encodes
+from mmpretrain.towers.dual import DualEncoder
+from mmpretrain.towers.teacher import Teacher
 from mmpretrain.towers.weights import load_pickled
 
 MANIFEST = "manifest.json"
@@ -200,3 +205,96 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, dict[st
 def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
     for group in optimizer.param_groups:
         yield from zip(group["names"], group["params"])
+
+
+def save_run(
+    run_dir: str | Path, keep: int, model: PretrainModel, teacher: Teacher | None, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """One checkpoint, independent of the number of processes; the main one writes it. Raises CheckpointError on every process."""
+
+    def write() -> Path:
+        towers = model.towers
+        weights = towers.weights()
+        for objective in model.objectives.values():
+            for name in objective.exported:
+                if isinstance(parameter := getattr(objective, name, None), nn.Parameter):
+                    weights.setdefault(name, parameter.detach().reshape(()))
+        tensors = {"model": weights, "objectives": model.objectives.state_dict() | mask_embeddings(towers)}
+        if teacher is not None:
+            tensors["teacher"] = teacher.module.state_dict()
+        p = towers.preprocess
+        preprocess = {"mean": p.mean, "std": p.std, "interpolation": p.interpolation, "resize_mode": p.resize_mode}
+        documents = {"state": state, "open_clip_config": {"model_cfg": towers.model_cfg, "preprocess_cfg": preprocess}}
+        root = Path(run_dir) / "checkpoints"
+        return save(root, state["step"], tensors, optimizer_by_name(optimizer), documents, keep)
+
+    distributed.on_main(write)
+
+
+def restore_run(folder: Path, model: PretrainModel, teacher: Teacher | None, optimizer: torch.optim.Optimizer, force: bool) -> list[str]:
+    """Put a verified checkpoint back. Where `force` (resume=force) allows another recipe, what it lacks starts fresh: a line for each part.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit this model, and `force` is not given.
+    """
+    weights, extra = load_tensors(folder, "model"), load_tensors(folder, "objectives")
+    exported = {name for objective in model.objectives.values() for name in objective.exported}
+    embeddings = {key: value for key, value in extra.items() if key.startswith("towers.")} or older_mask_embeddings(model, extra)
+    own = {key.removeprefix("towers."): value for key, value in embeddings.items()}
+    lines = _load(model.towers, {k: v for k, v in weights.items() if k not in exported | {"logit_scale", "logit_bias"}} | own, "towers")
+    lines += _load(model.objectives, {k: v for k, v in extra.items() if k not in embeddings and not is_older(k, model)}, "objectives")
+    if teacher is not None and (folder / "teacher.safetensors").exists():
+        lines += _load(teacher.module, own | load_tensors(folder, "teacher"), "teacher")
+    elif teacher is not None:
+        teacher.module.load_state_dict(model.towers.state_dict())
+        lines.append("the checkpoint has no teacher: it starts as a copy of the towers")
+    if lines and not force:
+        raise CheckpointError(
+            f"{folder} does not fit this recipe:\n  " + "\n  ".join(lines) + "\nresume=force goes on so; or choose another run_dir"
+        )
+    moments = {older_name(name, model): state for name, state in load_optimizer(folder).items()}
+    left_out = restore_optimizer(optimizer, moments, strict=not force)
+    if left_out:
+        lines.append(f"optimizer state of {len(left_out)} parameters is left out: {', '.join(left_out[:3])} ...")
+    return lines
+
+
+def _load(module: nn.Module, state: dict[str, Tensor], what: str) -> list[str]:
+    """Load what fits; a line about what the module has that `state` lacks, and one about what it has too much."""
+    own = module.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    module.load_state_dict(fitting, strict=False)
+    fresh, unused = [k for k in own if k not in fitting], [k for k in state if k not in own]
+    lines = []
+    if fresh:
+        lines.append(f"{what}: the checkpoint lacks {_some(fresh)}: fresh weights")
+    if unused:
+        lines.append(f"{what}: the checkpoint's {_some(unused)} are not used")
+    return lines
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def mask_embeddings(towers: DualEncoder) -> dict[str, Tensor]:
+    """The towers' mask embeddings, `towers.visual.mask_embedding`: kept beside the objectives, so that model.safetensors is open_clip's."""
+    return {f"towers.{key}": value for key, value in towers.state_dict().items() if key.endswith("mask_embedding")}
+
+
+def is_older(key: str, model: PretrainModel) -> bool:
+    """Whether a tensor is the mask embedding of an objective, as checkpoints of version 0.1.0 have it."""
+    name, _, rest = key.partition(".")
+    return rest == "mask_token" and name in model.objectives and "mask_token" not in dict(model.objectives[name].named_parameters())
+
+
+def older_name(name: str, model: PretrainModel) -> str:
+    """A parameter's name today, from that in a checkpoint of version 0.1.0."""
+    if not name.startswith("objectives.") or not is_older(name.removeprefix("objectives."), model):
+        return name
+    modality = next(e.view.modality for e in source_encodes(model.objectives[name.split(".")[1]].needs))
+    return f"towers.{'visual' if modality == 'image' else 'text'}.mask_embedding"
+
+
+def older_mask_embeddings(model: PretrainModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {older_name(f"objectives.{key}", model): value for key, value in state.items() if is_older(key, model)}

@@ -14,21 +14,20 @@ import torch
 from torch import Tensor
 
 from mmpretrain.batch import take
-from mmpretrain.model import PretrainModel, running_statistics
+from mmpretrain.model import PretrainModel
 from mmpretrain.types import Batch
 
 
 class CostProbe:
     """One objective's turn every `every` steps (0: never), on one chunk of the batch: two to three passes, which is what measuring costs.
 
-    Changes nothing: gradients are dropped and running statistics put back. Call it where no gradient is held.
+    Changes nothing: gradients are dropped and buffers put back. Call it where no gradient is held.
     """
 
     def __init__(
         self, model: PretrainModel, every: int, chunks: int, autocast: Callable[[], AbstractContextManager], device: torch.device
     ) -> None:
         self.model, self.every, self.chunks, self.autocast, self.device = model, every, chunks, autocast, device
-        self.names = list(model.objectives)
         self._memory: dict[tuple[str, ...], float] = {}
 
     def due(self, step: int) -> bool:
@@ -41,10 +40,11 @@ class CostProbe:
         Every rank calls it at the same step: objectives gather.
         """
         started = time.perf_counter()
-        name = self.names[step // self.every % len(self.names)]
+        names = self.model.active  # of this step: its batch has their views
+        name = names[step // self.every % len(names)]
         part = take(batch, 0, self.chunks)
-        others = [other for other in self.names if other != name]
-        whole, alone = self._seconds(part, self.names), self._seconds(part, [name])
+        others = [other for other in names if other != name]
+        whole, alone = self._seconds(part, names), self._seconds(part, [name])
         without = self._seconds(part, others) if others else 0.0
         return {
             "cost_s": whole * self.chunks,
@@ -52,7 +52,7 @@ class CostProbe:
             f"{name}/cost_without_s": without * self.chunks,
             f"{name}/cost_alone": alone / whole,
             f"{name}/cost_added": 1 - without / whole,
-            "cost_memory_mb": self._kept_mb(part, self.names),
+            "cost_memory_mb": self._kept_mb(part, names),
             f"{name}/cost_memory_mb": self._kept_mb(part, [name]),
             "cost_probe_s": time.perf_counter() - started,
         }
@@ -82,15 +82,12 @@ class CostProbe:
         return self._memory.setdefault(tuple(names), sum(kept.values()) / 1e6)
 
     def _pass(self, batch: Batch, names: Iterable[str]) -> None:
-        statistics = running_statistics(self.model)
-        before = [buffer.clone() for buffer in statistics]
-        with self.autocast():
-            loss, _ = self.model(batch, names)
-        loss.backward()
+        with self.model.preserved():
+            with self.autocast():
+                loss, _ = self.model(batch, names)
+            loss.backward()
         for parameter in self.model.parameters():
             parameter.grad = None
-        for buffer, value in zip(statistics, before):
-            buffer.copy_(value)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -137,6 +137,15 @@ def any_rank(flags: Sequence[bool], device: torch.device | None = None) -> list[
     return [bool(value) for value in values.tolist()]
 
 
+def any_rank_later(flags: Tensor) -> Tensor:
+    """The same for flags that lie on the device, bool [n], left there: nobody waits for them yet."""
+    if world_size() == 1:
+        return flags
+    values = flags.to(torch.int32)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values.bool()
+
+
 def gather_lists(items: list[Any]) -> list[Any]:
     """Concatenation over ranks of small lists of plain data; complete on the main rank only matters there."""
     if world_size() == 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,18 @@ from mmpretrain.towers.teacher import Teacher
 from mmpretrain.tracking.jsonl import read_jsonl
 from mmpretrain.tracking.tracker import Tracker
 
-# Folders (absolute) that another process still writes -> waits until they are whole. Evaluators of such data look at it when they run.
-PENDING: dict[Path, Callable[[], object]] = {}
-# Evaluators -> measures what their data gives away without learning: accuracies shown beside the result.
-BASELINES: dict[str, Callable[[], dict[str, float]]] = {}
+
+@dataclass(frozen=True)
+class DataInProgress:
+    """Data of evaluators that another process still writes while training begins."""
+
+    pending: Mapping[Path, Callable[[], object]] = field(default_factory=dict)  # absolute folder -> waits until it is whole
+    baselines: Mapping[str, Callable[[], dict[str, float]]] = field(default_factory=dict)  # evaluator -> accuracies without learning
+
+    def wait(self, data: str) -> Callable[[], object] | None:
+        """What to wait with for data in a folder that is still being written."""
+        path = Path(data).absolute()
+        return next((self.pending[folder] for folder in (path, *path.parents) if folder in self.pending), None)
 
 
 def _data(options: Any) -> list[str]:
@@ -32,13 +41,7 @@ def _data(options: Any) -> list[str]:
     return [data for name in ("data", "train") if isinstance(data := getattr(options, name, None), str)]
 
 
-def _wait(data: str) -> Callable[[], object] | None:
-    """What to wait with for data in a folder that is still being written."""
-    path = Path(data).absolute()
-    return next((PENDING[folder] for folder in (path, *path.parents) if folder in PENDING), None)
-
-
-def build_evaluators(config: Config) -> dict[str, Any]:
+def build_evaluators(config: Config, data: DataInProgress = DataInProgress()) -> dict[str, Any]:
     """Every evaluator, made before the first step: a wrong option, path or first sample must not wait for hours to be found.
 
     Raises:
@@ -48,7 +51,7 @@ def build_evaluators(config: Config) -> dict[str, Any]:
     for name, evaluation in config.evaluators.items():
         try:
             evaluators[name] = EVALUATORS[evaluation.kind](evaluation.options)
-            if not any(_wait(data) for data in _data(evaluation.options)) and hasattr(evaluators[name], "preflight"):
+            if not any(data.wait(path) for path in _data(evaluation.options)) and hasattr(evaluators[name], "preflight"):
                 evaluators[name].preflight()
         except (ValueError, OSError) as error:
             raise OptionError(f"evaluators.{name}: {error}") from error
@@ -66,7 +69,9 @@ class Evaluations:
         model: PretrainModel,
         teacher: Teacher | None,
         tracker: Tracker,
+        data: DataInProgress = DataInProgress(),
     ) -> None:
+        self.data = data
         self.config, self.evaluators, self.accelerator = config, evaluators, accelerator
         self.model, self.teacher, self.tracker = model, teacher, tracker
 
@@ -92,8 +97,8 @@ class Evaluations:
 
     def _one(self, name: str, step: int) -> None:
         evaluation: EvaluationConfig = self.config.evaluators[name]
-        for data in _data(evaluation.options):
-            if wait := _wait(data):
+        for path in _data(evaluation.options):
+            if wait := self.data.wait(path):
                 wait()
         towers = self.teacher.module if evaluation.weights == "teacher" and self.teacher is not None else self.model.towers
         with torch.random.fork_rng():  # an evaluator that draws does not move this run
@@ -108,7 +113,7 @@ class Evaluations:
             "n": result.n, "seed": self.config.seed, "metrics": result.metrics,
         }  # fmt: skip
         if self.accelerator.is_main_process:
-            if baselines := evaluation.baselines | BASELINES.get(name, dict)():
+            if baselines := evaluation.baselines | self.data.baselines.get(name, dict)():
                 line["baselines"] = baselines
             save_result_extras(Path(self.config.run_dir), name, step, result)
         self.tracker.result(step, line)

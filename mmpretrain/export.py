@@ -55,7 +55,7 @@ def export_open_clip(dual: DualEncoder, leftovers: Mapping[str, Tensor], folder:
         raise ValueError(f"{folder} is {'not empty' if folder.is_dir() else 'no folder'}: choose a new folder")
     scale = leftovers.get("logit_scale", torch.tensor(math.log(1 / 0.07)))
     bias = leftovers.get("logit_bias")
-    state = {key: value.detach().cpu().contiguous() for key, value in dual.state_dict().items()}
+    state = {key: value.detach().cpu().contiguous() for key, value in dual.weights().items()}
     state["logit_scale"] = scale.detach().cpu().float().reshape(()).clone()
     if bias is not None:
         state["logit_bias"] = bias.detach().cpu().float().reshape(()).clone()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmpretrain.distributed import all_reduce_sum, world_size
 
@@ -45,6 +47,57 @@ class GlobalBatchNorm(nn.Module):
             return y.to(x.dtype)
 
 
+class _GlobalStatistics(nn.modules.batchnorm._BatchNorm):
+    """A torch BatchNorm that takes its mean and variance over all ranks' rows; same parameters and buffers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._normalise(x)
+        for name in ("drop", "act"):  # timm's BatchNormAct2d ends with its activation
+            if isinstance(after := getattr(self, name, None), nn.Module):
+                y = after(y)
+        return y
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        with torch.autocast(x.device.type, enabled=False):
+            y = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+            if self.training:
+                n = x.numel() // x.shape[1] * world_size()
+                mean = all_reduce_sum(y.sum(axes)) / n
+                var = all_reduce_sum((y - mean.view(shape)).square().sum(axes)) / n
+                with torch.no_grad():
+                    self.num_batches_tracked += 1
+                    momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                    self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                    self.running_var.lerp_((var * n / max(n - 1, 1)).to(self.running_var.dtype), momentum)
+            else:
+                mean, var = self.running_mean, self.running_var
+            y = (y - mean.view(shape)) * torch.rsqrt(var + self.eps).view(shape)
+            if self.affine:
+                y = y * self.weight.view(shape) + self.bias.view(shape)
+            return y.to(x.dtype)
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm | GlobalBatchNorm)
+
+
+def use_global_statistics(module: nn.Module) -> int:
+    """Let every BatchNorm in `module` take the statistics of all ranks' rows, on any device; -> how many there are.
+
+    Weights, names and running statistics stay. Frozen ones (open_clip's, torchvision's FrozenBatchNorm) have no batch statistics.
+    """
+    count = 0
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and not isinstance(part, _GlobalStatistics):
+            if not part.track_running_stats:
+                raise ValueError(f"{type(part).__name__} without running statistics cannot be synchronised between ranks")
+            part.__class__ = type(f"Global{type(part).__name__}", (_GlobalStatistics, type(part)), {})
+            count += 1
+    return count
+
+
 def _norm(kind: str, width: int, affine: bool = True) -> nn.Module:
     if kind == "batch":
         return GlobalBatchNorm(width, affine)
@@ -53,6 +106,28 @@ def _norm(kind: str, width: int, affine: bool = True) -> nn.Module:
     if kind == "none":
         return nn.Identity()
     raise ValueError(f"norm is {kind!r}; expected batch, layer or none")
+
+
+class PrototypeHead(nn.Module):
+    """An MLP with GELU, a bottleneck of unit length, and the similarities to K prototypes of unit length (Caron et al. 2021, appendix C).
+
+    The paper normalises the last layer's weights (weight norm with its gain fixed to 1): here they are divided by their length.
+    """
+
+    def __init__(self, width: int, prototypes: int, hidden: int = 2048, bottleneck: int = 256, layers: int = 3) -> None:
+        super().__init__()
+        sizes = [width, *[hidden] * (layers - 1), bottleneck]
+        parts = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.GELU())]
+        self.mlp = nn.Sequential(*parts[:-1])
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self.last = nn.Linear(bottleneck, prototypes, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,D] -> similarities [B,K]."""
+        return F.linear(F.normalize(self.mlp(x), dim=-1), F.normalize(self.last.weight, dim=-1))
 
 
 def mlp(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mmpretrain.batch import join, surrogate, take
+from mmpretrain.batch import join, slice_of, surrogate, take
+from mmpretrain.config.build import nearest
 from mmpretrain.distributed import all_reduce_sum, world_size
 from mmpretrain.functional import exact
+from mmpretrain.heads import is_batch_norm
+from mmpretrain.mixing import mix_pictures
 from mmpretrain.objectives.base import Objective, source_encodes
 from mmpretrain.towers.base import Tokens, Tower, merge
 from mmpretrain.towers.dual import DualEncoder
@@ -27,38 +33,131 @@ class PretrainModel(nn.Module):
     """
 
     def __init__(
-        self, towers: DualEncoder, objectives: dict[str, Objective], weights: dict[str, float], teacher: DualEncoder | None = None
+        self,
+        towers: DualEncoder,
+        objectives: dict[str, Objective],
+        weights: dict[str, float],
+        teacher: DualEncoder | None = None,
+        *,
+        networks: Mapping[str, DualEncoder] | None = None,
+        spans: Mapping[str, tuple[float, float]] | None = None,
+        teacher_statistics: Literal["running", "batch"] = "running",
     ):
+        """Put towers and objectives together.
+
+        Args:
+            teacher: the EMA copy of `towers`.
+            networks: frozen towers by name.
+            spans: objective -> (start, stop), the fractions of the run between which it is trained; default: all of it.
+            teacher_statistics: of the teacher's BatchNorms: its running ones, or the batch's.
+
+        Raises:
+            ValueError: an objective asks for a network or output that is not there, or its `forward` takes other arguments.
+        """
         super().__init__()
         self.towers = towers
-        self.teacher = teacher  # the EMA copy: moved by the trainer, never by a gradient
+        self.teacher = teacher  # moved by the trainer, never by a gradient
+        self.networks = nn.ModuleDict(dict(networks or {})).requires_grad_(False)
         self.objectives = nn.ModuleDict(objectives)
         self.weights = weights
-        self.mask_owner = mask_owners(objectives)
+        self.spans = {name: (spans or {}).get(name, (0.0, 1.0)) for name in objectives}
+        self.teacher_statistics = teacher_statistics
+        self.active = list(objectives)  # those that this step trains
+        self.idle: list[nn.Parameter] = []  # trainable ones that no active objective sends a gradient to
+        for name, objective in objectives.items():
+            self._check(name, objective)
+
+    def _check(self, name: str, objective: Objective) -> None:
+        """What would fail, or silently train nothing, in the middle of a step."""
+        networks = {"student": self.towers, "teacher": self.teacher, **self.networks}
+        for encode in source_encodes(objective.needs):
+            if encode.network not in networks:
+                raise ValueError(f"objective {name!r} encodes with network {encode.network!r}{nearest(encode.network, networks)}")
+            if networks[encode.network] is None:
+                raise ValueError(f"objective {name!r} needs a teacher: add teacher: {{momentum: 0.996}} to the recipe")
+            if unknown := encode.outputs - OUTPUTS:
+                raise ValueError(f"objective {name!r}: an encode asks for {sorted(unknown)}; a tower gives {sorted(OUTPUTS)}")
+        arguments = inspect.signature(objective.forward).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in arguments.values()) and set(arguments) != set(objective.needs):
+            raise ValueError(f"objective {name!r}: forward takes {sorted(arguments)}, but its needs are {sorted(objective.needs)}")
+
+    def begin_step(self, progress: float) -> None:
+        """Settle which objectives this step trains and what they need; progress in [0, 1]."""
+        self.active = self.active_at(progress)
+        for name in self.active:
+            self.objectives[name].before_step(progress)
+
+    def active_at(self, progress: float) -> list[str]:
+        return [name for name, (start, stop) in self.spans.items() if start <= progress < stop or (progress >= 1 and stop >= 1)]
+
+    def drop_frozen(self, progress: float) -> None:
+        """Drop the gradients of what takes no step now, before they are clipped: frozen parameters, and those of idle objectives."""
+        for name in self.active:
+            for parameter in self.objectives[name].frozen(progress):
+                parameter.grad = None
+        for parameter in self.idle:
+            parameter.grad = None
+
+    def finish_step(self, progress: float) -> None:
+        """What follows an update that was made."""
+        for name in self.active:
+            self.objectives[name].after_step(progress)
+
+    def changing_buffers(self) -> list[Tensor]:
+        """Buffers that a forward pass may change: running statistics, and whatever objectives keep (centres, queues)."""
+        return [*{id(b): b for b in (*running_statistics(self), *self.objectives.buffers())}.values()]
+
+    @contextlib.contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Put the buffers that a forward pass changes back afterwards: measuring and drawing leave no trace."""
+        buffers = self.changing_buffers()
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in zip(buffers, before):
+                    buffer.copy_(value)
 
     @property
     def plan(self) -> list[Encode]:
         """This step's encodes: an objective may change what it needs as training goes on."""
-        return make_plan(self.objectives.values())
+        return make_plan(self.objectives[name] for name in self.active)
 
     def views(self) -> dict[str, set[ViewSpec]]:
-        """Source -> the views its rows must carry."""
+        """Source -> the views its rows must carry, at any time of the run."""
         wanted: dict[str, set[ViewSpec]] = {}
-        for encode in self.plan:
+        for encode in make_plan(self.objectives.values()):
             wanted.setdefault(encode.source, set()).add(encode.view)
         return wanted
 
+    def spans_of_views(self) -> dict[str, dict[ViewSpec, list[tuple[float, float]]]]:
+        """Source -> view -> the (start, stop) of every objective that looks at it."""
+        spans: dict[str, dict[ViewSpec, list[tuple[float, float]]]] = {}
+        for name, objective in self.objectives.items():
+            for encode in make_plan([objective]):
+                spans.setdefault(encode.source, {}).setdefault(encode.view, []).append(self.spans[name])
+        return spans
+
     def train(self, mode: bool = True) -> PretrainModel:
         super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()  # no dropout, and running statistics, in its targets
+        self.networks.eval()
+        copies = [o.teacher for o in self.objectives.values() if isinstance(getattr(o, "teacher", None), nn.ModuleDict)]
+        for module in [self.teacher, *copies]:
+            if module is None:
+                continue
+            module.eval()  # no dropout, and running statistics, in its targets
+            if mode and self.teacher_statistics == "batch":
+                for part in module.modules():
+                    if is_batch_norm(part):
+                        part.train()
         return self
 
     # -- encoding ---------------------------------------------------------------------------------------------------
 
     def _tower(self, encode: Encode) -> Tower:
-        network = self.teacher if encode.network == "teacher" else self.towers
-        tower = None if network is None else network.visual if encode.view.modality == "image" else network.text
+        network = {"student": self.towers, "teacher": self.teacher}.get(encode.network) or self.networks[encode.network]
+        tower = network.visual if encode.view.modality == "image" else network.text
         if tower is None:
             raise ValueError(f"an objective encodes {encode.view.modality} with the {encode.network}, which this recipe does not build")
         return tower
@@ -74,10 +173,13 @@ class PretrainModel(nn.Module):
         attention = done[bare(encode.mask.from_)].attention if encode.mask.from_ is not None else None
         return draw_mask(encode.mask, batch[encode.source].seeds, grid, attention)
 
-    def encode(self, batch: Batch, encodes: Iterable[Encode]) -> dict[Encode, Encoded]:
-        """Every encode once, under its `bare` key; those that agree in network and shape share one pass through the blocks."""
-        done: dict[Encode, Encoded] = {}
-        pending = list(encodes)
+    def encode(self, batch: Batch, encodes: Iterable[Encode], known: dict[Encode, Encoded] | None = None) -> dict[Encode, Encoded]:
+        """Every encode once, under its `bare` key; those that agree in network and shape share one pass through the blocks.
+
+        `known`, by their `bare` keys, are not made again.
+        """
+        done: dict[Encode, Encoded] = dict(known or {})
+        pending = [encode for encode in encodes if bare(encode) not in done]
         while pending:
             ready = [e for e in pending if e.mask is None or e.mask.from_ is None or bare(e.mask.from_) in done]
             pending = [e for e in pending if e not in ready]
@@ -96,11 +198,16 @@ class PretrainModel(nn.Module):
         return done
 
     def _embed(self, encode: Encode, tower: Tower, batch: Batch, done: dict[Encode, Encoded]) -> Tokens:
-        view = batch[encode.source].views[encode.view]
-        owner = self.mask_owner.get(bare(encode))
-        fill = self.objectives[owner].mask_token if owner is not None else None
+        pixels = self._pictures(encode, batch)[0]
         mode = encode.mask.mode if encode.mask is not None else "replace"
-        return tower.embed(view.data, self.hidden(encode, batch, done), mode, fill, encode.bidirectional)
+        return tower.embed(pixels, self.hidden(encode, batch, done), mode, encode.bidirectional)
+
+    @staticmethod
+    def _pictures(encode: Encode, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What the tower sees, and each row's share of its own picture where pictures are mixed."""
+        rows = batch[encode.source]
+        data = rows.views[encode.view].data
+        return (data, None) if encode.mix is None else mix_pictures(encode.mix, data, rows.seeds)
 
     def _through(self, group: list[tuple[Encode, Tower, Tokens]], batch: Batch) -> dict[Encode, Encoded]:
         tower = group[0][1]
@@ -113,17 +220,22 @@ class PretrainModel(nn.Module):
         result = {}
         for (encode, _, tokens), part, attended in zip(group, parts, attentions):
             rows = batch[encode.source]
-            result[bare(encode)] = tower.readout(part, tokens, encode.outputs, attended)._replace(rows=rows, view=rows.views[encode.view])
+            weight = None if encode.mix is None else self._pictures(encode, batch)[1]
+            outputs = tower.readout(part, tokens, encode.outputs, attended)
+            result[bare(encode)] = outputs._replace(rows=rows, view=rows.views[encode.view], mix=weight)
         return result
 
     # -- objectives -------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, names: Iterable[str] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the losses of all objectives, or of those named, and what to log."""
-        names = list(self.objectives if names is None else names)
+        names = list(self.active if names is None else names)
         encoded = self.encode(batch, make_plan(self.objectives[name] for name in names))
         losses, logs = self.losses(encoded, names)
-        return sum_losses(losses, self.weights), logs
+        total = sum_losses(losses, self.weights)
+        if self.idle and world_size() > 1:  # DDP waits for a gradient of every trainable parameter
+            total = total + 0.0 * torch.stack([p.sum().to(total.dtype) for p in self.idle]).sum()
+        return total, logs
 
     def losses(
         self, encoded: dict[Encode, Encoded], names: Iterable[str], totals: dict[str, Tensor] | None = None
@@ -132,7 +244,7 @@ class PretrainModel(nn.Module):
         losses, logs = {}, {}
         for name in names:
             objective = self.objectives[name]
-            arguments = self.arguments(objective, encoded)
+            arguments = self.arguments(name, encoded)
             found = objective(**arguments)
             loss = found.pop("loss")
             if objective.per_row:
@@ -146,9 +258,14 @@ class PretrainModel(nn.Module):
             logs.update({f"{name}/{k}": v.detach() for k, v in found.items()})
         return losses, logs
 
-    @staticmethod
-    def arguments(objective: Objective, encoded: dict[Encode, Encoded]) -> dict[str, Any]:
-        return {k: tuple(encoded[bare(e)] for e in v) if isinstance(v, tuple) else encoded[bare(v)] for k, v in objective.needs.items()}
+    def arguments(self, name: str, encoded: dict[Encode, Encoded]) -> dict[str, Any]:
+        """What an objective's `forward` gets. Reading an output that its encode does not ask for is an error that says so."""
+
+        def one(key: str, encode: Encode) -> Encoded:
+            return asked(name, key, encode.outputs)(*encoded[bare(encode)])
+
+        needs = self.objectives[name].needs
+        return {k: tuple(one(k, e) for e in v) if isinstance(v, tuple) else one(k, v) for k, v in needs.items()}
 
     # -- exact large batches ----------------------------------------------------------------------------------------
 
@@ -158,9 +275,11 @@ class PretrainModel(nn.Module):
         The whole-batch objectives run on cached outputs; their gradients are then sent through each chunk, encoded again.
         Per-row objectives run in that second pass.
         """
-        whole = [name for name, o in self.objectives.items() if not o.per_row]
-        per_row = [name for name, o in self.objectives.items() if o.per_row]
-        cached_encodes = make_plan(self.objectives[name] for name in whole)
+        whole = [name for name in self.active if not self.objectives[name].per_row]
+        per_row = [name for name in self.active if self.objectives[name].per_row]
+        plan = {bare(e): e for e in self.plan}
+        # Without a gradient one pass is enough: the teacher's is kept with all that anybody reads of it.
+        cached_encodes = [e if e.network == "student" else plan[bare(e)] for e in make_plan(self.objectives[name] for name in whole)]
         parts = [take(batch, i, chunks) for i in range(chunks)]
 
         logs: dict[str, Tensor] = {}
@@ -178,7 +297,8 @@ class PretrainModel(nn.Module):
 
         totals = {name: all_reduce_sum(self._count(name, batch)) for name in per_row}
         for i, part in enumerate(parts):
-            encoded = self.encode(part, self.plan)
+            known = {e: slice_of(leaf, i, chunks, part[e.source], e) for e, leaf in leaves.items() if e.network != "student"}
+            encoded = self.encode(part, plan.values(), known)
             loss = torch.zeros((), device=total.device)
             for encode, leaf in leaves.items():
                 if encode.network == "student":
@@ -197,7 +317,7 @@ class PretrainModel(nn.Module):
         """A per-row objective's number of terms in the whole local batch, read from rows and views alone."""
         objective = self.objectives[name]
         blank = {bare(e): Encoded(rows=batch[e.source], view=batch[e.source].views[e.view]) for e in source_encodes(objective.needs)}
-        count = objective.count(**self.arguments(objective, blank))
+        count = objective.count(**self.arguments(name, blank))
         return count.to(next(self.parameters()).device).double()
 
 
@@ -211,24 +331,11 @@ def make_plan(objectives: Iterable[Objective]) -> list[Encode]:
     outputs: dict[Encode, frozenset[str]] = {}
     for objective in objectives:
         for encode in source_encodes(objective.needs):
-            unknown = encode.outputs - OUTPUTS
-            if unknown:
-                raise ValueError(f"an encode asks for {sorted(unknown)}; a tower gives {sorted(OUTPUTS)}")
             if encode.mask is not None and encode.mask.from_ is not None:
                 source = bare(encode.mask.from_)
                 outputs[source] = outputs.get(source, frozenset()) | encode.mask.from_.outputs | {"attention"}
             outputs[bare(encode)] = outputs.get(bare(encode), frozenset()) | encode.outputs
     return [replace(encode, outputs=wanted) for encode, wanted in outputs.items()]
-
-
-def mask_owners(objectives: dict[str, Objective]) -> dict[Encode, str]:
-    """Encode -> the objective whose mask embedding it uses; an encode shared by two uses the first one's."""
-    owners: dict[Encode, str] = {}
-    for name, objective in objectives.items():
-        if objective.mask_token is not None:
-            for encode in source_encodes(objective.needs):
-                owners.setdefault(bare(encode), name)
-    return owners
 
 
 def sum_losses(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
@@ -241,17 +348,79 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
     return [buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in names]
 
 
-def freeze_unused(model: PretrainModel, batch: Batch) -> list[str]:
-    """Freeze, and name, parameters that no objective sends a gradient to: DDP and weight decay must not see them."""
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
-    loss, _ = model(batch)
-    loss.backward()
-    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    for parameter in model.parameters():
-        if parameter.grad is None:
+@functools.cache
+def asked(objective: str, argument: str, outputs: frozenset[str]) -> type[Encoded]:
+    """An Encoded whose outputs, where nobody asked for them, say so when they are read: None would fail far from the cause."""
+
+    class Asked(Encoded):
+        __slots__ = ()
+
+        def __getattribute__(self, field: str) -> Any:
+            value = super().__getattribute__(field)
+            if value is None and field in OUTPUTS:
+                raise ValueError(
+                    f"objective {objective!r} reads {argument}.{field}, but its Encode asks for {sorted(outputs)}: "
+                    f"add {field!r} to its outputs"
+                )
+            return value
+
+    return Asked
+
+
+def with_mask_embeddings(towers: DualEncoder, objectives: Iterable[Objective], seed: int) -> None:
+    """Give the towers that hide tokens their mask embeddings, each drawn from `seed` alone.
+
+    Raises:
+        ValueError: a tower that cannot hide tokens, or is not there.
+    """
+    for encode in (e for objective in objectives for e in source_encodes(objective.needs)):
+        replaces = encode.mask is not None and encode.mask.mode == "replace"
+        if encode.network in ("student", "teacher") and (replaces or encode.view.masks_words):
+            tower = towers.visual if encode.view.modality == "image" else towers.text
+            if tower is not None and tower.mask_embedding is None:
+                torch.manual_seed(seed)
+                tower.add_mask_embedding()
+
+
+def check_outputs(name: str, outputs: dict[str, Tensor]) -> None:
+    """Raise ValueError where an objective returned no loss, or logs that are not scalars."""
+    if "loss" not in outputs:
+        raise ValueError(f"objective {name!r} returned {sorted(outputs)}, without a loss")
+    if wrong := [key for key, value in outputs.items() if not isinstance(value, Tensor) or value.numel() != 1]:
+        raise ValueError(f"objective {name!r}: {', '.join(wrong)} must be scalar tensors: a run logs one number each")
+
+
+def freeze_unused(model: PretrainModel, batch: Batch, progresses: Iterable[float] = (0.0,)) -> tuple[list[str], dict[float, set[str]]]:
+    """Freeze what no objective ever sends a gradient to: DDP and weight decay must not see it.
+
+    Args:
+        batch: a few rows, with the views of all objectives that are active at any of `progresses`.
+        progresses: one moment of each phase of the run between which other objectives are active.
+
+    Returns:
+        The names of what was frozen, and for each moment the names of the parameters that get a gradient there.
+
+    Raises:
+        ValueError: an objective's outputs are not a loss and scalars.
+    """
+    reached: dict[float, set[str]] = {}
+    active = model.active
+    with model.preserved():
+        for progress in progresses:
+            model.active = model.active_at(progress)
+            encoded = model.encode(batch, model.plan)
+            for name in model.active:
+                check_outputs(name, model.objectives[name](**model.arguments(name, encoded)))
+            del encoded
+            if model.active:
+                model(batch)[0].backward()
+            reached[progress] = {name for name, p in model.named_parameters() if p.grad is not None}
+            for parameter in model.parameters():
+                parameter.grad = None
+    model.active = active
+    used = set().union(*reached.values())
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and name not in used]
+    for name, parameter in model.named_parameters():
+        if name not in used:
             parameter.requires_grad_(False)
-        parameter.grad = None
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
-    return unused
+    return unused, reached

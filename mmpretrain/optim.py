@@ -5,27 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
+
+from mmpretrain.config.build import Range
 
 
 @dataclass
 class OptimConfig:
     name: Literal["adamw", "adam", "sgd"] = "adamw"  # optimizer
-    lr: float = 5.0e-4  # peak learning rate
-    weight_decay: float = 0.2  # on matrices only: norms, biases, embeddings of position and class, scales have none
-    betas: tuple[float, float] = (0.9, 0.98)  # adam's moving averages
-    eps: float = 1.0e-6  # adam's denominator
-    momentum: float = 0.9  # of sgd
-    warmup_steps: int = 0  # linear warm-up from zero
+    lr: Annotated[float, Range(0)] = 5.0e-4  # peak learning rate
+    weight_decay: Annotated[float, Range(0)] = 0.2  # on matrices only: norms, biases, embeddings of position and class, scales have none
+    betas: Annotated[tuple[float, float], Range(0, below=1)] = (0.9, 0.98)  # adam's moving averages
+    eps: Annotated[float, Range(above=0)] = 1.0e-6  # adam's denominator
+    momentum: Annotated[float, Range(0, below=1)] = 0.9  # of sgd
+    warmup_steps: Annotated[int, Range(0)] = 0  # linear warm-up from zero
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # after warm-up; wsd: stable, then a linear decay to final_lr
-    decay_fraction: float = 0.2  # wsd: the last part of the run that decays
-    final_lr: float = 0.0  # learning rate at the end, as a fraction of lr
-    layer_decay: float = 1.0  # lr of layer i is lr * layer_decay ** (layers above it)
-    head_lr: float = 1.0  # factor on the learning rate of the objectives' own heads
-    clip_grad_norm: float | None = 1.0  # gradient norm above which gradients are scaled down
+    decay_fraction: Annotated[float, Range(above=0)] = 0.2  # wsd: the last part of the run that decays
+    final_lr: Annotated[float, Range(0)] = 0.0  # learning rate at the end, as a fraction of lr
+    layer_decay: Annotated[float, Range(above=0)] = 1.0  # lr of layer i is lr * layer_decay ** (layers above it)
+    head_lr: Annotated[float, Range(0)] = 1.0  # factor on the learning rate of the objectives' own heads
+    clip_grad_norm: Annotated[float | None, Range(above=0)] = 1.0  # gradient norm above which gradients are scaled down
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

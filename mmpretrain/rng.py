@@ -55,6 +55,19 @@ def uniform(seeds: Tensor, name: object, *shape: int) -> Tensor:
     return _shift(bits(seeds, name, *shape), 40).float() * 2.0**-24
 
 
+def beta(seeds: Tensor, name: object, alpha: float, rounds: int = 32) -> Tensor:
+    """int64 [B] -> float32 [B] of Beta(alpha, alpha), 0 < alpha <= 1: the first accepted of `rounds` draws (Johnk 1964).
+
+    A draw is accepted with probability 1/2 or more, so that none of 32 is with probability 2e-10; the last one then counts.
+    """
+    u = uniform(seeds, ("beta", name), 2, rounds).double().clamp(min=2.0**-25) ** (1 / alpha)  # [B,2,rounds]
+    total = u.sum(1)
+    first = (total <= 1).int()
+    first[:, -1] = 1
+    index = first.argmax(1, keepdim=True)
+    return (u[:, 0] / total).gather(1, index)[:, 0].float()
+
+
 def normal(seeds: Tensor, name: object, *shape: int) -> Tensor:
     """int64 [B] -> float32 [B, *shape], standard normal (Box-Muller)."""
     u = uniform(seeds, ("normal", name), 2, *shape)

@@ -30,8 +30,8 @@ def newest(config: Config) -> tuple[Path | None, list[str]]:
     return newest_valid(folder / "checkpoints")
 
 
-def claim(config: Config, found: Path | None, skipped: list[str]) -> list[str]:
-    """May this recipe go on from what `newest` found? Lines to say about it.
+def check_resume(config: Config, found: Path | None, skipped: list[str]) -> list[str]:
+    """Check that this recipe may resume from the checkpoint `found`; -> messages about it.
 
     Raises:
         OptionError: the folder holds a run of another recipe.

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from mmpretrain import checkpoint, distributed, launch, rng, run_folder, snapshot
-from mmpretrain.assembly import build_model, build_sources, check_division, layers, total_steps
+from mmpretrain import checkpoint, distributed, launch, rng, run_folder
+from mmpretrain.assembly import build_model, build_sources, check_division, layers, schedule_views, total_steps
 from mmpretrain.batch import first_rows
+from mmpretrain.config.build import blaming
 from mmpretrain.config.recipe import Config
 from mmpretrain.cost_probe import CostProbe
 from mmpretrain.data.loader import Loader
 from mmpretrain.data.source import Source
-from mmpretrain.evaluation import Evaluations, build_evaluators
+from mmpretrain.evaluation import DataInProgress, Evaluations, build_evaluators
 from mmpretrain.interrupts import Interrupts
-from mmpretrain.model import PretrainModel, freeze_unused, running_statistics
+from mmpretrain.model import PretrainModel, freeze_unused
 from mmpretrain.objectives.base import source_encodes
 from mmpretrain.optim import build_optimizer, parameter_groups, set_learning_rate
+from mmpretrain.towers.teacher import Teacher
 from mmpretrain.tracking.grids import view_grid
 from mmpretrain.tracking.jsonl import latest_results, read_jsonl
 from mmpretrain.tracking.tracker import Tracker
@@ -33,28 +38,80 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to do."""
 
 
-def train(config: Config) -> int:
-    """Run a recipe to its end, or until interrupted. Returns the exit status."""
+@dataclass
+class Run:
+    """What `setup` makes of a recipe, and `fit` trains."""
+
+    config: Config  # resolved: steps, precision and threads are settled
+    accelerator: Accelerator
+    model: PretrainModel
+    wrapped: torch.nn.Module  # the model under DDP
+    teacher: Teacher | None
+    sources: dict[str, Source]
+    loader: Loader
+    batches: Iterator[Batch]
+    named: list[tuple[str, torch.nn.Parameter]]  # what is trained
+    phases: dict[float, set[str]]  # a moment of each phase of the run -> the parameters that get a gradient from there on
+    optimizer: torch.optim.Optimizer
+    tracker: Tracker
+    evaluations: Evaluations
+    interrupts: Interrupts
+    step: int
+    skipped_steps: int
+    late: bool  # whether flags are read one step later: an accelerator must not wait for the host
+    stop: str | None = None  # why to stop before the first step
+
+
+@dataclass
+class Outcome:
+    """A step whose flags may still be on the device."""
+
+    step: int
+    flags: torch.Tensor  # bool [3]: not finite, asked to stop, samples were replaced; true on every rank when true on one
+    reason: str | None  # of this rank's wish to stop
+    replaced: list[dict[str, Any]]
+    logs: dict[str, torch.Tensor]
+    keys: list[str]  # the first of the batch
+
+
+def train(config: Config, data: DataInProgress | None = None) -> int:
+    """Run a recipe to its end, or until interrupted. Returns the exit status.
+
+    Args:
+        data: of evaluators, where it is still being written.
+    """
     with ExitStack() as closing:
-        return _train(config, closing)
+        run = setup(config, closing, data or DataInProgress())
+        stop = fit(run)
+        if stop:
+            run.tracker.message(f"stopped by {stop} after step {run.step}; saved. The same command goes on from there.")
+        else:
+            finish(run.config, run.tracker, run.sources)
+        return 0
 
 
-def _train(config: Config, closing: ExitStack) -> int:
+def setup(config: Config, closing: ExitStack, data: DataInProgress) -> Run:
+    """Everything up to the first step. What must be closed is left to `closing`."""
+    config = replace(config)
     accelerator, precision = launch.start(config)
     device, processes = accelerator.device, accelerator.num_processes
     check_division(config, processes)
-    evaluators = build_evaluators(config)
+    evaluators = build_evaluators(config, data)
     distributed.on_main(lambda: closing.enter_context(run_folder.lock(config)))
     found, passed_over = distributed.broadcast_object(distributed.on_main(lambda: run_folder.newest(config)))
 
-    # What is trained, and on what.
+    # What is trained, and on what. Where the length is given in epochs, a first look at the sources says how many steps that is.
     model, teacher = build_model(config, resumed=found is not None)
     sources = build_sources(config, model)
-    config.steps, config.epochs = total_steps(config, sources), None
+    if config.epochs is not None:
+        config = replace(config, steps=total_steps(config, sources), epochs=None)
+        model, teacher = build_model(config, resumed=found is not None)
+    assert config.steps is not None
     steps = config.steps
-    messages = distributed.on_main(lambda: run_folder.claim(config, found, passed_over)) or []
+    messages = distributed.on_main(lambda: run_folder.check_resume(config, found, passed_over)) or []
     state = checkpoint.load_json(found, "state") if found else {"step": 0, "positions": dict.fromkeys(sources, 0), "skipped_steps": 0}
-    step, skipped_steps = state["step"], state["skipped_steps"]
+    step = state["step"]
+    schedule_views(sources, model, steps, step, state["positions"])
     tracker = Tracker(config.run_dir, config.log_every, steps, accelerator.is_main_process, step if found else None)
     closing.callback(tracker.close)
     for message in filter(None, [*messages, precision.reason]):
@@ -72,120 +129,192 @@ def _train(config: Config, closing: ExitStack) -> int:
     interrupts = Interrupts()
     closing.callback(interrupts.close)
 
-    # Everything that gets no gradient is frozen before DDP and the optimizer look at it; the first batch is used again below.
-    batch: Batch | None = next(batches) if step < steps else None
-    if batch is not None:
-        with accelerator.autocast():
-            unused = freeze_unused(model, first_rows(batch, 4))
+    # Everything that gets no gradient is frozen before DDP and the optimizer look at it; the first batch is then trained on.
+    phases: dict[float, set[str]] = {}
+    if step < steps:
+        first = next(batches)
+        batches = chain([first], batches)
+        moments = sorted({0.0, *(f for span in model.spans.values() for f in span if f < 1)})
+        few = first_rows(first, 4) if len(moments) == 1 else few_rows(sources, device)
+        with accelerator.autocast(), blaming("objectives"):
+            unused, phases = freeze_unused(model, few, moments)
         if unused:
             tracker.message(f"no objective trains these, they stay as they are: {', '.join(unused)}")
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(parameter_groups(named, config.optim, layers(model.towers)), config.optim)
-    evaluations = Evaluations(config, evaluators, accelerator, model, teacher, tracker)
-    stop: str | None = None
+    evaluations = Evaluations(config, evaluators, accelerator, model, teacher, tracker, data)
+    stop = None
     if found:
-        for line in snapshot.restore(found, model, teacher, optimizer, config.resume == "force"):
+        for line in checkpoint.restore_run(found, model, teacher, optimizer, config.resume == "force"):
             tracker.message(f"resume=force: {line}")
         stop = evaluations.run(evaluations.missing(step), step, interrupts)
-    wrapped = accelerator.prepare_model(model)
-    parameters, statistics = [p for _, p in named], running_statistics(model)
+    return Run(
+        config=config, accelerator=accelerator, model=model, wrapped=accelerator.prepare_model(model), teacher=teacher, sources=sources,
+        loader=loader, batches=batches, named=named, phases=phases, optimizer=optimizer, tracker=tracker, evaluations=evaluations,
+        interrupts=interrupts, step=step, skipped_steps=state["skipped_steps"], late=device.type != "cpu", stop=stop,
+    )  # fmt: skip
+
+
+def fit(run: Run) -> str | None:
+    """Train to the last step. Why it stopped before that, if it did; `run.step` is the last step made."""
+    config, model, tracker, accelerator, loader = run.config, run.model, run.tracker, run.accelerator, run.loader
+    assert config.steps is not None
+    steps, device = config.steps, accelerator.device
+    parameters, buffers = [p for _, p in run.named], model.changing_buffers()
     samples_per_step = sum(source.batch_size for source in config.sources.values())
     costs = CostProbe(model, config.cost_every, config.accumulate, accelerator.autocast, device)
-    save_due = False
+    pending: deque[Outcome] = deque()
+    stop, save_due = run.stop, False
+
+    def settle(keep: int) -> None:
+        """Read the flags of all but the newest `keep` steps, and act on them."""
+        nonlocal stop
+        while len(pending) > keep:
+            outcome = pending.popleft()
+            bad, stopping, any_replaced = outcome.flags.tolist()
+            stop = stop or ((outcome.reason or "another process") if stopping else None)
+            if any_replaced:
+                tracker.skipped(outcome.step, distributed.gather_lists(outcome.replaced))
+            run.skipped_steps = run.skipped_steps + 1 if bad else 0
+            if bad:
+                refuse(tracker, outcome, run.skipped_steps, config.max_skipped_steps)
 
     def save(state: dict[str, Any]) -> None:
-        check_weights(named, state["step"], state["skipped_steps"])
-        snapshot.save(config, model, teacher, optimizer, state)
+        check_weights(run.named, state["step"], state["skipped_steps"])
+        checkpoint.save_run(config.run_dir, config.checkpoint.keep, model, run.teacher, run.optimizer, state)
 
     model.train()
-    while step < steps and not stop:
+    while run.step < steps and not stop:
         started = time.perf_counter()
-        batch = batch if batch is not None else next(batches)
+        batch = next(run.batches)
         waited = loader.wait_s
-        lr = set_learning_rate(optimizer, config.optim, step, steps)
-        for objective in model.objectives.values():
-            objective.before_step(step / steps)
+        progress = run.step / steps
+        lr = set_learning_rate(run.optimizer, config.optim, run.step, steps)
+        model.begin_step(progress)
+        trained = run.phases[max(moment for moment in run.phases if moment <= progress + 1e-12)]
+        model.idle = [p for name, p in run.named if name not in trained]
         # Dropout in towers of other libraries draws from the global generator: a function of the step, as everything else is.
-        torch.manual_seed(int(rng.combine(config.seed, step, distributed.rank())))
-        kept = [buffer.clone() for buffer in statistics]
+        torch.manual_seed(int(rng.combine(config.seed, run.step, distributed.rank())))
+        kept = [buffer.clone() for buffer in buffers]
 
         # Gradients of the global batch.
-        if config.accumulate == 1:
-            loss, logs = wrapped(batch)
+        if not model.active:  # between the spans of all objectives
+            loss, logs = torch.zeros((), device=device), {}
+        elif config.accumulate == 1:
+            loss, logs = run.wrapped(batch)
             accelerator.backward(loss)
         else:
-            with wrapped.no_sync() if processes > 1 else nullcontext(), accelerator.autocast():
+            with run.wrapped.no_sync() if accelerator.num_processes > 1 else nullcontext(), accelerator.autocast():
                 loss, logs = model.backward_in_chunks(batch, config.accumulate, accelerator.backward)
             distributed.average_gradients(parameters)
+        model.drop_frozen(progress)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_grad_norm or float("inf"))
-        step += 1
+        run.step += 1
 
-        # Update, unless that would spoil the weights.
-        reason = interrupts.reason  # read once: a signal may come at any moment
+        # Update, unless that would corrupt the weights.
+        reason = run.interrupts.reason  # read once: a signal may come at any moment
         replaced = loader.drain_skipped()
-        spoilt = not bool(torch.isfinite(norm) & torch.isfinite(loss.detach()))
-        bad, stopping, any_replaced = distributed.any_rank([spoilt, reason is not None, bool(replaced)], device)
-        stop = (reason or "another process") if stopping else None
-        if bad:
-            skipped_steps += 1
-            for buffer, before in zip(statistics, kept):
-                buffer.copy_(before)
-            refuse(tracker, batch, logs, step, skipped_steps, config.max_skipped_steps)
+        not_finite = ~(torch.isfinite(norm) & torch.isfinite(loss.detach()))
+        here = torch.tensor([reason is not None, bool(replaced)]).to(device, non_blocking=True)
+        flags = distributed.any_rank_later(torch.cat([not_finite.reshape(1), here]))
+        pending.append(Outcome(run.step, flags, reason, replaced, logs, first_keys(batch)))
+        if run.late:
+            settle(keep=1)
+            update(run, run.step / steps, flags[0], buffers, kept)
+            bad = False
         else:
-            skipped_steps = 0
-            optimizer.step()
-            for objective in model.objectives.values():
-                objective.after_step(step / steps)
-            if teacher is not None:
-                teacher.update(step / steps)
-        optimizer.zero_grad(set_to_none=True)
+            settle(keep=0)
+            bad = run.skipped_steps > 0
+            update(run, run.step / steps, bad, buffers, kept)
+        run.optimizer.zero_grad(set_to_none=True)
 
-        # Say it, save it, evaluate it.
-        if any_replaced:
-            tracker.skipped(step, distributed.gather_lists(replaced))
-        scalars = distributed.average({"loss": loss, "grad_norm": norm} | logs) if bad or tracker.due(step) else {}
-        tracker.log(step, step * samples_per_step, scalars, waited, time.perf_counter() - started, lr, always=bad)
-        if costs.due(step):
-            tracker.extra(step, step * samples_per_step, costs.measure(step, batch))
-        if step == 1 or step == steps or (config.images_every and step % config.images_every == 0):
-            show(tracker, model, accelerator, batch, step)
-        state = {"step": step, "samples_seen": step * samples_per_step, "positions": loader.position(), "skipped_steps": skipped_steps}
+        # Log, save, evaluate.
+        scalars = distributed.average({"loss": loss, "grad_norm": norm} | logs) if bad or tracker.due(run.step) else {}
+        tracker.log(run.step, run.step * samples_per_step, scalars, waited, time.perf_counter() - started, lr, always=bad)
+        if costs.due(run.step) and model.active:
+            tracker.extra(run.step, run.step * samples_per_step, costs.measure(run.step, batch))
+        if run.step == 1 or run.step == steps or (config.images_every and run.step % config.images_every == 0):
+            show(tracker, model, accelerator, batch, run.step)
         # While updates are skipped the weights stand still: the next good ones are saved instead.
-        save_due = save_due or step % config.checkpoint.every == 0
-        saved = (save_due and not skipped_steps) or step == steps or stop is not None
+        save_due = save_due or run.step % config.checkpoint.every == 0
+        evaluated = run.evaluations.due(run.step)
+        if save_due or run.step == steps or stop is not None or evaluated:
+            settle(keep=0)
+        state = {
+            "step": run.step, "samples_seen": run.step * samples_per_step, "positions": loader.position(),
+            "skipped_steps": run.skipped_steps,
+        }  # fmt: skip
+        saved = (save_due and not run.skipped_steps) or run.step == steps or stop is not None
         if saved:
             save(state)
             save_due = False
         if not stop:
-            stop = evaluations.run(evaluations.due(step), step, interrupts)
+            stop = run.evaluations.run(evaluated, run.step, run.interrupts)
             if stop and not saved:
                 save(state)
-        batch = None
-    if stop:
-        tracker.message(f"stopped by {stop} after step {step}; saved. The same command goes on from there.")
-        return 0
-    finish(config, tracker, sources)
-    return 0
+    return stop
 
 
-def refuse(tracker: Tracker, batch: Batch, logs: dict[str, torch.Tensor], step: int, count: int, most: int) -> None:
+@torch.no_grad()
+def update(run: Run, progress: float, bad: bool | torch.Tensor, buffers: list[torch.Tensor], kept: list[torch.Tensor]) -> None:
+    """One optimizer update, the objectives' and the teacher's; none of it where the step is `bad`, but that its buffers are put back.
+
+    Args:
+        bad: known (bool), or still on the device (bool []), where the update is then made or not without asking the host.
+        buffers, kept: what the forward pass may have changed, and its values before.
+    """
+    if isinstance(bad, bool):
+        if bad:
+            for buffer, before in zip(buffers, kept):
+                buffer.copy_(before)
+            return
+        run.optimizer.step()
+        run.model.finish_step(progress)
+        if run.teacher is not None:
+            run.teacher.update(progress)
+        return
+    run.optimizer.found_inf, run.optimizer.grad_scale = bad.float(), None  # type: ignore[attr-defined]  # a fused step then does nothing
+    run.optimizer.step()
+    run.model.finish_step(progress)  # its changes of parameters only clip them: none where they stand still
+    if run.teacher is not None:
+        run.teacher.update(progress, skip=bad)
+    for buffer, before in zip(buffers, kept):
+        buffer.copy_(torch.where(bad, before, buffer))
+
+
+def first_keys(batch: Batch, count: int = 8) -> list[str]:
+    return [key for rows in batch.values() for key in rows.keys[:count]][:count]
+
+
+def few_rows(sources: dict[str, Source], device: torch.device, count: int = 4) -> Batch:
+    """A few rows of every source with all the views that any phase of the run wants, for the dry run."""
+    batch = {}
+    for name, source in sources.items():
+        schedule, source.schedule = source.schedule, {}
+        try:
+            batch[name] = source.make(range(min(count, source.batch_size))).render().moved(lambda t: t.to(device)).to_rows()
+        finally:
+            source.schedule = schedule
+    return batch
+
+
+def refuse(tracker: Tracker, outcome: Outcome, count: int, max_skipped: int) -> None:
     """A loss or gradient that is not finite: skip the update, but not for ever."""
-    values = ", ".join(f"{name} {value.item():.4g}" for name, value in logs.items() if name.endswith("/loss"))
-    tracker.message(f"step {step}: loss or gradient is not finite ({values}); update skipped ({count} in a row)")
-    if count > most:
-        keys = [key for rows in batch.values() for key in rows.keys]
+    values = ", ".join(f"{name} {value.item():.4g}" for name, value in outcome.logs.items() if name.endswith("/loss"))
+    tracker.message(f"step {outcome.step}: loss or gradient is not finite ({values}); update skipped ({count} in a row)")
+    if count > max_skipped:
         raise TrainingError(
             f"{count} updates in a row had a loss or gradient that is not finite ({values}). The last batch began with "
-            f"{', '.join(keys[:8])}. None of these updates was made, so the run's checkpoints hold finite weights. Look at these samples, "
-            "or lower optim.lr or lengthen optim.warmup_steps and go on with resume=force."
+            f"{', '.join(outcome.keys)}. None of these updates was made, so the run's checkpoints hold finite weights. Look at these "
+            "samples, or lower optim.lr or lengthen optim.warmup_steps and go on with resume=force."
         )
 
 
 def check_weights(named: list[tuple[str, torch.nn.Parameter]], step: int, skipped_steps: int) -> None:
     """Before a save: finite weights, and at least one update that was made. A finite gradient can still be stepped on too far."""
-    if spoilt := [name for name, p in named if not bool(torch.isfinite(p).all())]:
+    if corrupt := [name for name, p in named if not bool(torch.isfinite(p).all())]:
         raise TrainingError(
-            f"after step {step} {len(spoilt)} of {len(named)} parameters are not finite ({', '.join(spoilt[:4])}); nothing was saved. "
+            f"after step {step} {len(corrupt)} of {len(named)} parameters are not finite ({', '.join(corrupt[:4])}); nothing was saved. "
             "Lower optim.lr and go on from the last checkpoint with resume=force, or begin in a new run_dir."
         )
     if skipped_steps == step:
@@ -204,10 +333,11 @@ def show(tracker: Tracker, model: PretrainModel, accelerator: Accelerator, batch
         if specs:
             tracker.images(step, f"views/{name}", view_grid([rows.views[s].data for s in specs], specs[0].mean, specs[0].std))
     model.eval()
-    with accelerator.autocast():
+    with accelerator.autocast(), model.preserved():
         encoded = model.encode(few, model.plan)
-        for name, objective in model.objectives.items():
-            for title, images in objective.pictures(**model.arguments(objective, encoded)).items():
+        for name in model.active:
+            objective = model.objectives[name]
+            for title, images in objective.pictures(**model.arguments(name, encoded)).items():
                 spec = next(e.view for e in source_encodes(objective.needs))
                 tracker.images(step, f"{title}/{name}", view_grid(images, spec.mean, spec.std))
     model.train()

@@ -46,11 +46,17 @@ Batch = dict[str, Rows]  # source name -> rows
 class ViewSpec(ABC):
     """How one view of a sample is made: drawn for all rows, cut per row, rendered for the batch.
 
-    Equal specs are one view. `repr` names the random stream, so two specs that differ in any field draw apart.
+    Equal specs are one view. `stream` names the random numbers, so that two specs that differ in any field draw apart.
     """
 
     modality: ClassVar[Literal["image", "text"]]
+    masks_words: ClassVar[bool] = False  # text: `data` holds -1 where the tower's mask embedding goes
     index: int = 0
+
+    @property
+    def stream(self) -> object:
+        """Name of the random stream. Specs that return the same name draw the same numbers: tiles of one puzzle, say."""
+        return repr(self)
 
     @abstractmethod
     def draw(self, samples: Sequence[Sample], seeds: Tensor) -> Params:
@@ -69,7 +75,7 @@ class ViewSpec(ABC):
 class MaskSpec:
     """Which tokens an encode hides; every row hides exactly round(ratio * N) of them.
 
-    `replace` puts the owner objective's mask embedding in their place (SimMIM, BEiT); `drop` removes them (MAE, FLIP).
+    `replace` puts the tower's mask embedding in their place (SimMIM, BEiT); `drop` removes them (MAE, FLIP).
     `from_` names the encode whose class-token attention says which tokens are hidden first (attentive masking).
     """
 
@@ -82,19 +88,33 @@ class MaskSpec:
 
 
 @dataclass(frozen=True)
+class MixSpec:
+    """Pictures mixed with those of a partner row: row i of the global batch with row i ^ 1, by one share for both.
+
+    Mixup blends the two (Zhang 2018), CutMix pastes a rectangle of the partner (Yun 2019). Where both are given, a pair gets one of
+    them with probability 1/2 (DeiT, Touvron 2021).
+    """
+
+    mixup: float = 0.0  # alpha of Beta(alpha, alpha), in (0, 1]; 0: none
+    cutmix: float = 0.0
+    index: int = 0
+
+
+@dataclass(frozen=True)
 class Encode:
     """One tower forward that an objective wants."""
 
     source: str
     view: ViewSpec
     mask: MaskSpec | None = None
-    network: str = "student"  # "teacher": the EMA copy, without gradient; or a frozen tower named in the recipe
+    network: str = "student"  # "teacher": the EMA copy, without gradient; or a frozen one of the recipe's `networks`
+    mix: MixSpec | None = None  # mixup and CutMix, drawn from the rows' seeds: ranks and chunks do not matter
     outputs: frozenset[str] = frozenset({"features"})  # fields of Encoded wanted, hence computed, cached, gathered
     bidirectional: bool = False  # text: no causal mask, key padding instead
 
 
 class Encoded(NamedTuple):
-    """What a tower says of one view."""
+    """Outputs of a tower for one view."""
 
     features: Tensor | None = None  # [B,E] projected to the joint space, not normalised
     pooled: Tensor | None = None  # [B,D] before that projection
@@ -104,6 +124,7 @@ class Encoded(NamedTuple):
     grid: tuple[int, int] | None = None  # patches down, across
     rows: Rows | None = None  # this source's labels, keys and views
     view: View | None = None  # the view that was encoded
+    mix: Tensor | None = None  # float32 [B], the share of a row's own picture; the rest is its partner's, row i ^ 1
 
 
 OUTPUTS = frozenset({"features", "pooled", "tokens", "attention"})  # the fields of Encoded that a tower computes

@@ -135,7 +135,7 @@ def test_the_objective_of_the_extending_page_trains(tmp_path: Path, monkeypatch:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
-    monkeypatch.setitem(OBJECTIVES, name, module.SimSiam)
+    monkeypatch.setitem(OBJECTIVES.known, name, module.SimSiam)
     data = runs.shards(tmp_path)
     objectives = {"clip": {"source": "pairs"}, name: {"source": "photos"}}
     path = runs.write_recipe(tmp_path / "r.yaml", runs.recipe(data, tmp_path / "run", objectives=objectives, steps=6, accumulate=2))

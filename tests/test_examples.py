@@ -106,7 +106,7 @@ def test_barlow_twins_is_the_papers_algorithm(own_objective) -> None:
 
 @pytest.mark.slow
 def test_an_objective_outside_the_package_trains(own_objective, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(OBJECTIVES, "twins", own_objective.BarlowTwins)
+    monkeypatch.setitem(OBJECTIVES.known, "twins", own_objective.BarlowTwins)
     recipe = runs.recipe(data, tmp_path / "run", objectives={"twins": {"source": "photos", "projection": 8, "augment": "weak"}}, steps=40)
     recipe["sources"] = {"photos": recipe["sources"]["photos"] | {"batch_size": 30}}
     assert train(recipes.load(runs.write_recipe(tmp_path / "r.yaml", recipe), ["optim.lr=0.003"])) == 0

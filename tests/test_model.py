@@ -7,7 +7,7 @@ import torch
 
 from mmpretrain.batch import take
 from mmpretrain.heads import GlobalBatchNorm
-from mmpretrain.model import PretrainModel, freeze_unused, make_plan, running_statistics
+from mmpretrain.model import PretrainModel, freeze_unused, running_statistics
 from tests import tiny
 
 SHARED = {"clip": {"augment": "simclr"}, "simclr": {}, "simmim": {"augment": "simclr"}, "masked_text": {}}
@@ -99,7 +99,8 @@ def test_every_trainable_parameter_gets_a_gradient_after_freezing():
     model = tiny.model({"simclr": {}})
     batch = tiny.batch(model)
     before = {n: b.clone() for n, b in model.named_buffers()}
-    unused = freeze_unused(model, take(batch, 0, 2))
+    unused, reached = freeze_unused(model, take(batch, 0, 2))
+    assert reached[0.0] == {name for name, p in model.named_parameters() if p.requires_grad}
     assert "towers.visual.proj" in unused  # simclr reads the pooled output, before the joint projection
     assert any(name.startswith("towers.text.") for name in unused)
     for name, buffer in model.named_buffers():
@@ -108,11 +109,11 @@ def test_every_trainable_parameter_gets_a_gradient_after_freezing():
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
-def test_masked_encode_uses_its_owners_embedding():
+def test_masked_encode_uses_the_towers_embedding():
     model = tiny.model({"simmim": {}})
     batch = tiny.batch(model)
     model(batch)[0].backward()
-    assert model.objectives["simmim"].mask_token.grad.abs().sum() > 0
+    assert model.towers.visual.mask_embedding.grad.abs().sum() > 0
 
 
 def test_unknown_output_is_refused():
@@ -120,7 +121,7 @@ def test_unknown_output_is_refused():
     objective = model.objectives["clip"]
     objective.needs["image"] = type(objective.needs["image"])("pairs", objective.needs["image"].view, outputs=frozenset({"feature"}))
     with pytest.raises(ValueError, match="feature"):
-        make_plan([objective])
+        PretrainModel(model.towers, {"clip": objective}, {"clip": 1.0})
 
 
 def test_bf16_is_near_fp32():

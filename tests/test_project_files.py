@@ -5,9 +5,9 @@ import tomllib
 from pathlib import Path
 
 import yaml
-from data_prep.demo.scenes import GENERATOR_VERSION
 
 import mmpretrain
+from data_prep.demo.scenes import GENERATOR_VERSION
 from mmpretrain.data.index import VERSION
 
 ROOT = Path(__file__).resolve().parents[1]

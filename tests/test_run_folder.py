@@ -21,11 +21,11 @@ def test_a_damaged_recipe_in_the_folder_is_refused_unless_forced(tmp_path, conte
     state = {"step": 4, "positions": {}, "skipped_steps": 0}
     checkpoint.save(tmp_path / "run" / "checkpoints", 4, {"model": {"w": torch.ones(2)}}, {}, {"state": state}, keep=1)
     found, skipped = run_folder.newest(config(tmp_path))
-    assert run_folder.claim(config(tmp_path), found, skipped) == [f"resuming from {found} (step 4)"]
+    assert run_folder.check_resume(config(tmp_path), found, skipped) == [f"resuming from {found} (step 4)"]
     (tmp_path / "run" / "config.yaml").write_bytes(content)
     with pytest.raises(OptionError, match=r"config\.yaml is damaged|different recipe.*\n  1: 2 in the run"):
-        run_folder.claim(config(tmp_path), found, skipped)
-    said = run_folder.claim(config(tmp_path, resume="force"), found, skipped)
+        run_folder.check_resume(config(tmp_path), found, skipped)
+    said = run_folder.check_resume(config(tmp_path, resume="force"), found, skipped)
     assert said[-1] == f"resuming from {found} (step 4)"
 
 

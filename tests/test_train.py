@@ -503,7 +503,7 @@ def test_pictures_of_an_objective_that_takes_several_views(monkeypatch):
             super().__init__()
             self.inner = inner
             (first, second) = inner.needs.values()
-            self.needs, self.mask_token = {"crops": (first, second)}, None
+            self.needs = {"crops": (first, second)}
 
         def pictures(self, crops):
             return {"crops": [crop.view.data for crop in crops]}
@@ -558,6 +558,6 @@ def test_exit_status_says_whose_fault_it_is(data, tmp_path, monkeypatch, capsys)
     status, shown, _ = cli("--print-config", "steps=3")
     assert status == 0
     assert "steps: 3" in shown
-    monkeypatch.setattr("mmpretrain.trainer.train", lambda config: {}["unexpected"])
+    monkeypatch.setattr("mmpretrain.trainer.train", lambda *a: {}["unexpected"])
     with pytest.raises(KeyError):  # with its traceback
         cli()

@@ -5,17 +5,24 @@ from __future__ import annotations
 import torch
 
 from mmpretrain import rng
+from mmpretrain.assembly import copy_heads
 from mmpretrain.config.build import build
-from mmpretrain.model import PretrainModel
+from mmpretrain.model import PretrainModel, with_mask_embeddings
 from mmpretrain.objectives import OBJECTIVES, Context
+from mmpretrain.objectives.base import source_encodes
 from mmpretrain.towers.dual import DualEncoder
 from mmpretrain.towers.specs import build_towers
+from mmpretrain.towers.teacher import Teacher
 from mmpretrain.types import Batch, Rows, Sample, View
 
 MODEL = {
     "embed_dim": 12,
     "vision_cfg": {"image_size": 16, "patch_size": 4, "width": 16, "layers": 2, "head_width": 8},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+}
+OPTIONS = {  # what makes an objective small; others have small defaults
+    "dino": {"prototypes": 24, "hidden": 20, "bottleneck": 8, "local_crops": 2, "local_size": 8, "freeze_last_layer": 0.0},
+    "mae": {"width": 16, "layers": 1, "heads": 2},
 }
 WORDS = ["a red circle", "two blue squares on grass", "one", "a striped star left of a very large dotted ring", "nothing at all"]
 
@@ -33,16 +40,25 @@ def context(dual: DualEncoder, **changes) -> Context:
     return Context(**(known | changes))
 
 
-def model(objectives: dict[str, dict], seed: int = 0, double: bool = True, **vision) -> PretrainModel:
-    """Objectives by name, `source` defaulting to "pairs"; `vision` changes the image tower."""
+def model(objectives: dict[str, dict], seed: int = 0, double: bool = True, momentum: float | None = None, **vision) -> PretrainModel:
+    """Objectives by name, `source` defaulting to "pairs"; `vision` changes the image tower.
+
+    `momentum` adds a teacher, as does an objective that wants one.
+    """
     dual = towers(seed, **vision)
     built, weights = {}, {}
     for name, options in objectives.items():
         kind = OBJECTIVES[options.get("kind", name)]
         torch.manual_seed(seed)
-        config = build(kind.Config, {"source": "pairs", **options})
+        config = build(kind.Config, {"source": "pairs", **OPTIONS.get(options.get("kind", name), {}), **options})
         built[name], weights[name] = kind(config, context(dual)), config.weight
-    result = PretrainModel(dual, built, weights)
+    with_mask_embeddings(dual, built.values(), seed)
+    teacher = None
+    if momentum is None and any(e.network == "teacher" for o in built.values() for e in source_encodes(o.needs)):
+        momentum = 0.9
+    if momentum is not None:
+        teacher = Teacher(dual, momentum, momentum, "constant", [pair for o in built.values() for pair in copy_heads(o)])
+    result = PretrainModel(dual, built, weights, None if teacher is None else teacher.module)
     return result.double() if double else result
 
 

@@ -20,6 +20,7 @@ from mmpretrain.system import hold
 
 if TYPE_CHECKING:
     from mmpretrain.config.recipe import Config
+    from mmpretrain.evaluation import DataInProgress
 
 QUIETLY = 10  # niceness of what training need not wait for
 
@@ -112,18 +113,19 @@ class DemoData:
         self._training = Writing(self.root, TRAINING)
         self._evaluation: Writing | None = None
 
-    def prepare(self, config: Config) -> None:
-        """Wait for what `config` trains on, and have the rest written behind the training. Raises DemoError."""
-        from mmpretrain import evaluation
+    def prepare(self, config: Config) -> DataInProgress:
+        """Wait for what `config` trains on, and have the rest written behind the training; -> what is not there yet. Raises DemoError."""
+        from mmpretrain.evaluation import DataInProgress
 
         self._training.wait()
         self._evaluation = later = Writing(self.root, EVALUATION, quiet=True)
         if any(str(self.root / split) in repr(source.shards) for split in EVALUATION for source in config.sources.values()):
             later.wait()
-        evaluation.PENDING |= {(self.root / split).absolute(): later.wait for split in EVALUATION}
+        pending = {(self.root / split).absolute(): later.wait for split in EVALUATION}
         test = config.evaluators.get("test")
         if test is not None and Path(str(getattr(test.options, "data", ""))) == self.root / "test":
-            evaluation.BASELINES["test"] = self._baselines
+            return DataInProgress(pending, {"test": self._baselines})
+        return DataInProgress(pending)
 
     def _baselines(self) -> dict[str, float]:
         from data_prep.demo.checks import nearest_neighbour_baselines

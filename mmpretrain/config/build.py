@@ -8,7 +8,9 @@ import difflib
 import functools
 import inspect
 import io
+import itertools
 import math
+import operator
 import tokenize
 import types
 import typing
@@ -18,6 +20,29 @@ from typing import Any
 
 class OptionError(ValueError):
     """An option that does not exist, or a value that does not fit it: the caller's mistake."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers that an option may hold, written on its field: `Annotated[float, Range(0, below=1)]`.
+
+    Args:
+        low, high: bounds that belong to the range.
+        above, below: bounds that do not.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def refusal(self, number: float) -> str:
+        """What was expected, where `number` lies outside; else an empty text."""
+        sides = (
+            (self.low, operator.ge, "at least"), (self.above, operator.gt, "more than"),
+            (self.high, operator.le, "at most"), (self.below, operator.lt, "less than"),
+        )  # fmt: skip
+        return next((f"expected {words} {bound:g}" for bound, holds, words in sides if bound is not None and not holds(number, bound)), "")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -55,7 +80,7 @@ def build(cls: type, data: Any, where: str = "", place: typing.Callable[[str], s
     if not isinstance(data, Mapping):
         raise OptionError(f"{where or 'the recipe'}{place(where)} must be a mapping of options, found {data!r}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     values = {}
     for key, value in data.items():
         path = f"{where}.{key}" if where else str(key)
@@ -77,6 +102,13 @@ def convert(value: Any, hint: Any, path: str, place: typing.Callable[[str], str]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     wrong = OptionError(f"option {path}={value!r}{place(path)}: expected {_name(hint)}, found {type(value).__name__}")
     if hint is Any:
+        return value
+    if origin is typing.Annotated:
+        value = convert(value, arguments[0], path, place)
+        numbers = [(path, value)] if not isinstance(value, list | tuple) else [(f"{path}.{i}", item) for i, item in enumerate(value)]
+        for (where, number), limit in itertools.product(numbers, hint.__metadata__):
+            if isinstance(limit, Range) and isinstance(number, int | float) and (refusal := limit.refusal(number)):
+                raise OptionError(f"option {where}={number!r}{place(where)}: {refusal}")
         return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:

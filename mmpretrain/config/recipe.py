@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mmpretrain.config.build import OptionError, build, describe, nearest
+from mmpretrain.config.build import OptionError, Range, build, describe, nearest
 from mmpretrain.data.source import SourceConfig
 from mmpretrain.data.source_config import MAX_IMAGE_SIZE
 from mmpretrain.evaluators import EVALUATORS
@@ -24,48 +23,59 @@ from mmpretrain.optim import OptimConfig
 @dataclass
 class EpochsConfig:
     source: str  # the source whose epochs are counted
-    count: float  # how many times it is seen
+    count: Annotated[float, Range(above=0)]  # how many times it is seen
 
 
 @dataclass
 class TeacherConfig:
-    momentum: float = 0.996  # of the EMA copy at the start
-    final_momentum: float = 1.0  # and at the end
+    momentum: Annotated[float, Range(0, 1)] = 0.996  # of the EMA copy at the start
+    final_momentum: Annotated[float, Range(0, 1)] = 1.0  # and at the end
     schedule: Literal["cosine", "constant"] = "cosine"  # between the two
+    batch_norm: Literal["running", "batch"] = "running"  # statistics of its BatchNorms; batch: those of the batch (BYOL, DINO)
+
+
+@dataclass
+class NetworkConfig:
+    """A frozen tower or pair of towers, which objectives name in their encodes."""
+
+    model: str | dict = "ViT-B-32"  # as the recipe's own `model`
+    init_from: str | None = None  # the weights: a run, an open_clip checkpoint, folder or tag; null: those that `model` brings (hf:, timm:)
+    image_size: Annotated[int | None, Range(1, MAX_IMAGE_SIZE)] = None  # pixels a side; default: the model's own
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = 1000  # steps between checkpoints; the last step is always saved
-    keep: int = 3  # newest checkpoints kept
+    every: Annotated[int, Range(1)] = 1000  # steps between checkpoints; the last step is always saved
+    keep: Annotated[int, Range(1)] = 3  # newest checkpoints kept
 
 
 @dataclass
 class Config:
     run_dir: str = "runs/demo"  # where everything of this run is written
     seed: int = 0  # of weights, order, views and masks
-    steps: int | None = None  # updates to make
+    steps: Annotated[int | None, Range(0)] = None  # updates to make
     epochs: EpochsConfig | None = None  # instead of steps: so many epochs of one source
-    accumulate: int = 1  # chunks a step is split into; the result equals one batch
+    accumulate: Annotated[int, Range(1)] = 1  # chunks a step is split into; the result equals one batch
     model: str | dict = "ViT-B-32"  # an open_clip model name, a JSON file of that format, its fields, or an image tower (timm:resnet50)
     init_from: str | None = None  # a run, an open_clip checkpoint or folder whose weights to start from
-    image_size: int | None = None  # pixels a side; default: the model's own
+    image_size: Annotated[int | None, Range(1, MAX_IMAGE_SIZE)] = None  # pixels a side; default: the model's own
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where it is measured to be faster; kept on resume
-    threads: int | None = None  # for computing; default: cores divided by local processes
-    loader_threads: int | None = None  # how many read, decode and cut at once; default: 2, beside an accelerator up to 16
+    threads: Annotated[int | None, Range(1)] = None  # for computing; default: cores divided by local processes
+    loader_threads: Annotated[int | None, Range(1)] = None  # that read, decode and cut; default: 2, beside an accelerator up to 16
     loader_processes: bool | None = None  # each of them in a process of its own; default: on Linux
-    prefetch: int | None = None  # batches in flight; default: 4, or as many as keep the loader busy
+    prefetch: Annotated[int | None, Range(1)] = None  # batches in flight; default: 4, or as many as keep the loader busy
     compile: bool = False  # torch.compile the towers' blocks
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more compute
     deterministic: bool = False  # on CUDA: bit-identical results, at some cost in speed
-    max_skipped_steps: int = 5  # consecutive updates that may be skipped for a loss or gradient that is not finite
-    log_every: int = 10  # steps between lines of metrics.jsonl
-    cost_every: int = 200  # steps between measurements of what one objective costs, each two to three passes; 0: never
-    images_every: int = 0  # steps between pictures of views and reconstructions; 0: at the start and the end
+    max_skipped_steps: Annotated[int, Range(0)] = 5  # consecutive updates that may be skipped for a loss or gradient that is not finite
+    log_every: Annotated[int, Range(1)] = 10  # steps between lines of metrics.jsonl
+    cost_every: Annotated[int, Range(0)] = 200  # steps between measurements of what one objective costs, each two to three passes; 0: never
+    images_every: Annotated[int, Range(0)] = 0  # steps between pictures of views and reconstructions; 0: at the start and the end
     resume: Literal["auto", "force", "never"] = "auto"  # force: also from a run whose recipe differs; never: refuse a used run_dir
     sources: dict[str, SourceConfig] = field(default_factory=dict)  # named shards read one way
     objectives: dict[str, Any] = field(default_factory=dict)  # name -> options of that objective
     teacher: TeacherConfig | None = None  # the EMA copy of the towers
+    networks: dict[str, NetworkConfig] = field(default_factory=dict)  # frozen towers by name, for distillation
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluators: dict[str, Any] = field(default_factory=dict)  # name -> options of that evaluator, `kind` and `every`
@@ -77,7 +87,7 @@ class EvaluationConfig:
 
     kind: str  # which evaluator
     options: Any  # its own Config
-    every: int = 0  # steps between evaluations; 0: at the end only
+    every: Annotated[int, Range(0)] = 0  # steps between evaluations; 0: at the end only
     weights: Literal["student", "teacher"] = "student"  # teacher: the EMA copy
     baselines: dict[str, float] = field(default_factory=dict)  # accuracies known from elsewhere, shown beside the result
 
@@ -88,34 +98,6 @@ FREE = {
     "deterministic", "max_skipped_steps", "log_every", "cost_every", "images_every", "resume", "checkpoint", "evaluators",
 }  # fmt: skip
 FREE_OF_SOURCE = {"max_bad_fraction", "max_consecutive_bad", "cache_dir", "cache_bytes", "verify"}
-
-# Numbers that cannot be meant, refused at the start rather than met in the middle of a run. `*` stands for any name.
-LIMITS: dict[str, tuple[str, float]] = {
-    "steps": (">=", 0), "epochs.count": (">", 0), "accumulate": (">=", 1), "image_size": (">=", 1), "threads": (">=", 1),
-    "loader_threads": (">=", 1), "prefetch": (">=", 1), "max_skipped_steps": (">=", 0), "log_every": (">=", 1), "cost_every": (">=", 0),
-    "images_every": (">=", 0),
-    "checkpoint.every": (">=", 1), "checkpoint.keep": (">=", 1), "objectives.*.weight": (">=", 0), "evaluators.*.every": (">=", 0),
-    "optim.lr": (">=", 0), "optim.weight_decay": (">=", 0), "optim.warmup_steps": (">=", 0), "optim.final_lr": (">=", 0),
-    "optim.decay_fraction": (">", 0), "optim.layer_decay": (">", 0), "optim.head_lr": (">=", 0), "optim.clip_grad_norm": (">", 0),
-    "sources.*.batch_size": (">=", 1), "sources.*.shuffle_window": (">=", 1), "sources.*.max_bad_fraction": (">=", 0),
-    "sources.*.max_consecutive_bad": (">=", 1), "sources.*.cache_bytes": (">=", 0), "sources.*.image.size": (">=", 1),
-    "sources.*.image.background.*": (">=", 0), "sources.*.max_pixels": (">=", 1), "sources.*.min_side": (">=", 1),
-    "sources.*.max_aspect": (">=", 1), "sources.*.max_member_bytes": (">=", 1),
-    "objectives.*.temperature": (">", 0), "objectives.*.init_temperature": (">", 0), "objectives.*.max_logit_scale": (">=", 1),
-    "objectives.*.init_scale": (">", 0), "objectives.*.mask_ratio": (">", 0), "objectives.*.mask_patch": (">=", 1),
-    "objectives.*.keep": (">=", 0), "objectives.*.replace": (">=", 0), "objectives.*.view_index": (">=", 0),
-    "objectives.*.hidden": (">=", 0), "objectives.*.projection": (">=", 1), "objectives.*.layers": (">=", 1),
-    "optim.betas.*": (">=", 0), "optim.eps": (">", 0), "optim.momentum": (">=", 0), "teacher.momentum": (">=", 0),
-    "teacher.final_momentum": (">=", 0),
-}  # fmt: skip
-UPPER: dict[str, tuple[str, float]] = {
-    "image_size": ("<=", MAX_IMAGE_SIZE), "sources.*.image.size": ("<=", MAX_IMAGE_SIZE), "sources.*.image.background.*": ("<=", 255),
-    "objectives.*.mask_ratio": ("<", 1), "objectives.*.keep": ("<=", 1), "objectives.*.replace": ("<=", 1),
-    "optim.betas.*": ("<", 1), "optim.momentum": ("<", 1), "teacher.momentum": ("<=", 1), "teacher.final_momentum": ("<=", 1),
-}  # fmt: skip
-_SIGNS = {
-    ">=": (operator.ge, "at least"), ">": (operator.gt, "more than"), "<=": (operator.le, "at most"), "<": (operator.lt, "less than"),
-}  # fmt: skip
 
 
 def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -163,27 +145,30 @@ def assemble(data: Any, place: Callable[[str], str] = lambda path: "") -> Config
         path = f"objectives.{name}"
         options = _mapping(options, path, place)
         kind = options.get("kind") or name
-        if not isinstance(kind, str) or kind not in OBJECTIVES:
+        if kind not in OBJECTIVES:
             raise OptionError(f"unknown objective {kind!r}{place(path)}{nearest(str(kind), OBJECTIVES)}")
         objective: ObjectiveConfig = build(OBJECTIVES[kind].Config, options | {"kind": kind}, path, place)
         if objective.source not in config.sources:
             raise OptionError(
                 f"{path}.source is {objective.source!r}{place(path)}, no source of this recipe{nearest(objective.source, config.sources)}"
             )
+        if objective.start >= objective.stop:
+            raise OptionError(f"{path}: start {objective.start:g} is not before stop {objective.stop:g}{place(path)}")
         config.objectives[name] = objective
+    for name in config.networks:
+        if name in ("student", "teacher"):
+            raise OptionError(f"networks.{name}{place(f'networks.{name}')}: the towers and their EMA copy have that name, choose another")
     for name, options in config.evaluators.items():
         path = f"evaluators.{name}"
         options = dict(_mapping(options, path, place))
         own = {key: options.pop(key) for key in ("kind", "every", "weights", "baselines") if key in options}
         kind = own.setdefault("kind", name)
-        if not isinstance(kind, str) or kind not in EVALUATORS:
+        if kind not in EVALUATORS:
             raise OptionError(f"unknown evaluator {kind!r}{place(path)}{nearest(str(kind), EVALUATORS)}")
         own["options"] = build(EVALUATORS[kind].Config, options, path, place)
         config.evaluators[name] = build(EvaluationConfig, own, path, place)
         if config.evaluators[name].weights == "teacher" and config.teacher is None:
             raise OptionError(f"{path}.weights is teacher{place(path)}, but the recipe has no teacher: add teacher: {{momentum: 0.996}}")
-    for path, limit in [*LIMITS.items(), *UPPER.items()]:
-        _check(config, path.split("."), "", *limit, place)
     used = {objective.source for objective in config.objectives.values()}
     if idle := set(config.sources) - used:
         raise OptionError(f"no objective uses source {', '.join(sorted(idle))}: remove it, or name it in an objective's source")
@@ -218,8 +203,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def help_text() -> str:
     """Every field with its documentation and default."""
     sections = [("", Config, "")]
-    sections += [(f"objective {kind}", cls.Config, "objectives.NAME.") for kind, cls in OBJECTIVES.items()]
-    sections += [(f"evaluator {kind}", cls.Config, "evaluators.NAME.") for kind, cls in EVALUATORS.items()]
+    sections += [(f"objective {kind}", cls.Config, "objectives.NAME.") for kind, cls in OBJECTIVES.known.items()]
+    sections += [(f"evaluator {kind}", cls.Config, "evaluators.NAME.") for kind, cls in EVALUATORS.known.items()]
     sections += [("every evaluator", EvaluationConfig, "evaluators.NAME.")]
     out = []
     for title, cls, prefix in sections:
@@ -228,18 +213,6 @@ def help_text() -> str:
             f"  {path} = {default}\n      {text}" if default else f"  {path}\n      {text}" for path, default, text in describe(cls, prefix)
         ]
     return "\n".join(out)
-
-
-def _check(value: Any, path: list[str], done: str, sign: str, limit: float, place: Callable[[str], str]) -> None:
-    """Hold the number at `path` below `value` against a limit; null, and what has no such option, passes."""
-    if value is None:
-        return
-    if path:
-        mapping = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list | tuple) else vars(value)
-        for name in mapping if path[0] == "*" else path[:1]:
-            _check(mapping.get(name), path[1:], f"{done}.{name}" if done else name, sign, limit, place)
-    elif not _SIGNS[sign][0](value, limit):
-        raise OptionError(f"option {done}={value!r}{place(done)}: expected {_SIGNS[sign][1]} {limit:g}")
 
 
 def _mapping(value: Any, path: str, place: Callable[[str], str]) -> dict[str, Any]:

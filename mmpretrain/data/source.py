@@ -51,19 +51,18 @@ class Source:
     """Stages 1-6 for one source. Construction opens every local shard and raises ShardError for what cannot work.
 
     `views` are the specs to make, `labels` whether the objectives want the label. Members that none of them needs may be missing.
+    `schedule` says between which slots a view is made; one that it does not name is made always.
     """
 
     def __init__(self, name: str, config: SourceConfig, views: Collection[ViewSpec], labels: bool = False, seed: int = 0) -> None:
         self.name, self.config, self.seed = name, config, seed
         self.views = sorted(views, key=repr)
+        self.schedule: dict[ViewSpec, list[tuple[float, float]]] = {}  # view -> [(first slot, slot after the last)]
         self.batch_size = config.batch_size
         self.classes = load_classes(config.classes)
         self._class_index = None if self.classes is None else {c: i for i, c in enumerate(self.classes)}
-        self._wants = {
-            "image": any(v.modality == "image" for v in views),
-            "text": any(v.modality == "text" for v in views),
-            "label": bool(labels),
-        }
+        self._labels = bool(labels)
+        self._wants = self._needed(self.views)
         if self._wants["label"] and config.label is None:
             raise ValueError(
                 f"source {name!r}: an objective wants labels. Say which member holds them, e.g. `label: cls` or `label: json:category`."
@@ -86,6 +85,14 @@ class Source:
         self._tally = _Tally()
         self.reading: dict[int, str] = {}  # thread -> the sample it is at, for errors
         self._preflight()
+
+    def _needed(self, views: Collection[ViewSpec]) -> dict[str, bool]:
+        """Which members of a sample these views and the labels need."""
+        return {modality: any(v.modality == modality for v in views) for modality in ("image", "text")} | {"label": self._labels}
+
+    def views_at(self, slot: int) -> list[ViewSpec]:
+        """The views of the step that begins at `slot`."""
+        return [v for v in self.views if v not in self.schedule or any(a <= slot < b for a, b in self.schedule[v])]
 
     def _parts(self, shards: Any) -> list[tuple[Any, float]]:
         if not isinstance(shards, (list, tuple)):
@@ -159,6 +166,8 @@ class Source:
     def make(self, slots: range | Sequence[int]) -> Block:
         """The same without the budget of all samples, which a process that makes blocks cannot know; it counts bad ones in a row."""
         numbers = np.asarray(slots, np.int64)
+        views = self.views_at(int(numbers[0]))
+        wants = self._needed(views)
         component, own, *place = self.locate(numbers)
         samples: list[Sample] = []
         origin: list[tuple[int, int, int, int]] = []  # component, epoch, sample of the component, attempt
@@ -167,7 +176,7 @@ class Source:
             bad: list[dict[str, Any]] = []  # what this slot went through before a good sample
             while True:
                 try:
-                    sample = self._sample(c, where[0], where[1])
+                    sample = self._sample(c, where[0], where[1], wants)
                     break
                 except BadSample as error:
                     bad.append(self._record(c, where[0], where[1], slot, error))
@@ -178,7 +187,7 @@ class Source:
             skipped += [record | {"replaced_by": sample.key} for record in bad]
             samples.append(sample)
             origin.append((c, where[2], int(self._orders[c].first[where[0]]) + where[1], len(bad)))
-        return self._cut(samples, rng.combine(self._base, *torch.tensor(origin).unbind(1)), skipped)
+        return self._cut(samples, rng.combine(self._base, *torch.tensor(origin).unbind(1)), skipped, views)
 
     def account(self, block: Block) -> Block:
         """Count what `make` read; raises BadSampleBudgetError where too much of all was bad."""
@@ -210,7 +219,7 @@ class Source:
             f"For instance {'; '.join(list(tally.examples.values())[:3])}. Repair the shards or raise the limit."
         )
 
-    def _sample(self, c: int, shard: int, number: int) -> Sample:
+    def _sample(self, c: int, shard: int, number: int, wants: dict[str, bool]) -> Sample:
         name = shard_label(self.shard_sets[c].names[shard])
         me = threading.get_ident()
         self.reading[me] = name
@@ -218,7 +227,7 @@ class Source:
         try:
             key, members, opened = self.shard_sets[c].members(shard, number)
             key = self.reading[me] = f"{name}/{key}"
-            return self._decode(key, members, lambda member: self.shard_sets[c].read(opened, member))
+            return self._decode(key, members, lambda member: self.shard_sets[c].read(opened, member), wants)
         except (BadSample, ShardError):
             raise
         except Exception as error:
@@ -228,7 +237,7 @@ class Source:
         finally:
             self.reading.pop(me, None)
 
-    def _decode(self, key: str, members: dict, read: Any) -> Sample:
+    def _decode(self, key: str, members: dict, read: Any, wants: dict[str, bool]) -> Sample:
         sample = Sample(key)
 
         def member(extension: str | None, limit: int) -> bytes:
@@ -247,7 +256,7 @@ class Source:
                 raise BadSample("missing_field", f"{extension}:{name}; it has {', '.join(sorted(metadata))[:200]}")
             return metadata[name]
 
-        if self._wants["text"]:  # before the image: captions are cheaper to refuse
+        if wants["text"]:  # before the image: captions are cheaper to refuse
             extension, _, name = self.config.caption.partition(":")
             if name:
                 sample.captions = decode.captions_from(json_field(extension, name), self.config.caption)
@@ -257,14 +266,14 @@ class Source:
             extension, _, name = str(self.config.label).partition(":")
             value = json_field(extension, name) if name else member(extension, MAX_CAPTION_BYTES)
             sample.labels["label"] = decode.label_from(value, self._class_index, str(self.config.label))
-        if self._wants["image"]:
+        if wants["image"]:
             data = member(image_extension(members), self.config.max_member_bytes)
             sample.image = decode.decode_image(data, self._limits)
         return sample
 
-    def _cut(self, samples: list[Sample], seeds: Tensor, skipped: list[dict[str, Any]]) -> Block:
+    def _cut(self, samples: list[Sample], seeds: Tensor, skipped: list[dict[str, Any]], views: list[ViewSpec]) -> Block:
         pixels, params = {}, {}
-        for spec in self.views:
+        for spec in views:
             drawn = params[spec] = spec.draw(samples, seeds)
             each = zip(*(value.unbind(0) for value in drawn.values())) if drawn else ((),) * len(samples)
             sources = [sample.image if spec.modality == "image" else sample.captions for sample in samples]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any
+from typing import Annotated, Any
 
+from mmpretrain.config.build import Range
 from mmpretrain.data.views import NORMALISATION
 
 MAX_IMAGE_SIZE = 4096  # pixels a side of what a tower sees
@@ -13,10 +14,10 @@ MAX_IMAGE_SIZE = 4096  # pixels a side of what a tower sees
 
 @dataclass
 class ImageConfig:
-    size: int | None = None  # pixels a side of the views; default: the model's
+    size: Annotated[int | None, Range(1, MAX_IMAGE_SIZE)] = None  # pixels a side of the views; default: the model's
     mean: Any = None  # openai, imagenet, half, or three numbers; default: the model's
     std: Any = None  # openai, imagenet, half, or three numbers; default: the model's
-    background: list[int] = field(default_factory=lambda: [255, 255, 255])  # RGB that shows through transparency
+    background: Annotated[list[int], Range(0, 255)] = field(default_factory=lambda: [255, 255, 255])  # RGB that shows through transparency
 
     def normalisation(self, mean: Any = "openai", std: Any = "openai") -> tuple[tuple[float, float, float], tuple[float, float, float]]:
         """(mean, std) as numbers; the arguments stand for what is not set. Raises ValueError for an unknown name."""
@@ -49,19 +50,19 @@ class Part:
 @dataclass
 class SourceConfig:
     shards: str | list = ""  # glob, brace range, folder, several joined with ::, a list of these, or a list of {path, weight}
-    batch_size: int = 256  # global rows per update
+    batch_size: Annotated[int, Range(1)] = 256  # global rows per update
     image: ImageConfig | None = field(default_factory=ImageConfig)  # how images are made into views
     caption: str = "txt"  # the member that holds the caption, or json:FIELD (a text or a list of texts)
     label: str | None = None  # the member that holds the class (cls), or json:FIELD
     classes: Any = None  # class names, or a file with one a line: needed where labels are names
     split: SplitConfig | None = None  # hold samples out, by the hash of their keys
-    shuffle_window: int = 16  # shards whose samples are mixed
-    max_bad_fraction: float = 0.01  # bad samples among those read before the run stops; ten more are always allowed
-    max_consecutive_bad: int = 100  # bad samples in a row, replacements included, before the run stops
-    max_pixels: int = 64_000_000  # larger images are bad samples, judged by their headers
-    min_side: int = 8  # pixels; smaller images are bad samples
-    max_aspect: float = 20.0  # longer side over shorter side; more elongated images are bad samples
-    max_member_bytes: int = 64 << 20  # larger members are bad samples; a caption may have 64 KiB
+    shuffle_window: Annotated[int, Range(1)] = 16  # shards whose samples are mixed
+    max_bad_fraction: Annotated[float, Range(0)] = 0.01  # bad samples among those read before the run stops; ten more are always allowed
+    max_consecutive_bad: Annotated[int, Range(1)] = 100  # bad samples in a row, replacements included, before the run stops
+    max_pixels: Annotated[int, Range(1)] = 64_000_000  # larger images are bad samples, judged by their headers
+    min_side: Annotated[int, Range(1)] = 8  # pixels; smaller images are bad samples
+    max_aspect: Annotated[float, Range(1)] = 20.0  # longer side over shorter side; more elongated images are bad samples
+    max_member_bytes: Annotated[int, Range(1)] = 64 << 20  # larger members are bad samples; a caption may have 64 KiB
     verify: bool = True  # compare members with the index's checksums where it has them
     cache_dir: str | None = None  # copies of remote shards; default: the user's cache folder
-    cache_bytes: int = 100 << 30  # how much they may take
+    cache_bytes: Annotated[int, Range(0)] = 100 << 30  # how much they may take

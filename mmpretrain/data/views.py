@@ -98,7 +98,7 @@ class ImageView(_Tuples, ViewSpec):
     std: tuple[float, float, float] = NORMALISATION["openai"][1]
 
     def draw(self, samples: Sequence[Sample], seeds: Tensor) -> Params:
-        name = repr(self)
+        name = self.stream
         params = {"box": crop_boxes(samples, seeds, name, self.scale, self.ratio)}
         chance = rng.uniform(seeds, ("chance", name), 5)  # [B,5]
         if self.flip:
@@ -179,7 +179,7 @@ class TextView(ViewSpec):
 
     def draw(self, samples: Sequence[Sample], seeds: Tensor) -> Params:
         number = torch.tensor([len(sample.captions) for sample in samples])
-        return {"caption": (rng.uniform(seeds, ("caption", repr(self))) * number).long()}
+        return {"caption": (rng.uniform(seeds, ("caption", self.stream)) * number).long()}
 
     def geometry(self, source: list[str], params: Params) -> Tensor:
         return get_tokenizer(self.tokenizer).encode([source[int(params["caption"])]], self.context_length)[0]

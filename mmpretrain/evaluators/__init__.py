@@ -13,8 +13,9 @@ from mmpretrain.evaluators.knn import KNN
 from mmpretrain.evaluators.linear_probe import LinearProbe
 from mmpretrain.evaluators.retrieval import Retrieval
 from mmpretrain.evaluators.zero_shot import ZeroShot
+from mmpretrain.plugins import Kinds
 
-EVALUATORS: dict[str, type] = {
+_KNOWN: dict[str, type] = {
     "zero_shot": ZeroShot,
     "retrieval": Retrieval,
     "knn": KNN,
@@ -22,6 +23,7 @@ EVALUATORS: dict[str, type] = {
     "finetune": FineTune,
     "binding": Binding,
 }
+EVALUATORS = Kinds(_KNOWN, "mmpretrain.evaluators", "evaluator")
 
 
 def build_evaluator(kind: str, options: Iterable[str] | Mapping[str, Any]) -> Evaluator:

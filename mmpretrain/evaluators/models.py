@@ -58,7 +58,7 @@ class TowerModel:
     def fingerprint(self) -> str:
         """sha256 over names, types, shapes and values of the weights. Taken once: wrap live towers anew after they change."""
         digest = hashlib.sha256()
-        for name, value in sorted(self.dual.state_dict().items()):
+        for name, value in sorted(self.dual.weights().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.config.build import Range, nearest
 from mmpretrain.data.views import ImageView, TextView
 from mmpretrain.types import Encode, Encoded
 
 
 @dataclass
 class ObjectiveConfig:
+    """Options that every objective takes."""
+
     kind: str = ""  # which objective; default: the key's own name
-    weight: float = 1.0  # factor on its loss
+    weight: Annotated[float, Range(0)] = 1.0  # factor on its loss
     source: str = ""  # the source whose rows it sees
+    start: Annotated[float, Range(0, below=1)] = 0.0  # fraction of the run before which it costs nothing: no view, no forward
+    stop: Annotated[float, Range(above=0, high=1)] = 1.0  # and after which it costs nothing
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
+class Network:
+    """What an objective may know of a frozen tower."""
+
+    image_size: int  # pixels a side of its own views
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    patch_size: int | None = None
+    image_width: int = 0
+    text_width: int = 0
+    embed_dim: int = 0
+
+
+@dataclass(frozen=True)
 class Context:
     """What an objective may know of the run when it is built."""
 
@@ -80,18 +99,40 @@ class Context:
     vocab_size: int = 0
     trim_text: bool = True  # whether captions may be cut to the longest of the batch without changing the result
     classes: tuple[str, ...] = ()  # of the source's label, when it has one
+    steps: int = 0  # updates of the whole run: papers give warm-ups in steps
+    networks: Mapping[str, Network] = field(default_factory=dict)  # the frozen towers of the recipe, by name
 
-    def image_view(self, augment: Augment, index: int = 0) -> ImageView:
+    def network(self, name: str, objective: str) -> Network:
+        """The frozen tower of that name. Raises ValueError naming the nearest one."""
+        if name not in self.networks:
+            raise ValueError(
+                f"objective {objective!r} wants network {name!r}, which the recipe's `networks` lacks{nearest(name, self.networks)}"
+            )
+        return self.networks[name]
+
+    def image_view(self, augment: Augment, index: int = 0, size: int | None = None, network: str | None = None) -> ImageView:
+        """A training view of a picture.
+
+        Args:
+            index: which of several views of that kind.
+            size: pixels a side; default: the source's.
+            network: a frozen network of the recipe, whose own size and normalisation the view has.
+        """
+        mean, std = self.mean, self.std
+        if network is not None:
+            frozen = self.network(network, "image_view")
+            size, mean, std = size or frozen.image_size, frozen.mean, frozen.std
+        size = size or self.image_size
         if augment.preset not in PRESETS:
             raise ValueError(f"augment preset {augment.preset!r} is unknown; known: {', '.join(PRESETS)}")
         augment.check()
-        if self.patch_size and self.image_size < self.patch_size:
-            raise ValueError(f"images of {self.image_size} pixels are smaller than the tower's patches of {self.patch_size}")
+        if self.patch_size and size < self.patch_size:
+            raise ValueError(f"images of {size} pixels are smaller than the tower's patches of {self.patch_size}")
         changes = {k: v for k, v in vars(augment).items() if k != "preset" and v is not None}
         options = PRESETS[augment.preset] | changes
         if {"brightness", "contrast", "saturation", "hue"} & set(changes):
             options.setdefault("jitter_prob", 1.0)  # a strength that was asked for takes effect
-        return ImageView(index=index, size=self.image_size, mean=self.mean, std=self.std, **options)
+        return ImageView(index=index, size=size, mean=mean, std=std, **options)
 
     def text_view(self) -> TextView:
         return TextView(tokenizer=self.tokenizer, context_length=self.context_length, trim=self.trim_text)
@@ -101,36 +142,39 @@ class Objective(nn.Module):
     """Encoded views in, loss out.
 
     `needs` names the encodes; its keys are the argument names of `forward`. `forward` returns "loss" and scalars to log.
-    The mean over ranks of the loss must be the loss over the global batch, except where `per_row` is set.
+    The mean over ranks of the loss must be the loss over the global batch, except where `per_row` is set. `forward` may update
+    its own buffers (a centre, a queue): they are put back where the step is skipped, and after cost probes, dry runs and pictures.
     """
 
     Config: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
     per_row: ClassVar[bool] = False  # the loss is a mean over independent terms: it may run chunk by chunk, weighted by `count`
     wants_label: ClassVar[bool] = False  # its source must give `rows.labels["label"]`
+    averaged: ClassVar[tuple[str, ...]] = ()  # submodules whose EMA copies are self.teacher[name], moved with the towers' momentum
+    exported: ClassVar[tuple[str, ...]] = ()  # parameters that belong to the model's file, such as logit_scale
     needs: dict[str, Encode | tuple[Encode, ...]]
-    mask_token: nn.Parameter | None  # put where this objective's encodes hide a token
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_parameter("mask_token", None)
+    teacher: nn.ModuleDict  # the EMA copies of `averaged`
 
     def forward(self, **encoded: Any) -> dict[str, Tensor]:
         raise NotImplementedError
 
     def count(self, **encoded: Any) -> Tensor:
-        """How many terms a per-row loss averages here: known before encoding, so only rows, views and masks may be read."""
+        """Number of terms that a per-row loss averages: known before encoding, so only rows, views and masks may be read."""
         first = next(iter(encoded.values()))
         first = first if isinstance(first, Encoded) else first[0]
         return torch.tensor(float(len(first.rows.seeds)))
+
+    def frozen(self, progress: float) -> Iterable[nn.Parameter]:
+        """Parameters that take no step at `progress` in [0, 1]: SwAV's prototypes, DINO's last layer."""
+        return ()
 
     def before_step(self, progress: float) -> None:
         """Called before each update; progress in [0, 1]."""
 
     def after_step(self, progress: float) -> None:
-        """Called after each update: queues, prototypes, EMA heads."""
+        """Called after each update: queues, prototypes."""
 
     def pictures(self, **encoded: Encoded) -> dict[str, list[Tensor]]:
-        """What this objective can show of itself: name -> rows of normalised images [n,3,H,W]."""
+        """Pictures of this objective's work: name -> rows of normalised images [n,3,H,W]."""
         return {}
 
 
@@ -144,8 +188,3 @@ def require(value: int | None, what: str, objective: str) -> int:
     if not value:
         raise ValueError(f"objective {objective!r} needs {what}, which this model does not have")
     return value
-
-
-def mask_embedding(width: int) -> nn.Parameter:
-    """A learned stand-in for hidden tokens."""
-    return nn.Parameter(torch.randn(width) * 0.02)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.config.build import Range
 from mmpretrain.functional import info_nce, unit
 from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig
 from mmpretrain.types import Encode, Encoded, MaskSpec
@@ -15,22 +17,27 @@ from mmpretrain.types import Encode, Encoded, MaskSpec
 
 @dataclass
 class CLIPConfig(ObjectiveConfig):
+    """Options of `clip`."""
+
     augment: Augment = field(default_factory=Augment)  # the image view; equal to another objective's, it is one view
-    view_index: int = 0  # which of several views of that kind
-    init_temperature: float = 0.07  # where the learned temperature starts
-    max_logit_scale: float = 100.0  # the inverse temperature never exceeds this
-    token_drop: float = 0.0  # fraction of patches dropped from the image (FLIP, Li et al. 2023)
-    whole_tail: float = 0.0  # last fraction of the run that drops none: closes the gap to whole images (FLIP, section 3)
+    view_index: Annotated[int, Range(0)] = 0  # which of several views of that kind
+    init_temperature: Annotated[float, Range(above=0)] = 0.07  # where the learned temperature starts
+    max_logit_scale: Annotated[float, Range(1)] = 100.0  # the inverse temperature never exceeds this
+    token_drop: Annotated[float, Range(0, below=1)] = 0.0  # fraction of patches dropped from the image (FLIP, Li et al. 2023)
+    whole_tail: Annotated[float, Range(0, below=1)] = 0.0  # last fraction of the run that drops none (FLIP, section 3)
 
 
 class CLIP(Objective):
+    """Symmetric cross-entropy over the similarities of all images and captions of the global batch, with a learned temperature.
+
+    Source: Radford et al. 2021, section 2.3 and figure 3; `token_drop` is FLIP, Li et al. 2023.
+    """
+
     Config = CLIPConfig
+    exported = ("logit_scale",)
 
     def __init__(self, config: CLIPConfig, context: Context) -> None:
         super().__init__()
-        for option in ("token_drop", "whole_tail"):
-            if not 0 <= getattr(config, option) < 1:
-                raise ValueError(f"{option} is {getattr(config, option)}: expected a fraction, at least 0 and below 1")
         self.max_log_scale = math.log(config.max_logit_scale)
         self.tail = config.whole_tail
         self.mask = MaskSpec(config.token_drop, mode="drop") if config.token_drop > 0 else None

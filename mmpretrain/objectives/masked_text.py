@@ -4,30 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpretrain import rng
+from mmpretrain.config.build import Range
 from mmpretrain.data.text import get_tokenizer
 from mmpretrain.data.views import TextView
 from mmpretrain.functional import exact
-from mmpretrain.objectives.base import Context, Objective, ObjectiveConfig, mask_embedding, require
+from mmpretrain.objectives.base import Context, Objective, ObjectiveConfig, require
 from mmpretrain.types import Encode, Encoded, Params, Sample, View
 
 
 @dataclass
 class MaskedTextConfig(ObjectiveConfig):
-    mask_ratio: float = 0.15  # fraction of words chosen; at least one
-    keep: float = 0.1  # of the chosen: left as they are
-    replace: float = 0.1  # of the chosen: replaced by a random word; the rest by the mask embedding
+    """Options of `masked_text`."""
+
+    mask_ratio: Annotated[float, Range(above=0, below=1)] = 0.15  # fraction of words chosen; at least one
+    keep: Annotated[float, Range(0, 1)] = 0.1  # of the chosen: left as they are
+    replace: Annotated[float, Range(0, 1)] = 0.1  # of the chosen: replaced by a random word; the rest by the mask embedding
 
 
 @dataclass(frozen=True)
 class MaskedTextView(TextView):
     """A caption with some words corrupted. `data` holds -1 where the mask embedding goes, `target` the true id or -100."""
 
+    masks_words: ClassVar[bool] = True
     mask_ratio: float = 0.15
     keep: float = 0.1
     replace: float = 0.1
@@ -59,6 +64,11 @@ class MaskedTextView(TextView):
 
 
 class MaskedText(Objective):
+    """Cross-entropy of the words hidden from a bidirectional text tower.
+
+    Source: Devlin et al. 2019, section 3.1. The mask embedding is the tower's.
+    """
+
     Config = MaskedTextConfig
     per_row = True
 
@@ -76,7 +86,6 @@ class MaskedText(Objective):
             replace=config.replace,
         )
         self.needs = {"text": Encode(config.source, view, outputs=frozenset({"tokens"}), bidirectional=True)}
-        self.mask_token = mask_embedding(width)
         self.decoder = nn.Linear(width, context.vocab_size)
         nn.init.normal_(self.decoder.weight, std=0.02)
         nn.init.zeros_(self.decoder.bias)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.config.build import Range
 from mmpretrain.functional import sigmoid_loss, unit
 from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig
 from mmpretrain.types import Encode, Encoded
@@ -15,14 +17,22 @@ from mmpretrain.types import Encode, Encoded
 
 @dataclass
 class SigLIPConfig(ObjectiveConfig):
+    """Options of `siglip`."""
+
     augment: Augment = field(default_factory=Augment)  # the image view
-    view_index: int = 0  # which of several views of that kind
-    init_scale: float = 10.0  # where the learned inverse temperature starts
+    view_index: Annotated[int, Range(0)] = 0  # which of several views of that kind
+    init_scale: Annotated[float, Range(above=0)] = 10.0  # where the learned inverse temperature starts
     init_bias: float = -10.0  # where the learned bias starts: most pairs do not match
 
 
 class SigLIP(Objective):
+    """A logistic loss on every pair of image and caption of the global batch, with a learned scale and bias.
+
+    Source: Zhai et al. 2023, section 3.2, algorithm 1.
+    """
+
     Config = SigLIPConfig
+    exported = ("logit_scale", "logit_bias")
 
     def __init__(self, config: SigLIPConfig, context: Context) -> None:
         super().__init__()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from mmpretrain.config.build import Range
 from mmpretrain.functional import info_nce, nt_xent, unit
 from mmpretrain.heads import mlp
 from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig, require
@@ -16,16 +17,23 @@ from mmpretrain.types import Encode, Encoded
 
 @dataclass
 class SimCLRConfig(ObjectiveConfig):
-    temperature: float = 0.1  # of the softmax over similarities
+    """Options of `simclr`."""
+
+    temperature: Annotated[float, Range(above=0)] = 0.1  # of the softmax over similarities
     augment: Augment = field(default_factory=lambda: Augment("simclr"))  # both views
-    hidden: int = 0  # width inside the projection head; 0: twice the tower's
-    projection: int = 128  # width the loss sees
-    layers: int = 2  # linear maps in the projection head
+    hidden: Annotated[int, Range(0)] = 0  # width inside the projection head; 0: twice the tower's
+    projection: Annotated[int, Range(1)] = 128  # width the loss sees
+    layers: Annotated[int, Range(1)] = 2  # linear maps in the projection head
     norm: Literal["batch", "layer", "none"] = "batch"  # inside the projection head
     loss: Literal["nt_xent", "info_nce"] = "nt_xent"  # info_nce: one direction, positives on the diagonal
 
 
 class SimCLR(Objective):
+    """Cross-entropy of a view against all other views of the global batch, its own second view the right answer.
+
+    Source: Chen et al. 2020, section 2, equation 1 (NT-Xent).
+    """
+
     Config = SimCLRConfig
 
     def __init__(self, config: SimCLRConfig, context: Context) -> None:

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmpretrain.config.build import Range
 from mmpretrain.functional import exact, patchify, unpatchify
-from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig, mask_embedding, require
+from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig, require
 from mmpretrain.types import Encode, Encoded, MaskSpec
 
 
 @dataclass
 class SimMIMConfig(ObjectiveConfig):
-    mask_ratio: float = 0.6  # fraction of patches hidden
-    mask_patch: int = 1  # hidden in squares of this many patches a side (SimMIM hides squares of 32 pixels)
+    """Options of `simmim`."""
+
+    mask_ratio: Annotated[float, Range(above=0, below=1)] = 0.6  # fraction of patches hidden
+    mask_patch: Annotated[int, Range(1)] = 1  # hidden in squares of this many patches a side (SimMIM hides squares of 32 pixels)
     augment: Augment = field(default_factory=lambda: Augment("crop"))  # the image view
-    view_index: int = 0  # which of several views of that kind
+    view_index: Annotated[int, Range(0)] = 0  # which of several views of that kind
     normalise_target: bool = False  # predict each patch after subtracting its mean and dividing by its deviation (MAE)
 
 
 class SimMIM(Objective):
+    """L1 between the pixels of hidden patches and one linear map of their tokens.
+
+    Source: Xie et al. 2022, section 3. The mask embedding is the tower's.
+    """
+
     Config = SimMIMConfig
     per_row = True  # every row hides equally many patches: the mean over rows is the mean over hidden patches
 
@@ -39,7 +48,6 @@ class SimMIM(Objective):
         mask = MaskSpec(config.mask_ratio, "replace", patch=config.mask_patch)
         view = context.image_view(config.augment, config.view_index)
         self.needs = {"image": Encode(config.source, view, mask, outputs=frozenset({"tokens"}))}
-        self.mask_token = mask_embedding(context.image_width)
         self.decoder = nn.Linear(context.image_width, 3 * self.patch**2)
 
     def _target(self, pixels: Tensor) -> Tensor:

@@ -42,10 +42,9 @@ class Adapter(Tower):
         data: Tensor,
         hidden: Tensor | None = None,
         mode: Literal["replace", "drop"] = "replace",
-        fill: Tensor | None = None,
         bidirectional: bool = False,
     ) -> Tokens:
-        return unmasked(self.module, data, hidden, fill, bidirectional and not isinstance(self.module, HFTextEncoder))
+        return unmasked(self.module, data, hidden, bidirectional and not isinstance(self.module, HFTextEncoder))
 
     def trunk(self, tokens: Tokens, attention: bool = False, pooled_only: bool = False) -> tuple[Tensor, Tensor | None]:
         if attention:

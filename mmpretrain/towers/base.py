@@ -36,10 +36,10 @@ def merge(parts: Sequence[Tokens]) -> Tokens:
     return Tokens(torch.cat([p.x for p in parts]), first.causal, valid, pool_at)
 
 
-def unmasked(module: nn.Module, data: Tensor, hidden: Tensor | None, fill: Tensor | None, bidirectional: bool) -> Tokens:
+def unmasked(module: nn.Module, data: Tensor, hidden: Tensor | None, bidirectional: bool) -> Tokens:
     """Data as another library's module takes it; ValueError where token masks or another attention mask are asked of it."""
     what = f"{type(module).__name__} of another library"
-    negative = not data.is_floating_point() and (fill is not None or not data.is_cuda) and bool((data < 0).any())
+    negative = not data.is_floating_point() and not data.is_cuda and bool((data < 0).any())
     if hidden is not None or negative:
         raise ValueError(f"{what} cannot mask tokens: masked objectives need a native tower (a plain ViT or CLIP text config)")
     if bidirectional:
@@ -60,19 +60,23 @@ class Tower(nn.Module):
     one_position: bool = True  # features are read at one position: where nobody wants tokens, the last block computes that one alone
     trimmable: bool = False  # text: padding after the first EOT never changes the features
     patch_size: int | None = None  # pixels a side; None: not a patch tower, so no token masks
+    mask_embedding: nn.Parameter | None  # [D], what stands where a token is hidden; see `add_mask_embedding`
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("mask_embedding", None)
 
     def embed(
         self,
         data: Tensor,
         hidden: Tensor | None = None,
         mode: Literal["replace", "drop"] = "replace",
-        fill: Tensor | None = None,
         bidirectional: bool = False,
     ) -> Tokens:
         """Pixels [B,3,H,W] or ids [B,L] -> Tokens.
 
-        `hidden` (bool [B,N]) are the tokens to replace by `fill` ([D], the owner objective's mask embedding) or to drop; every
-        row drops the same number. Text: id -1 is replaced by `fill` too; `bidirectional` swaps the causal mask for key padding.
+        `hidden` (bool [B,N]) are the tokens to replace by the mask embedding or to drop; every row drops the same number.
+        Text: id -1 is replaced by the mask embedding too; `bidirectional` swaps the causal mask for key padding.
         Raises ValueError where the tower cannot do what is asked.
         """
         raise NotImplementedError
@@ -97,16 +101,25 @@ class Tower(nn.Module):
         data: Tensor,
         hidden: Tensor | None = None,
         mode: Literal["replace", "drop"] = "replace",
-        fill: Tensor | None = None,
         bidirectional: bool = False,
         outputs: frozenset[str] = frozenset({"features"}),
     ) -> Encoded:
         """One view through the whole tower."""
         if unknown := outputs - OUTPUTS:
             raise ValueError(f"unknown outputs {sorted(unknown)}: a tower computes {sorted(OUTPUTS)}")
-        tokens = self.embed(data, hidden, mode, fill, bidirectional)
+        tokens = self.embed(data, hidden, mode, bidirectional)
         x, attention = self.trunk(tokens, "attention" in outputs, "tokens" not in outputs)
         return self.readout(x, tokens, outputs, attention)
+
+    def add_mask_embedding(self) -> None:
+        """Give the tower a learned stand-in for hidden tokens (BERT, BEiT, iBOT); a tower that hides none has none.
+
+        Raises ValueError where the tower cannot hide tokens.
+        """
+        raise ValueError(
+            f"{type(self).__name__} of another library cannot mask tokens: masked objectives need a native tower "
+            "(a plain ViT or CLIP text config)"
+        )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass: less memory, about a third more compute."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmpretrain.towers.base import Tower
 from mmpretrain.types import Preprocess
@@ -23,6 +23,10 @@ class DualEncoder(nn.Module):
         """open_clip's format: embed_dim, vision_cfg, text_cfg, quick_gelu; a part only while its tower is there."""
         absent = {part for part, tower in (("vision_cfg", self.visual), ("text_cfg", self.text)) if tower is None}
         return {"custom_text": True} | {key: value for key, value in self._model_cfg.items() if key not in absent}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict under open_clip's names: without the mask embeddings, which belong to pretraining alone."""
+        return {key: value for key, value in self.state_dict().items() if not key.endswith("mask_embedding")}
 
     @property
     def embed_dim(self) -> int:

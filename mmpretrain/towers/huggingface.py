@@ -32,10 +32,9 @@ class HFTower(Tower):
         data: Tensor,
         hidden: Tensor | None = None,
         mode: Literal["replace", "drop"] = "replace",
-        fill: Tensor | None = None,
         bidirectional: bool = False,
     ) -> Tokens:
-        return unmasked(self.model, data, hidden, fill, bidirectional and hasattr(self.model.config, "projection_dim"))
+        return unmasked(self.model, data, hidden, bidirectional and hasattr(self.model.config, "projection_dim"))
 
     def trunk(self, tokens: Tokens, attention: bool = False, pooled_only: bool = False) -> tuple[Tensor, Tensor | None]:
         if attention:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Teacher(nn.Module):
@@ -15,6 +16,7 @@ class Teacher(nn.Module):
 
     The momentum goes from `momentum` to `final_momentum` over training, by default along a cosine (BYOL, Grill 2020, section
     3.2). Buffers are copied. The teacher never trains: no gradients, evaluation mode. Its state dict has the student's names.
+    `heads` are (module, its copy) of objectives, which move with the same momentum (DINO, BYOL).
     """
 
     def __init__(
@@ -23,6 +25,7 @@ class Teacher(nn.Module):
         momentum: float = 0.996,
         final_momentum: float | None = 1.0,
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
+        heads: Sequence[tuple[nn.Module, nn.Module]] = (),
     ):
         super().__init__()
         final_momentum = momentum if final_momentum is None else final_momentum
@@ -34,6 +37,7 @@ class Teacher(nn.Module):
         self._student = (student,)  # in a tuple: the student is not a part of the teacher
         self.initial, self.final, self.schedule = momentum, final_momentum, schedule
         self.module = copy.deepcopy(student).requires_grad_(False)
+        self._heads = tuple(heads)  # not parts of the teacher: each objective holds its own
         self.train(False)
 
     def momentum(self, progress: float) -> float:
@@ -44,15 +48,23 @@ class Teacher(nn.Module):
         return self.final - (self.final - self.initial) * left
 
     @torch.no_grad()
-    def update(self, progress: float) -> float:
-        """One step towards the student; -> the momentum used."""
+    def update(self, progress: float, skip: Tensor | None = None) -> float:
+        """One step towards the student; -> the momentum used. `skip`, bool [] on the device: leave all as it is where it is true."""
         momentum = self.momentum(progress)
-        mine, theirs = list(self.module.parameters()), [p.detach() for p in self._student[0].parameters()]
+        pairs = [(self._student[0], self.module), *self._heads]
+        mine = [p for _, copied in pairs for p in copied.parameters()]
+        theirs = [p.detach() for module, _ in pairs for p in module.parameters()]
         if len(mine) != len(theirs):
             raise ValueError(f"the student has {len(theirs)} parameters, its teacher {len(mine)}: build the teacher last")
-        torch._foreach_lerp_(mine, theirs, 1 - momentum)
-        for own, other in zip(self.module.buffers(), self._student[0].buffers()):
-            own.copy_(other)
+        if skip is None:
+            torch._foreach_lerp_(mine, theirs, 1 - momentum)
+        else:
+            weight = (1 - momentum) * (~skip).to(torch.float32)
+            for own, other in zip(mine, theirs):
+                own.lerp_(other, weight.to(own.dtype))
+        for module, copied in pairs:
+            for own, other in zip(copied.buffers(), module.buffers()):
+                own.copy_(other if skip is None else torch.where(skip, own, other))
         return momentum
 
     def train(self, mode: bool = True) -> Teacher:

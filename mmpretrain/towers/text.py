@@ -85,7 +85,6 @@ class TextTransformer(Tower):
         data: Tensor,
         hidden: Tensor | None = None,
         mode: Literal["replace", "drop"] = "replace",
-        fill: Tensor | None = None,
         bidirectional: bool = False,
     ) -> Tokens:
         if data.shape[1] > self.context_length:
@@ -95,13 +94,13 @@ class TextTransformer(Tower):
         dtype = compute_dtype(self.token_embedding.weight, self.token_embedding.weight)
         pool_at = self._positions(data)
         masked = None
-        if fill is not None:
+        if self.mask_embedding is not None:
             masked = data < 0 if hidden is None else (data < 0) | hidden
         elif hidden is not None or (not data.is_cuda and bool((data < 0).any())):
-            raise ValueError("masked words need the mask embedding of the objective: pass fill [D]")
+            raise ValueError("masked words need a mask embedding: call add_mask_embedding() once the tower is built")
         x = self.token_embedding(data.clamp(min=0)).to(dtype)
         if masked is not None:
-            x = torch.where(masked[..., None], fill.to(dtype), x)
+            x = torch.where(masked[..., None], self.mask_embedding.to(dtype), x)
         x = x + self.positional_embedding[: data.shape[1]].to(dtype)
         valid = None
         if bidirectional:
@@ -129,6 +128,10 @@ class TextTransformer(Tower):
         return Encoded(
             features if "features" in outputs else None, pooled if "pooled" in outputs else None, words, attention, tokens.hidden
         )
+
+    def add_mask_embedding(self) -> None:
+        if self.mask_embedding is None:
+            self.mask_embedding = nn.Parameter(torch.randn(self.width) * 0.02)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.transformer.grad_checkpointing = enable

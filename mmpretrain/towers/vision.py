@@ -68,7 +68,6 @@ class VisionTransformer(Tower):
         data: Tensor,
         hidden: Tensor | None = None,
         mode: Literal["replace", "drop"] = "replace",
-        fill: Tensor | None = None,
         bidirectional: bool = False,
     ) -> Tokens:
         p = self.patch_size
@@ -86,9 +85,9 @@ class VisionTransformer(Tower):
         if hidden is not None and hidden.shape != x.shape[:2]:
             raise ValueError(f"mask {tuple(hidden.shape)} for {tuple(x.shape[:2])} patches: draw it for the grid {grid}")
         if hidden is not None and mode == "replace":
-            if fill is None:
-                raise ValueError("replacing tokens needs the mask embedding of the objective: pass fill [D]")
-            x = torch.where(hidden[..., None], fill.to(dtype), x)
+            if self.mask_embedding is None:
+                raise ValueError("replacing tokens needs a mask embedding: call add_mask_embedding() once the tower is built")
+            x = torch.where(hidden[..., None], self.mask_embedding.to(dtype), x)
         x = x + position[1:]
         if hidden is not None and mode == "drop":
             x = visible(x, hidden)
@@ -120,6 +119,10 @@ class VisionTransformer(Tower):
                 features = pooled @ self.proj
         return Encoded(features, pooled if "pooled" in outputs else None, words, attention, tokens.hidden, tokens.grid)
 
+    def add_mask_embedding(self) -> None:
+        if self.mask_embedding is None:
+            self.mask_embedding = nn.Parameter(torch.randn(self.width) * 0.02)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.transformer.grad_checkpointing = enable
 
@@ -141,7 +144,7 @@ def visible(x: Tensor, hidden: Tensor) -> Tensor:
 
 def resize_grid(position: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Position embedding [1+old,D] -> [1+new,D]: bicubic, antialiased, as open_clip resizes on loading."""
-    image = position[1:].float().view(1, *old, -1).permute(0, 3, 1, 2)
+    image = position[1:].to(torch.promote_types(position.dtype, torch.float32)).view(1, *old, -1).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=new, mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([position[:1], image.permute(0, 2, 3, 1).flatten(0, 2).to(position.dtype)])
 

@@ -66,7 +66,7 @@ def load_weights(dual: nn.Module, path: str | Path, absent: Literal["error", "ke
     """
     state = read_weights(path)
     towers = [name for name in ("visual", "text") if getattr(dual, name) is not None]
-    own = dual.state_dict()
+    own = dual.weights()
     _resize(dual, state, own)
     for name in [name for name in towers if absent == "keep" and not any(key.startswith(f"{name}.") for key in state)]:
         log.warning("%s holds no %s tower: it keeps its first weights", path, name)

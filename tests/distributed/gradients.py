@@ -10,12 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 from mmpretrain import distributed
 from mmpretrain.batch import take
 from mmpretrain.functional import info_nce, nt_xent, sigmoid_loss, unit
-from mmpretrain.heads import GlobalBatchNorm
+from mmpretrain.heads import GlobalBatchNorm, use_global_statistics
 from tests import tiny
 
 EVERYTHING = {
     "clip": {"augment": "simclr"}, "siglip": {}, "simclr": {"source": "photos"}, "simmim": {"source": "photos", "augment": "simclr"},
-    "masked_text": {"weight": 0.3, "mask_ratio": 0.4},
+    "masked_text": {"weight": 0.3, "mask_ratio": 0.4}, "dino": {"source": "photos"}, "mae": {"source": "photos"},
 }  # fmt: skip
 
 
@@ -25,6 +25,15 @@ def expected(objectives, double):
     loss, logs = model(tiny.batch(model, double=double))
     loss.backward()
     return loss.detach(), logs, tiny.gradients(model)
+
+
+def batch_norm_tower() -> tuple[torch.nn.Module, torch.Tensor]:
+    """A convolutional tower with BatchNorms, in float64, and its pictures."""
+    torch.manual_seed(0)
+    tower = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3), torch.nn.BatchNorm2d(4)
+    )
+    return tower.double(), torch.randn(8, 3, 9, 9, dtype=torch.float64)
 
 
 def compare(got, want, rtol, what):
@@ -71,6 +80,9 @@ def main() -> None:
     cases = [(EVERYTHING, True, 1e-9), (EVERYTHING, False, 1e-4)]
     single = [expected(objectives, double) for objectives, double, _ in cases]
 
+    tower_alone, pictures = batch_norm_tower()
+    tower_alone(pictures).tanh().square().mean().backward()
+
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     here = slice(rank * 8 // world, (rank + 1) * 8 // world)
@@ -98,6 +110,15 @@ def main() -> None:
             means = distributed.average({"loss": loss} | logs)
             for name, value in {"loss": loss_1, **logs_1}.items():
                 assert abs(means[name] - value.item()) <= max(rtol, 1e-6) * max(1, abs(value.item())), (name, means[name], value)
+    tower = batch_norm_tower()[0]
+    use_global_statistics(tower)
+    tower(pictures[here]).tanh().square().mean().backward()
+    distributed.average_gradients(list(tower.parameters()))
+    for mine, theirs in zip([p.grad for p in tower.parameters()], [p.grad for p in tower_alone.parameters()]):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-15)
+    for mine, theirs in zip(tower.buffers(), tower_alone.buffers()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-15)
+    assert distributed.any_rank_later(torch.tensor([rank == 1, False])).tolist() == [True, False]
     assert distributed.any_rank([rank == 1, False, True]) == [True, False, True]
     assert distributed.gather_lists([rank]) == list(range(world))
     assert distributed.on_main(lambda: "done") == ("done" if rank == 0 else None)

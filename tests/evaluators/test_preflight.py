@@ -4,10 +4,9 @@ import json
 
 import pytest
 
-from mmpretrain import evaluation
 from mmpretrain.config import recipe as recipes
 from mmpretrain.config.build import OptionError
-from mmpretrain.evaluation import build_evaluators
+from mmpretrain.evaluation import DataInProgress, build_evaluators
 from tests import runs
 from tests.evaluators.fake import colour_folder, picture, shard, write
 
@@ -33,11 +32,11 @@ def data(tmp_path_factory):
     return root
 
 
-def look(tmp_path, **options):
+def look(tmp_path, written=DataInProgress(), **options):
     config = runs.recipe(
         tmp_path, tmp_path / "run", evaluators={"z": {k: str(v) if k in ("data", "train") else v for k, v in options.items()}}
     )
-    return build_evaluators(recipes.assemble(config))
+    return build_evaluators(recipes.assemble(config), written)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +88,6 @@ def test_good_data_passes_and_only_its_beginning_is_read(tmp_path, data, kind, p
     assert "z" in look(tmp_path, kind=kind, data="s3://nowhere/{0..9}.tar" if place == "s3:" else data / place)
 
 
-def test_data_still_being_written_is_not_looked_at(tmp_path, data, monkeypatch):
-    monkeypatch.setitem(evaluation.PENDING, data / "bare", lambda: None)
-    assert "z" in look(tmp_path, kind="zero_shot", data=data / "bare")
+def test_data_still_being_written_is_not_looked_at(tmp_path, data):
+    written = DataInProgress({data / "bare": lambda: None})
+    assert "z" in look(tmp_path, written, kind="zero_shot", data=data / "bare")

@@ -166,6 +166,6 @@ def test_what_a_tower_cannot_do_is_an_error(dual):
             continue
         hidden = torch.zeros(data.shape[:2], dtype=torch.bool)
         with pytest.raises(ValueError, match="native tower"):
-            tower(data, hidden, fill=torch.zeros(tower.width))
+            tower(data, hidden)
         with pytest.raises(ValueError, match="native ViT"):
             tower(data, outputs=frozenset({"attention"}))

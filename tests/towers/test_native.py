@@ -141,14 +141,14 @@ def test_merged_trunk_equals_separate_trunks():
     ours = vit()
     a, b = images(seed=1), images(5, seed=2)
     hidden = torch.rand(5, 16).argsort(1) < 6
-    fill = torch.randn(64)
-    parts = [ours.embed(a), ours.embed(b, hidden, "replace", fill)]
+    ours.add_mask_embedding()
+    parts = [ours.embed(a), ours.embed(b, hidden, "replace")]
     assert len({ours.merge_key(p) for p in parts}) == 1
     assert ours.merge_key(ours.embed(b, hidden, "drop")) != ours.merge_key(parts[0])
     x, attention = ours.trunk(merge(parts), attention=True)
     for part, data, mask, y, w in zip(parts, (a, b), (None, hidden), x.split([3, 5]), attention.split([3, 5])):
         found = ours.readout(y, part, ALL, w)
-        alone = ours(data, mask, "replace", fill, outputs=ALL)
+        alone = ours(data, mask, "replace", outputs=ALL)
         for field in ("features", "pooled", "tokens", "attention"):
             torch.testing.assert_close(getattr(found, field), getattr(alone, field), atol=1e-5, rtol=1e-5)
 
@@ -183,38 +183,42 @@ def test_dropping_equals_running_on_the_visible_patches():
 
 
 def test_replaced_patches_do_not_reach_the_output():
-    ours, data, fill = vit(), images(), torch.randn(64)
+    ours, data = vit(), images()
+    ours.add_mask_embedding()
     hidden = torch.zeros(3, 16, dtype=torch.bool)
     hidden[:, :4] = True  # the upper row of patches
     changed = data.clone()
     changed[:, :, :8] += 1
-    assert torch.equal(ours(data, hidden, fill=fill).features, ours(changed, hidden, fill=fill).features)
-    assert not torch.equal(ours(data, hidden, fill=fill).features, ours(data, hidden, fill=fill + 1).features)
+    before = ours(data, hidden).features
+    assert torch.equal(before, ours(changed, hidden).features)
+    ours.mask_embedding.data += 1
+    assert not torch.equal(before, ours(data, hidden).features)
     everything = torch.ones(3, 16, dtype=torch.bool)
-    rows = ours(data, everything, fill=fill, outputs=ALL)
+    rows = ours(data, everything, outputs=ALL)
     torch.testing.assert_close(rows.features[0], rows.features[1])
     assert not torch.allclose(rows.tokens[0, 0], rows.tokens[0, 1])  # positions are added after replacing
 
 
 def test_masked_words():
-    ours, ids, fill = text(), texts(), torch.randn(64)
+    ours, ids = text(), texts()
     masked = ids.clone()
     masked[:, 2] = -1
-    found = ours(masked, fill=fill, outputs=ALL)
-    with_hidden = ours(ids, torch.arange(20).eq(2).expand(4, -1), fill=fill, outputs=ALL)
-    torch.testing.assert_close(found.features, with_hidden.features)
-    naive = copy.deepcopy(ours)
-    naive.token_embedding.weight.data[0] = fill  # id 0 as the mask; it is padding elsewhere, which a causal tower never sees
-    torch.testing.assert_close(naive(masked.clamp(min=0)).features, found.features, atol=1e-6, rtol=1e-5)
     with pytest.raises(ValueError, match="mask embedding"):
         ours(masked)
+    ours.add_mask_embedding()
+    found = ours(masked, outputs=ALL)
+    with_hidden = ours(ids, torch.arange(20).eq(2).expand(4, -1), outputs=ALL)
+    torch.testing.assert_close(found.features, with_hidden.features)
+    naive = copy.deepcopy(ours)
+    naive.token_embedding.weight.data[0] = ours.mask_embedding.data  # id 0: padding elsewhere, which a causal tower never sees
+    torch.testing.assert_close(naive(masked.clamp(min=0)).features, found.features, atol=1e-6, rtol=1e-5)
 
 
 def test_gradient_reaches_the_mask_embedding():
     for ours, data, hidden in ((vit(), images(), torch.rand(3, 16) < 0.5), (text(), texts(), torch.arange(20).eq(1).expand(4, -1))):
-        fill = torch.zeros(64, requires_grad=True)
-        ours(data, hidden, fill=fill).features.sum().backward()
-        assert fill.grad.abs().sum() > 0
+        ours.add_mask_embedding()
+        ours(data, hidden).features.sum().backward()
+        assert ours.mask_embedding.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("options", [{}, {"pool_type": "eos", "eos_id": EOT}], ids=["argmax", "eos"])

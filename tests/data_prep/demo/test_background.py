@@ -13,8 +13,8 @@ import pytest
 from data_prep.demo import background
 from data_prep.demo.background import EVALUATION, TRAINING, DemoData, DemoError, Writing, lock_path
 from data_prep.demo.command import unwritten
-from mmpretrain import evaluation
 from mmpretrain.config.recipe import assemble
+from mmpretrain.evaluation import DataInProgress
 from mmpretrain.system import hold
 from mmpretrain.tracking.jsonl import read_jsonl
 from mmpretrain.trainer import train
@@ -79,12 +79,6 @@ def test_the_writer_ends_when_the_training_process_does(tmp_path: Path):
         assert not list(root.iterdir())
 
 
-@pytest.fixture
-def registries(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(evaluation, "PENDING", {})
-    monkeypatch.setattr(evaluation, "BASELINES", {})
-
-
 class _Fake:
     """A Writing that notes what is done with it."""
 
@@ -103,7 +97,7 @@ class _Fake:
 
 
 @pytest.mark.parametrize(("shards", "waits"), [("data/demo/pairs/*.tar", []), (["data/demo/val/*.tar"], ["wait later"])])
-def test_training_waits_for_what_it_trains_on(monkeypatch: pytest.MonkeyPatch, registries, shards, waits: list[str]):
+def test_training_waits_for_what_it_trains_on(monkeypatch: pytest.MonkeyPatch, shards, waits: list[str]):
     _Fake.events = []
     monkeypatch.setattr(background, "Writing", _Fake)
     data = DemoData("data/demo")
@@ -111,36 +105,35 @@ def test_training_waits_for_what_it_trains_on(monkeypatch: pytest.MonkeyPatch, r
         sources={"pairs": SimpleNamespace(shards=shards)},
         evaluators={"test": SimpleNamespace(options=SimpleNamespace(data="data/demo/test"))},
     )
-    data.prepare(config)  # type: ignore[arg-type]
+    in_progress = data.prepare(config)  # type: ignore[arg-type]
     assert _Fake.events == ["start first", "wait first", "start later", *waits]
-    assert {path.name for path in evaluation.PENDING} == set(EVALUATION)
-    assert set(evaluation.BASELINES) == {"test"}
+    assert {path.name for path in in_progress.pending} == set(EVALUATION)
+    assert set(in_progress.baselines) == {"test"}
     data.stop()
     assert _Fake.events[-2:] == ["stop first", "stop later"]
 
 
-def test_an_evaluator_waits_for_its_data_and_shows_what_was_measured_of_it(tmp_path: Path, registries):
+def test_an_evaluator_waits_for_its_data_and_shows_what_was_measured_of_it(tmp_path: Path):
     shards = runs.shards(tmp_path / "shards")
     late = tmp_path / "late"
-    evaluation.PENDING[late] = lambda: (shards / "pairs").rename(late)
-    evaluation.BASELINES["late"] = lambda: {"guess": float(late.exists())}
+    written = DataInProgress({late: lambda: (shards / "pairs").rename(late)}, {"late": lambda: {"guess": float(late.exists())}})
     own = runs.shards(tmp_path / "own")
     config = assemble(runs.recipe(own, tmp_path / "run", steps=1, evaluators={"late": {"kind": "zero_shot", "data": str(late)}}))
-    assert train(config) == 0
+    assert train(config, written) == 0
     (line,) = read_jsonl(tmp_path / "run" / "results.jsonl")
     assert line["baselines"] == {"guess": 1.0}
     assert line["n"] == 40
 
 
-def test_a_failure_to_write_reaches_the_run(tmp_path: Path, registries):
+def test_a_failure_to_write_reaches_the_run(tmp_path: Path):
     def fail() -> None:
         raise DemoError("it failed")
 
-    evaluation.PENDING[tmp_path / "late"] = fail
+    written = DataInProgress({tmp_path / "late": fail})
     own = runs.shards(tmp_path / "own")
     evaluators = {"late": {"kind": "zero_shot", "data": str(tmp_path / "late" / "*.tar")}}
     with pytest.raises(DemoError, match="it failed"):
-        train(assemble(runs.recipe(own, tmp_path / "run", steps=1, evaluators=evaluators)))
+        train(assemble(runs.recipe(own, tmp_path / "run", steps=1, evaluators=evaluators)), written)
 
 
 def test_the_writer_starts_without_the_libraries_that_compute():
