@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from mmpretrain import cpu, import_stubs
+from mmpretrain.errors import MMPretrainError
 
 cpu.bound_spinning()  # read when torch is imported, which everything below may do
 
@@ -46,29 +47,21 @@ def main() -> int:
             print(recipes.dump(config))
             return 0
         return run(config, demo)
-    except recipes.OptionError as error:
+    except MMPretrainError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.status
     finally:
         if demo is not None:
             demo.stop()
 
 
 def run(config, demo) -> int:
-    """Train. What is known to go wrong is one line, and status 1; anything else keeps its traceback."""
-    from data_prep.demo.background import DemoError
-    from mmpretrain.checkpoint import CheckpointError
-    from mmpretrain.data.schema import BadSampleBudgetError, LoaderError, ShardError
-    from mmpretrain.tracking.jsonl import LogError
-    from mmpretrain.trainer import TrainingError, train
+    """Train; the libraries that compute are imported here."""
+    from mmpretrain.trainer import train
 
-    try:
-        if demo is not None:
-            return train(config, demo.prepare(config))
-        return train(config)
-    except (BadSampleBudgetError, CheckpointError, DemoError, LoaderError, LogError, ShardError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if demo is not None:
+        return train(config, demo.prepare(config))
+    return train(config)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mmpretrain.data.schema import SAFE_KEY
+from mmpretrain.errors import MMPretrainError
 
 TAR_BLOCK = 512
 
@@ -35,7 +36,7 @@ class Record:
         return sum(2 * TAR_BLOCK + len(data) for data in self.members.values())
 
 
-class InputError(ValueError):
+class InputError(MMPretrainError, ValueError):
     """An input or option that must be corrected. The message names it, its place and the remedy."""
 
 

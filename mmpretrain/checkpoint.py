@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mmpretrain import distributed
 from mmpretrain.atomic import flush
+from mmpretrain.errors import MMPretrainError
 from mmpretrain.model import PretrainModel
 from mmpretrain.objectives.base import source_encodes
 from mmpretrain.towers.dual import DualEncoder
@@ -32,7 +33,7 @@ REQUIRED = ("model.safetensors", "optimizer.pt", "state.json")
 STATE = {"step": int, "positions": dict, "skipped_steps": int}  # what a run goes on from
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(MMPretrainError, RuntimeError):
     """A checkpoint that cannot be written, or must not be read."""
 
 

@@ -22,6 +22,7 @@ from mmpretrain.config.recipe import Config
 from mmpretrain.cost_probe import CostProbe
 from mmpretrain.data.loader import Loader
 from mmpretrain.data.source import Source
+from mmpretrain.errors import MMPretrainError
 from mmpretrain.evaluation import DataInProgress, Evaluations, build_evaluators
 from mmpretrain.interrupts import Interrupts
 from mmpretrain.model import PretrainModel, freeze_unused
@@ -34,7 +35,7 @@ from mmpretrain.tracking.tracker import Tracker
 from mmpretrain.types import Batch
 
 
-class TrainingError(RuntimeError):
+class TrainingError(MMPretrainError, RuntimeError):
     """Training cannot go on; the message says why and what to do."""
 
 

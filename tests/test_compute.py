@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 
 from mmpretrain import compute, launch
 from mmpretrain.compute import DEFAULT_WIDTH, Choice, Rates, measured_choice, model_width, product_rates, product_rows
@@ -35,6 +36,9 @@ def on_a_cpu(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test of this process may have chosen another precision
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def measuring(monkeypatch, fp32: float, bf16: float) -> list[int]:

@@ -61,9 +61,11 @@ def distributions(*places: str) -> dict[str, set[str]]:
     for place in places:
         path = ROOT / place
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            local = {"mmpretrain", "data_prep", "tests", "train"} | {other.stem for other in file.parent.glob("*.py")} | PEERS
+            local = {"mmpretrain", "data_prep", "tests", "train"} | PEERS
+            if not (file.parent / "__init__.py").exists():  # scripts import their neighbours by name
+                local |= {other.stem for other in file.parent.glob("*.py")}
             if place == "tests":
-                local |= {other.stem for other in (ROOT / "scripts").rglob("*.py")}
+                local |= {other.stem for folder in ("scripts", "examples") for other in (ROOT / folder).rglob("*.py")}
             modules = imported_modules(file)
             tops = {name.partition(".")[0] for name in modules} - set(sys.stdlib_module_names) - local
             tops |= {INSIDE[name] for name in modules & INSIDE.keys()}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.demo.command import ensure_demo, module_command, unwritten
 from data_prep.demo.scenes import SPLITS
+from mmpretrain.errors import MMPretrainError
 from mmpretrain.system import hold
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 QUIETLY = 10  # niceness of what training need not wait for
 
 
-class DemoError(RuntimeError):
+class DemoError(MMPretrainError, RuntimeError):
     """The demo's shards could not be written; its message says which and what to do."""
 
 

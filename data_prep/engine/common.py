@@ -6,11 +6,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
+from mmpretrain.errors import MMPretrainError
+
 ENGINES = ("local", "ray")
 REPEATS = 3  # times that a task is given out again after its worker died
 
 
-class WorkerLostError(RuntimeError):
+class WorkerLostError(MMPretrainError, RuntimeError):
     """The process that worked on a task died, and so did those that tried it again."""
 
 

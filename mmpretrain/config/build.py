@@ -17,9 +17,13 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from mmpretrain.errors import MMPretrainError
 
-class OptionError(ValueError):
+
+class OptionError(MMPretrainError, ValueError):
     """An option that does not exist, or a value that does not fit it: the caller's mistake."""
+
+    status = 2
 
 
 @dataclasses.dataclass(frozen=True)

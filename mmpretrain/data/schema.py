@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from mmpretrain.errors import MMPretrainError
+
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "avif", "img")
 METADATA_EXTENSION = "json"
 LABEL_EXTENSION = "cls"
@@ -12,7 +14,7 @@ LABEL_EXTENSION = "cls"
 SAFE_KEY = re.compile(r"[\w-]+(?:/[\w-]+)*")
 
 
-class ShardError(ValueError):
+class ShardError(MMPretrainError, ValueError):
     """A shard that cannot be used at all, or that contradicts its index. The message names shard, offset and remedy."""
 
 
@@ -25,11 +27,11 @@ class BadSample(ValueError):  # noqa: N818 (it is counted and replaced, seldom a
         self.detail = detail
 
 
-class LoaderError(RuntimeError):
+class LoaderError(MMPretrainError, RuntimeError):
     """The loader can make no more batches: a process of its ended, or nothing came in time. The message says what was being read."""
 
 
-class BadSampleBudgetError(RuntimeError):
+class BadSampleBudgetError(MMPretrainError, RuntimeError):
     """More samples are bad than the source allows. The message gives counts per reason and examples."""
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmpretrain.errors import MMPretrainError
+
 
 def file_name(name: str, step: int | None) -> str:
     """A name that stays inside its folder: "clip/views" at step 40 -> "clip_views-00000040"; step None -> "clip_views-final"."""
@@ -34,7 +36,7 @@ def jsonable(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
-class LogError(ValueError):
+class LogError(MMPretrainError, ValueError):
     """A line of a run's own files that says nothing. The message names file, line and remedy."""
 
 

@@ -24,6 +24,7 @@ def main() -> None:
     assert accelerator.mixed_precision == "bf16"
     assert accelerator.num_processes == 2
     print(f"rank {accelerator.process_index} took {choice.precision}", flush=True)
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
