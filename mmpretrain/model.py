@@ -238,7 +238,7 @@ class PretrainModel(nn.Module):
         return total, logs
 
     def losses(
-        self, encoded: dict[Encode, Encoded], names: Iterable[str], totals: dict[str, Tensor] | None = None
+        self, encoded: dict[Encode, Encoded], names: Iterable[str], totals: dict[str, Tensor] | None = None, check: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Each objective's share of the global loss, and its scalars; the mean over ranks (and sum over chunks) is the whole."""
         losses, logs = {}, {}
@@ -246,6 +246,8 @@ class PretrainModel(nn.Module):
             objective = self.objectives[name]
             arguments = self.arguments(name, encoded)
             found = objective(**arguments)
+            if check:
+                check_outputs(name, found)
             loss = found.pop("loss")
             if objective.per_row:
                 count = objective.count(**arguments).to(loss.device, loss.dtype)
@@ -408,12 +410,9 @@ def freeze_unused(model: PretrainModel, batch: Batch, progresses: Iterable[float
     with model.preserved():
         for progress in progresses:
             model.active = model.active_at(progress)
-            encoded = model.encode(batch, model.plan)
-            for name in model.active:
-                check_outputs(name, model.objectives[name](**model.arguments(name, encoded)))
-            del encoded
             if model.active:
-                model(batch)[0].backward()
+                losses, _ = model.losses(model.encode(batch, model.plan), model.active, check=True)
+                sum_losses(losses, model.weights).backward()
             reached[progress] = {name for name, p in model.named_parameters() if p.grad is not None}
             for parameter in model.parameters():
                 parameter.grad = None
