@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmpretrain.data import decode
 from mmpretrain.data.cache import ShardCache
-from mmpretrain.data.index import Member
+from mmpretrain.data.fields import Fields, captions_from, place_of
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, BadSample, ShardError, image_extension
 from mmpretrain.data.shard_names import expand
 from mmpretrain.data.shards import ShardSet
-from mmpretrain.data.source import MAX_CAPTION_BYTES, SourceConfig
+from mmpretrain.data.source_config import SourceConfig
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.data.class_names import Label
 
@@ -134,7 +133,7 @@ def csv_items(
         if name not in grouped:
             grouped[name] = _file_item(name, file_path, metadata=record)
         if text:
-            grouped[name].captions += decode.captions_from(text, template)
+            grouped[name].captions += captions_from(text, template)
     for name, item in grouped.items():
         if captions_wanted and not item.captions:
             skip(name, "missing_caption")
@@ -174,10 +173,11 @@ def shard_items(
                 written = os.stat(opened.path).st_mtime_ns
             full = f"{Path(name).name}/{key}"
             try:
-                place = _member(members, image_extension(members), SourceConfig.max_member_bytes)
+                place = place_of(members, image_extension(members), SourceConfig.max_member_bytes)
                 item = Item(full, _reader(shards, shard, sample), size=place.size, stamp=written + place.offset, bare_key=key)
-                fields = _Fields(members, lambda member, opened=opened: shards.read(opened, member))
-                item.metadata = fields.json("json") if metadata else {}
+                read = lambda member, opened=opened: shards.read(opened, member)  # noqa: E731
+                fields = Fields.placed(members, read, SourceConfig.max_member_bytes)
+                item.metadata = fields.json() if metadata else {}
                 item.label = None if label is None else _label(fields.value(label))
                 item.captions = [] if caption is None else fields.captions(caption, lines)
             except BadSample as error:
@@ -191,46 +191,14 @@ def shard_items(
         raise OptionError(f"{paths[0]}: 0 of {shards.looked_at} samples have {wanted}; they have {have}")
 
 
-def _member(members: dict[str, Member], extension: str | None, limit: int) -> Member:
-    if extension is None or extension not in members:
-        raise BadSample("missing_field", extension or "image")
-    if members[extension].size > limit:
-        raise BadSample("too_many_bytes", f"{extension} has {members[extension].size} bytes, the limit is {limit}")
-    return members[extension]
-
-
 def _reader(shards: ShardSet, shard: int, sample: int) -> Callable[[], bytes]:
     """Reads the image later; the shard set keeps a bounded number of files open."""
 
     def read() -> bytes:
         _, members, opened = shards.members(shard, sample)
-        return shards.read(opened, _member(members, image_extension(members), SourceConfig.max_member_bytes))
+        return shards.read(opened, place_of(members, image_extension(members), SourceConfig.max_member_bytes))
 
     return read
-
-
-@dataclass
-class _Fields:
-    """The text members of one sample. Everything raises BadSample."""
-
-    members: dict[str, Member]
-    read: Callable[[Member], bytes]
-
-    def json(self, extension: str) -> dict[str, Any]:
-        return decode.decode_json(self.read(_member(self.members, extension, SourceConfig.max_member_bytes)))
-
-    def value(self, name: str) -> Any:
-        extension, _, wanted = name.partition(":")
-        if not wanted:
-            return decode.decode_text(self.read(_member(self.members, extension, MAX_CAPTION_BYTES)))
-        fields = self.json(extension)
-        if wanted not in fields:
-            raise BadSample("missing_field", name)
-        return fields[wanted]
-
-    def captions(self, name: str, lines: bool) -> list[str]:
-        value = self.value(name)
-        return decode.captions_from(value.split("\n") if lines else value, name)
 
 
 def _label(value: Any) -> Label:
