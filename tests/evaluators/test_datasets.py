@@ -1,8 +1,10 @@
+import csv
 import json
 import os
 
 import pytest
 
+from data_prep.build.readers.columns import Columns
 from mmpretrain.data.source import Source
 from mmpretrain.data.source_config import SourceConfig, SplitConfig
 from mmpretrain.data.views import CenterView
@@ -104,6 +106,19 @@ def test_csv_rows_of_one_file_are_one_item_with_several_captions(tmp_path):
     ]
     with pytest.raises(OptionError, match="names no column 'nam'"):
         open_dataset(DataConfig(data, caption="{nam}"), "retrieval")
+    with pytest.raises(OptionError, match="Name columns in braces"):
+        open_dataset(DataConfig(data, caption="{name"), "retrieval")
+
+
+@pytest.mark.parametrize("caption", ["name", "{name}: {keywords}", "{{{name}}}"])
+def test_a_template_gives_the_captions_that_data_prep_builds(tmp_path, caption):
+    data = table(tmp_path, "file,name,keywords\nred.png,bright  red,warm\ngreen.png,green,\n")
+    with open(data, newline="") as file:
+        rows = [row | {"image": picture("red")} for row in csv.DictReader(file)]
+    built = [Columns(captions=(caption,)).record(i, row).members["txt"].decode() for i, row in enumerate(rows)]
+    dataset = open_dataset(DataConfig(data, caption=caption), "retrieval")
+    assert [item.captions for item in dataset.items] == [[text] for text in built]
+    assert "" not in built
 
 
 def test_what_a_csv_lacks_is_counted_named_and_budgeted(tmp_path):

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mmpretrain.data.cache import ShardCache
-from mmpretrain.data.fields import Fields, captions_from, place_of
+from mmpretrain.data.captions import CaptionTemplate
+from mmpretrain.data.fields import Fields, place_of
+from mmpretrain.data.formats import clean_text
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, BadSample, ShardError, image_extension
 from mmpretrain.data.shard_names import expand
 from mmpretrain.data.shards import ShardSet
@@ -106,10 +108,8 @@ def csv_items(
         template = caption or next((c for c in ("caption", "title", "text", "name") if c in columns), None)
         if template is None:
             raise OptionError(f"{path}: which column holds the captions? Columns are {', '.join(columns)}: add caption=COLUMN")
-        template = f"{{{template}}}" if template in columns else template
-        if unknown := [name for name in re.findall(r"\{([^{}]+)\}", template) if name not in columns] or (
-            [] if "{" in template else [template]
-        ):
+        texts = CaptionTemplate((), template) if template in columns else CaptionTemplate.parse(template)
+        if unknown := [name for name in texts.columns if name not in columns]:
             raise OptionError(f"{path}: caption={caption!r} names no column {unknown[0]!r}; columns are {', '.join(columns)}")
     else:
         label = _column(label, ("label", "class", "name", "title"), columns, "label (label=)", path)
@@ -129,11 +129,9 @@ def csv_items(
             key = name if name not in grouped else f"{name}#{number + 2}"
             grouped[key] = _file_item(key, file_path, label=_label(record[label]), metadata=record, bare_key=name)
             continue
-        text = re.sub(r"\{([^{}]+)\}", lambda match, record=record: record[match[1]] or "", template).strip()
         if name not in grouped:
             grouped[name] = _file_item(name, file_path, metadata=record)
-        if text:
-            grouped[name].captions += captions_from(text, template)
+        grouped[name].captions += [clean_text(text) for text in texts.fill(record) if text.strip()]
     for name, item in grouped.items():
         if captions_wanted and not item.captions:
             skip(name, "missing_caption")
