@@ -70,8 +70,6 @@ class Source:
         self._limits = decode.ImageLimits(config.max_pixels, config.min_side, config.max_aspect, tuple(image.background))
         split = None
         if config.split is not None:
-            if not 0 < config.split.holdout < 1 or config.split.part not in ("train", "holdout"):
-                raise ValueError(f"source {name!r}: split {config.split}: holdout must lie between 0 and 1, part be train or holdout")
             split = (config.split.holdout, config.split.part)
         cache = ShardCache(config.cache_dir, config.cache_bytes)
         self._base = rng.combine(seed, rng.stream(("source", name)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -57,4 +58,6 @@ def _value(text: str, hint: Any) -> Any:
         parsed = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+    if isinstance(parsed, dict) and any(map(dataclasses.is_dataclass, origins)):
+        return parsed
     return text if isinstance(parsed, dict | list) and not origins & {type(parsed), tuple} else parsed

@@ -35,7 +35,7 @@ class Item:
     metadata: dict[str, Any] = field(default_factory=dict)
     size: int = 0
     stamp: int = 0  # the file's modification time in ns, plus the offset in a shard
-    bare_key: str = ""  # what `holdout` divides by: the key within its shard, or the file
+    bare_key: str = ""  # what `split` divides by: the key within its shard, or the file
 
     def __post_init__(self) -> None:
         self.bare_key = self.bare_key or self.key
@@ -49,16 +49,16 @@ def _file_item(key: str, path: Path, **known: Any) -> Item:
     return Item(key, path.read_bytes, size=status.st_size, stamp=status.st_mtime_ns, **known)
 
 
-def folder_items(root: Path, split: str | None) -> Iterator[Item]:
-    """torchvision's ImageFolder layout: root/[split/]CLASS/**/image. The label is the folder's name."""
+def folder_items(root: Path, subset: str | None) -> Iterator[Item]:
+    """torchvision's ImageFolder layout: root/[subset/]CLASS/**/image. The label is the folder's name."""
     base = root
     folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if split is not None:
-        base = root / split
+    if subset is not None:
+        base = root / subset
         if not base.is_dir():
-            raise OptionError(f"{root}: no split {split!r}; folders there are {', '.join(folders[:20]) or 'none'}")
+            raise OptionError(f"{root}: no subset {subset!r}; folders there are {', '.join(folders[:20]) or 'none'}")
     elif folders and {name.lower() for name in folders} <= SPLITS:
-        raise OptionError(f"{root}: its folders {', '.join(folders)} are splits, not classes: add split={folders[0]}")
+        raise OptionError(f"{root}: its folders {', '.join(folders)} are subsets, not classes: add subset={folders[0]}")
     for directory in sorted(p for p in base.iterdir() if p.is_dir() and not p.name.startswith(".")):
         for path in sorted(directory.rglob("*")):
             if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and path.is_file():
@@ -75,7 +75,7 @@ def _column(wanted: str | None, usual: tuple[str, ...], columns: list[str], what
 
 def csv_items(
     path: Path,
-    split: str | None,
+    subset: str | None,
     image: str | None,
     label: str | None,
     caption: str | None,
@@ -100,10 +100,10 @@ def csv_items(
     image = _column(image, ("file", "filepath", "filename", "path", "image"), columns, "image file (image=)", path)
     if image is None:
         raise OptionError(f"{path}: which column holds the image files? Columns are {', '.join(columns)}: add image=COLUMN")
-    if split is not None:
+    if subset is not None:
         if "split" not in columns:
-            raise OptionError(f"{path}: split={split!r} needs a column `split`; columns are {', '.join(columns)}")
-        records = [record for record in records if record["split"] == split]
+            raise OptionError(f"{path}: subset={subset!r} needs a column `split`; columns are {', '.join(columns)}")
+        records = [record for record in records if record["split"] == subset]
     if captions_wanted:
         template = caption or next((c for c in ("caption", "title", "text", "name") if c in columns), None)
         if template is None:
@@ -139,12 +139,12 @@ def csv_items(
             yield item
 
 
-def shard_paths(data: str, split: str | None) -> list[str]:
-    """Shards in order, as a recipe names them (folder, glob, braces, a::b, URL); with `split`, those of the folder DATA/split."""
-    if split is not None and not Path(data).is_dir():
-        raise OptionError(f"{data}: split={split!r} needs a folder with {split}/*.tar inside; name that split's shards instead")
+def shard_paths(data: str, subset: str | None) -> list[str]:
+    """Shards in order, as a recipe names them (folder, glob, braces, a::b, URL); with `subset`, those of the folder DATA/SUBSET."""
+    if subset is not None and not Path(data).is_dir():
+        raise OptionError(f"{data}: subset={subset!r} needs a folder with {subset}/*.tar inside; name that subset's shards instead")
     try:
-        return list(expand(data if split is None else str(Path(data) / split)))
+        return list(expand(data if subset is None else str(Path(data) / subset)))
     except ShardError as error:
         raise OptionError(f"data={data!r}: {error}") from error
 
@@ -208,16 +208,16 @@ def _label(value: Any) -> Label:
     return int(value)
 
 
-def benchmark_items(root: Path, split: str, label: str | None, captions_wanted: bool, skip: Skip, brief: bool = False) -> Iterator[Item]:
-    """A CLIP_benchmark folder: root/split/{0..N-1}.tar with nshards.txt; integer `cls`, or captions in `txt`, one a line.
+def benchmark_items(root: Path, subset: str, label: str | None, captions_wanted: bool, skip: Skip, brief: bool = False) -> Iterator[Item]:
+    """A CLIP_benchmark folder: root/SUBSET/{0..N-1}.tar with nshards.txt; integer `cls`, or captions in `txt`, one a line.
 
     `brief`: the first shard alone.
     """
-    counted = root / split / "nshards.txt"
+    counted = root / subset / "nshards.txt"
     if not counted.is_file():
-        splits = sorted(p.parent.name for p in root.glob("*/nshards.txt"))
-        raise OptionError(f"{counted}: not found; splits of this CLIP_benchmark folder are {', '.join(splits) or 'none'}")
-    paths = [root / split / f"{n}.tar" for n in range(int(counted.read_text()))]
+        subsets = sorted(p.parent.name for p in root.glob("*/nshards.txt"))
+        raise OptionError(f"{counted}: not found; subsets of this CLIP_benchmark folder are {', '.join(subsets) or 'none'}")
+    paths = [root / subset / f"{n}.tar" for n in range(int(counted.read_text()))]
     if missing := [path for path in paths if not path.is_file()]:
         raise OptionError(f"{missing[0]}: not found, but {counted} says {len(paths)} shards")
     names = [str(path) for path in paths[: 1 if brief else None]]
