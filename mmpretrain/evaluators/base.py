@@ -29,6 +29,25 @@ class Evaluator(Protocol):
     def __call__(self, model: Model, accelerator: Accelerator) -> Result: ...
 
 
+def result_line(kind: str, name: str, config: Any, model: Model, result: Result) -> dict[str, Any]:
+    """A line of results.jsonl, but for its step.
+
+    Args:
+        kind: of the evaluator; name: what its result is called.
+        config: the evaluator's. The line's `seed` is this one's, which alone decides what is drawn; null where it has none. The run's seed is in
+            the run's config.yaml.
+    """
+    return {
+        "evaluator": kind,
+        "name": name,
+        "dataset": result.dataset,
+        "model": model.fingerprint,
+        "n": result.n,
+        "seed": getattr(config, "seed", None),
+        "metrics": result.metrics,
+    }
+
+
 def make_config(config_class: type, options: Iterable[str] | Mapping[str, Any]) -> Any:
     """`["k=5", "data=photos"]`, or a mapping (a recipe's YAML), merged over the defaults of `config_class`.
 

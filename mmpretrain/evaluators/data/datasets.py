@@ -73,7 +73,9 @@ class DataConfig:
         if both := [name for name in written if options.get(name) is not None]:
             raise OptionError(f"{both[0]} is given twice, as {options[both[0]]!r} and in an earlier spelling as {written[both[0]]!r}")
         if written:
-            logger.warning("earlier spelling of options; write %s", yaml.safe_dump(written, default_flow_style=True, sort_keys=False).strip()[1:-1])
+            logger.warning(
+                "earlier spelling of options; write %s", yaml.safe_dump(written, default_flow_style=True, sort_keys=False).strip()[1:-1]
+            )
         return options | written
 
     def __post_init__(self) -> None:
