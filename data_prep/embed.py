@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 from data_prep.shards.read import Place, Shard, captions, image_member
 from mmpretrain.checkpoint import find_checkpoint
 from mmpretrain.data.decode import ImageLimits
+from mmpretrain.data.fields import member_of
 from mmpretrain.data.schema import BadSample
 from mmpretrain.evaluators.data.items import Item
 from mmpretrain.evaluators.features import NO_FEATURES, center_view, check_finite, cut
@@ -70,7 +71,7 @@ class Encoder:
         image = image_member(members)
         if image is None:
             raise BadSample("missing_image", f"it has {', '.join(sorted(members))}")
-        text = set() if caption is None else {caption.partition(":")[0]}
+        text = set() if caption is None else {member_of(caption)}
         record = shard.read(at, {image, *text})
         data = record.members[image]
         pixels, params = cut(Item(record.key, lambda: data), self.view, torch.zeros((), dtype=torch.int64), LIMITS)

@@ -14,6 +14,7 @@ from mmpretrain import distributed
 from mmpretrain.config.build import OptionError
 from mmpretrain.config.recipe import Config, EvaluationConfig
 from mmpretrain.evaluators import EVALUATORS
+from mmpretrain.evaluators.base import result_line
 from mmpretrain.evaluators.models import TowerModel
 from mmpretrain.interrupts import Interrupts
 from mmpretrain.model import PretrainModel
@@ -108,10 +109,7 @@ class Evaluations:
             model = TowerModel(towers, self.accelerator.device, self.config.precision, joint=joint)
             result = self.evaluators[name](model, self.accelerator)
             towers.train(training)
-        line = {
-            "evaluator": evaluation.kind, "name": name, "dataset": result.dataset, "model": model.fingerprint,
-            "n": result.n, "seed": self.config.seed, "metrics": result.metrics,
-        }  # fmt: skip
+        line = result_line(evaluation.kind, name, evaluation.options, model, result)
         if self.accelerator.is_main_process:
             if baselines := evaluation.baselines | self.data.baselines.get(name, dict)():
                 line["baselines"] = baselines

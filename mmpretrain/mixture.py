@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mmpretrain.data.fields import member_of
+
 if TYPE_CHECKING:
     from mmpretrain.config.recipe import Config
     from mmpretrain.data.source import Source
@@ -23,9 +25,11 @@ def of_source(name: str, source: Source, line: dict[str, Any]) -> list[str]:
         if rows > part["samples"]:
             found.append(f"{where}: {rows:.0f} rows a step from {part['samples']} samples: the same sample comes twice in one batch.")
     budget = source.config.max_bad_fraction
-    wanted = [(kind, str(getattr(source.config, option)).partition(":")[0]) for kind, option in (("text", "caption"), ("label", "label"))]
-    for kind, extension in wanted:
-        for shards in source.shard_sets if source._wants[kind] else ():
+    for kind, option in (("text", "caption"), ("label", "label")):
+        if not source._wants[kind]:
+            continue
+        extension = member_of(str(getattr(source.config, option)))
+        for shards in source.shard_sets:
             lacking = shards.looked_at - shards.found.get(extension, 0)
             if lacking > 0:
                 end = (

@@ -3,7 +3,7 @@
 RUN_OR_MODEL is a run folder (its newest valid checkpoint), a checkpoint or open_clip folder, a weights file with --arch,
 NAME:PRETRAINED_TAG of open_clip, timm:NAME, or hf:FOLDER. Works under accelerate launch and torchrun with any number of processes.
 A run without a contrastive objective (its checkpoints have no logit_scale) has no trained joint space: zero_shot, retrieval and binding
-refuse it. The `seed` of a result line written here is the evaluator's (in lines that a run writes, the run's).
+refuse it. The `seed` of a result line is the evaluator's, whether a run or this script wrote it; the run's is in its config.yaml.
 Exit status: 0 done, 1 failed, 2 bad arguments.
 """
 
@@ -92,6 +92,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from mmpretrain.checkpoint import find_checkpoint
     from mmpretrain.config.build import OptionError
     from mmpretrain.evaluators import build_evaluator
+    from mmpretrain.evaluators.base import result_line
     from mmpretrain.evaluators.models import load_model
     from mmpretrain.report.extras import save_result_extras
     from mmpretrain.tracking.jsonl import JsonLines, jsonable
@@ -116,8 +117,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     result = evaluator(model, accelerator)
     if accelerator.is_main_process:
         name = arguments.name or arguments.evaluator
-        line = {"step": None, "evaluator": arguments.evaluator, "name": name, "dataset": result.dataset, "model": model.fingerprint}
-        line |= {"n": result.n, "seed": evaluator.config.seed, "metrics": result.metrics}
+        line = {"step": None} | result_line(arguments.evaluator, name, evaluator.config, model, result)
         run = run_folder(arguments.model)
         out = arguments.out or (run / "results.jsonl" if run else None)
         messages = []

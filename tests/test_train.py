@@ -343,13 +343,13 @@ def test_init_from_takes_weights_but_not_the_step(data, undisturbed, tmp_path):
 
 
 def test_evaluators_run_on_schedule_and_are_not_repeated(data, tmp_path):
-    evaluators = {"knn_pairs": {"kind": "zero_shot", "data": str(data / "pairs"), "every": 6}}
+    evaluators = {"knn_pairs": {"kind": "zero_shot", "data": str(data / "pairs"), "every": 6, "seed": 5}}
     for _ in range(2):
         assert start(data, tmp_path / "run", evaluators=evaluators) == 0
     lines = read_jsonl(tmp_path / "run" / "results.jsonl")
     assert [line["step"] for line in lines] == [6, 12]
     assert set(lines[0]) == {"step", "evaluator", "name", "dataset", "model", "n", "seed", "metrics"}
-    assert lines[0]["n"] == 40
+    assert (lines[0]["n"], lines[0]["seed"]) == (40, 5)  # the evaluator's seed; the run's is 3
 
 
 def test_command_line(data, tmp_path):

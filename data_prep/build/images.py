@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -15,6 +14,7 @@ from PIL import Image
 from data_prep.build.readers.base import extension_of
 from data_prep.build.readers.members import json_member
 from data_prep.records import Record, Skipped
+from mmpretrain.data.holdout import is_held_out
 from mmpretrain.data.schema import METADATA_EXTENSION, BadSample, image_extension
 
 ENCODERS = {"jpeg": "jpg", "webp": "webp", "png": "png"}  # what --reencode takes -> extension
@@ -155,8 +155,7 @@ class Holdout:
     def __call__(self, record: Record) -> str:
         extension = image_extension(list(record.members)) if self.by == "image" else None
         content = record.key.encode() if extension is None else _pixels(record.members[extension])
-        share = int.from_bytes(hashlib.blake2b(content, digest_size=4).digest())
-        return self.parts[share < self.fraction * 2.0**32]
+        return self.parts[is_held_out(content, self.fraction)]
 
 
 def _pixels(data: bytes) -> bytes:

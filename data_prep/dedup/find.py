@@ -11,6 +11,7 @@ from data_prep.copies import Copies, drop_near
 from data_prep.perceptual import DIFFERENCE, HASH_DISTANCE, SIGNATURE, decoded, signature
 from data_prep.shards.read import Shard, Span, captions, damage_lines
 from data_prep.subset import Numbering
+from mmpretrain.data.fields import member_of
 from mmpretrain.data.schema import BadSample
 
 
@@ -98,6 +99,6 @@ class Sign:
 
     def _length(self, shard: Shard, sample: int) -> int:
         try:
-            return max(map(len, captions(shard.read(sample, {self.caption.partition(":")[0]}), self.caption)))
+            return max(map(len, captions(shard.read(sample, {member_of(self.caption)}), self.caption)))
         except BadSample:  # a sample without a caption may be kept for its image
             return 0

@@ -22,6 +22,8 @@ from data_prep.captions import language_of
 from data_prep.records import InputError, Record
 from data_prep.shards.read import Shard, Span, captions, damage_lines, image_member, pixels
 from mmpretrain.data import decode
+from mmpretrain.data.fields import decode_json, member_of
+from mmpretrain.data.formats import decode_text
 from mmpretrain.data.schema import LABEL_EXTENSION, METADATA_EXTENSION, BadSample
 
 LIMITS = decode.ImageLimits(min_side=1, max_aspect=float("inf"))
@@ -40,18 +42,18 @@ class Sample:
 
     @cached_property
     def captions(self) -> list[str]:
-        extension = self._caption.partition(":")[0]
+        extension = member_of(self._caption)
         return captions(Record(self.key, {extension: self._read(extension)} if extension in self.members else {}), self._caption)
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
         """Its json; {} where it has none."""
-        return decode.decode_json(self._read(METADATA_EXTENSION)) if METADATA_EXTENSION in self.members else {}
+        return decode_json(self._read(METADATA_EXTENSION)) if METADATA_EXTENSION in self.members else {}
 
     @cached_property
     def label(self) -> str | None:
         """Its cls, as text; None where it has none."""
-        return decode.decode_text(self._read(LABEL_EXTENSION)) if LABEL_EXTENSION in self.members else None
+        return decode_text(self._read(LABEL_EXTENSION)) if LABEL_EXTENSION in self.members else None
 
     @cached_property
     def image_bytes(self) -> bytes:

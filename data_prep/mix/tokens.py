@@ -9,6 +9,7 @@ import numpy as np
 from data_prep.captions import num_tokens
 from data_prep.records import Record
 from data_prep.shards.read import captions
+from mmpretrain.data.fields import member_of
 from mmpretrain.data.schema import BadSample
 from mmpretrain.data.source import Source
 from mmpretrain.data.text import get_tokenizer
@@ -63,7 +64,7 @@ def caption_tokens(source: Source, tokenizer: str, most: int = SAMPLE) -> tuple[
         place = source._orders[c].locate(np.array([slot]))
         shards = source.shard_sets[c]
         key, members, opened = shards.members(int(place.shard[0]), int(place.sample[0]))
-        extension = source.config.caption.partition(":")[0]
+        extension = member_of(source.config.caption)
         try:
             texts = captions(Record(key, {e: shards.read(opened, m) for e, m in members.items() if e == extension}), source.config.caption)
         except BadSample:

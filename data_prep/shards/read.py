@@ -14,6 +14,7 @@ from data_prep import files
 from data_prep.records import Record
 from mmpretrain.data import shard_names as training_names
 from mmpretrain.data.cache import remote_index, retried
+from mmpretrain.data.fields import Fields
 from mmpretrain.data.index import SUFFIX, ShardIndex, index_path, open_index
 from mmpretrain.data.schema import BadSample, ShardError, image_extension
 from mmpretrain.data.shard_names import is_remote
@@ -158,22 +159,12 @@ def captions(record: Record, caption: str = "txt") -> list[str]:
 
     Raises BadSample: missing_field, empty_caption, not_utf8, bad_json, bad_caption.
     """
-    from mmpretrain.data import decode  # torch, which those that pass bytes through need not wait for
-
-    extension, _, name = caption.partition(":")
-    if extension not in record.members:
-        raise BadSample("missing_field", f"{extension}; it has {', '.join(sorted(record.members))}")
-    if not name:
-        return [decode.decode_text(record.members[extension])]
-    fields = decode.decode_json(record.members[extension])
-    if name not in fields:
-        raise BadSample("missing_field", f"{caption}; it has {', '.join(sorted(fields))[:200]}")
-    return decode.captions_from(fields[name], caption)
+    return Fields.of(record.members).captions(caption)
 
 
 def pixels(data: bytes, limits: ImageLimits | None = None) -> Tensor:
     """An image file -> uint8 [3,H,W], exactly as training decodes it. Raises BadSample."""
-    from mmpretrain.data import decode
+    from mmpretrain.data import decode  # torch, which those that pass bytes through need not wait for
 
     return decode.decode_image(data, limits or decode.ImageLimits())
 

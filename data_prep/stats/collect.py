@@ -18,7 +18,8 @@ from data_prep.perceptual import THUMBNAIL, signature
 from data_prep.shards.read import Shard, captions, image_member, pixels
 from data_prep.stats.summary import Names, Ref, Summary, hashed
 from data_prep.stats.text import script, words
-from mmpretrain.data.decode import PILLOW_FORMATS, decode_json, label_from, sniff
+from mmpretrain.data.decode import PILLOW_FORMATS, sniff
+from mmpretrain.data.fields import FieldName, decode_json, label_from, member_of
 from mmpretrain.data.schema import BadSample, ShardError
 
 ASPECT_STEPS = 16  # bins per doubling of width / height
@@ -87,7 +88,7 @@ class Stage:
             bad("sample", error)
             return
         texts: list[str] = []
-        member = self.caption.partition(":")[0]
+        member = member_of(self.caption)
         if member in record.members:
             try:
                 texts = captions(record, self.caption)
@@ -116,12 +117,12 @@ class Stage:
     def _label(self, members: dict[str, bytes]) -> str | None:
         if self.label is None:
             return None
-        extension, _, name = self.label.partition(":")
-        if extension not in members:
+        field = FieldName.parse(self.label)
+        if field.member not in members:
             return None
-        value: Any = members[extension]
-        if name:
-            value = decode_json(value).get(name)
+        value: Any = members[field.member]
+        if field.key is not None:
+            value = decode_json(value).get(field.key)
             if isinstance(value, str):
                 return value[:200]
         try:

@@ -14,9 +14,10 @@ from data_prep.validate.kinds import Found
 from data_prep.validate.layout import MAX_KEY, Layout
 from mmpretrain.data import decode
 from mmpretrain.data.decode import ImageLimits
+from mmpretrain.data.fields import MAX_CAPTION_BYTES, FieldName, Fields, decode_json, member_of
+from mmpretrain.data.formats import decode_text
 from mmpretrain.data.index import BYTES, Member, checksum
 from mmpretrain.data.schema import LABEL_EXTENSION, METADATA_EXTENSION, SAFE_KEY, BadSample, image_extension
-from mmpretrain.data.source import MAX_CAPTION_BYTES
 from mmpretrain.data.tar import read_at
 
 # Members that readers' default decoders run as code (pickles), and those that have no business in a data set.
@@ -103,38 +104,28 @@ def image(data: Callable[[int], bytes], size: int, checks: Checks) -> None:
 def text(data: bytes, role: str, checks: Checks) -> str | None:
     """A member that is read as text, in its role: caption | json | label. Gives a caption's control character. Raises BadSample."""
     if role == "json":
-        decode.decode_json(data)
+        decode_json(data)
     elif role == "label":
         try:
-            label = decode.decode_text(data)
+            label = decode_text(data)
         except BadSample as error:
             raise BadSample("bad_label", str(error)) from error
         if re.fullmatch(r"-\d+", label):
             raise BadSample("bad_label", f"{LABEL_EXTENSION} holds {label}, expected at least 0 or a name")
-    elif control := _CONTROL.search(_caption(data, checks.caption)):
+    elif control := _CONTROL.search("\n".join(Fields.of({member_of(checks.caption): data}).captions(checks.caption))):
         return control[0]
     return None
 
 
-def _caption(data: bytes, caption: str) -> str:
-    _, _, name = caption.partition(":")
-    if not name:
-        return decode.decode_text(data)
-    fields = decode.decode_json(data)
-    if name not in fields:
-        raise BadSample("missing_field", f"{caption}; it has {', '.join(sorted(fields))[:200]}")
-    return "\n".join(decode.captions_from(fields[name], caption))
-
-
 def role_of(extension: str, checks: Checks, image: str | None) -> str:
     """What is asked of a member: caption | json | label | image, or "" for nothing but its checksum."""
-    roles = {image: "image", LABEL_EXTENSION: "label", METADATA_EXTENSION: "json", checks.caption.partition(":")[0]: "caption"}
+    roles = {image: "image", LABEL_EXTENSION: "label", METADATA_EXTENSION: "json", member_of(checks.caption): "caption"}
     return roles.get(extension, "")
 
 
 def most_bytes(role: str, checks: Checks) -> int:
     """How large a member may be."""
-    return MAX_CAPTION_BYTES if role == "caption" and ":" not in checks.caption else checks.max_member_bytes
+    return MAX_CAPTION_BYTES if role == "caption" and FieldName.parse(checks.caption).key is None else checks.max_member_bytes
 
 
 def _content(members: Members, extension: str, checks: Checks, role: str) -> Iterator[Found]:

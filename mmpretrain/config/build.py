@@ -83,6 +83,8 @@ def build(cls: type, data: Any, where: str = "", place: typing.Callable[[str], s
         data = {}
     if not isinstance(data, Mapping):
         raise OptionError(f"{where or 'the recipe'}{place(where)} must be a mapping of options, found {data!r}")
+    if upgraded := getattr(cls, "upgraded", None):  # options in the spelling of earlier versions
+        data = upgraded(data)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     hints = typing.get_type_hints(cls, include_extras=True)
     values = {}

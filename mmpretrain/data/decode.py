@@ -1,13 +1,11 @@
-"""4. Bytes -> uint8 RGB image, caption, label. Formats are sniffed from the content; whatever cannot be used is a BadSample."""
+"""4. Bytes -> uint8 RGB image. Formats are sniffed from the content; whatever cannot be used is a BadSample."""
 
 from __future__ import annotations
 
 import io
-import json
 import struct
-import unicodedata
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -15,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mmpretrain.data.formats import decode_text, sniff
+from mmpretrain.data.formats import sniff
 from mmpretrain.data.schema import BadSample
 
 EXIF = b"Exif\0\0"
@@ -182,46 +180,3 @@ def decode_image(data: bytes, limits: ImageLimits = ImageLimits()) -> Tensor:
         raise BadSample("too_many_pixels", str(error)) from error
     except (Exception, MemoryError) as error:  # decoders raise all sorts over hostile bytes
         raise BadSample("undecodable_image", f"{kind}: {' '.join(str(error).split())[:200]}") from error
-
-
-def decode_json(data: bytes) -> dict[str, Any]:
-    """Raises BadSample: bad_json."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadSample("bad_json", str(error)[:200]) from error
-    if not isinstance(value, dict):
-        raise BadSample("bad_json", f"expected an object, found {type(value).__name__}")
-    return value
-
-
-def captions_from(value: Any, what: str) -> list[str]:
-    """A string, or a list of strings of which the empty ones are left out. Raises BadSample."""
-    if isinstance(value, str):
-        return [decode_text(value.encode("utf-8", "surrogatepass"))]
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise BadSample("bad_caption", f"{what} holds {type(value).__name__}, expected text or a list of texts")
-    texts = [text for text in (unicodedata.normalize("NFC", item).strip() for item in value) if text]
-    if not texts:
-        raise BadSample("empty_caption", what)
-    return texts
-
-
-def label_from(value: Any, classes: dict[str, int] | None, what: str) -> int:
-    """A class index, as a number or its digits, or a class name found in `classes`. Raises BadSample: bad_label."""
-    if isinstance(value, bytes):
-        value = decode_text(value)
-    if isinstance(value, str) and classes is not None and value in classes:
-        return classes[value]
-    try:
-        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-            raise ValueError
-        label = int(value)
-    except (TypeError, ValueError):
-        known = "and the source has no `classes:`" if classes is None else f"not among its {len(classes)} classes"
-        raise BadSample("bad_label", f"{what} holds {value!r}, neither an index {known}") from None
-    if label < 0 or (classes is not None and label >= len(classes)):
-        raise BadSample(
-            "bad_label", f"{what} holds {label}, " + ("expected at least 0" if classes is None else f"there are {len(classes)} classes")
-        )
-    return label

@@ -6,7 +6,6 @@ Shards are permuted, then samples within a window of shards, so that reads stay 
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -153,12 +152,3 @@ class Blend:
         turn, at = np.divmod(np.asarray(slots, np.int64), len(self.cycle))
         component = self.cycle[at]
         return component, turn * self.quotas[component] + self._rank[at]
-
-
-def in_part(keys: Sequence[str], holdout: float, part: str) -> np.ndarray:
-    """bool [n]: which keys belong to "train" or "holdout". By the key's hash alone: stable under resharding and growth."""
-    share = np.array(
-        [int.from_bytes(hashlib.blake2b(k.rsplit("~", 1)[0].encode("utf-8", "surrogateescape"), digest_size=4).digest()) for k in keys]
-    )
-    held = share < holdout * 2.0**32
-    return held if part == "holdout" else ~held

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from mmpretrain.data.cache import ShardCache, remote_index, stated_counts
+from mmpretrain.data.holdout import in_part
 from mmpretrain.data.index import Damage, Member, ShardIndex, open_index
-from mmpretrain.data.order import Recent, in_part
+from mmpretrain.data.order import Recent
 from mmpretrain.data.schema import BadSample, ShardError
 from mmpretrain.data.shard_names import expand, is_remote
 from mmpretrain.data.tar import read_at

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from mmpretrain.config.build import build
 from mmpretrain.data import buffers, decode
 from mmpretrain.data.block import Block
 from mmpretrain.data.cache import ShardCache
+from mmpretrain.data.fields import Fields, member_of, place_of
+from mmpretrain.data.index import Member
 from mmpretrain.data.order import Blend, Order
 from mmpretrain.data.schema import BadSample, BadSampleBudgetError, ShardError, image_extension
 from mmpretrain.data.shards import ShardSet, load_classes, shard_label
@@ -25,9 +27,6 @@ from mmpretrain.types import Sample, ViewSpec
 
 log = logging.getLogger(__name__)
 __all__ = ["ImageConfig", "Source", "SourceConfig", "SplitConfig"]
-
-
-MAX_CAPTION_BYTES = 1 << 16
 
 
 class _Tally:
@@ -71,8 +70,6 @@ class Source:
         self._limits = decode.ImageLimits(config.max_pixels, config.min_side, config.max_aspect, tuple(image.background))
         split = None
         if config.split is not None:
-            if not 0 < config.split.holdout < 1 or config.split.part not in ("train", "holdout"):
-                raise ValueError(f"source {name!r}: split {config.split}: holdout must lie between 0 and 1, part be train or holdout")
             split = (config.split.holdout, config.split.part)
         cache = ShardCache(config.cache_dir, config.cache_bytes)
         self._base = rng.combine(seed, rng.stream(("source", name)))
@@ -106,9 +103,9 @@ class Source:
     def _preflight(self) -> None:
         needed = []
         if self._wants["text"]:
-            needed.append(self.config.caption.partition(":")[0])
+            needed.append(member_of(self.config.caption))
         if self._wants["label"]:
-            needed.append(str(self.config.label).partition(":")[0])
+            needed.append(member_of(str(self.config.label)))
         for shards, order in zip(self.shard_sets, self._orders):
             where = f"source {self.name!r}, {shards.names[0]}" + (f" and {len(shards.names) - 1} more" if len(shards.names) > 1 else "")
             if order.total == 0:
@@ -237,38 +234,16 @@ class Source:
         finally:
             self.reading.pop(me, None)
 
-    def _decode(self, key: str, members: dict, read: Any, wants: dict[str, bool]) -> Sample:
+    def _decode(self, key: str, members: dict[str, Member], read: Callable[[Member], bytes], wants: dict[str, bool]) -> Sample:
         sample = Sample(key)
-
-        def member(extension: str | None, limit: int) -> bytes:
-            if extension is None or extension not in members:
-                raise BadSample("missing_field", f"{extension or 'image'}; it has {', '.join(sorted(members))}")
-            if members[extension].size > limit:
-                raise BadSample("too_many_bytes", f"{extension} has {members[extension].size} bytes, the limit is {limit}")
-            return read(members[extension])
-
-        metadata: dict[str, Any] | None = None
-
-        def json_field(extension: str, name: str) -> Any:
-            nonlocal metadata
-            metadata = decode.decode_json(member(extension, self.config.max_member_bytes)) if metadata is None else metadata
-            if name not in metadata:
-                raise BadSample("missing_field", f"{extension}:{name}; it has {', '.join(sorted(metadata))[:200]}")
-            return metadata[name]
-
+        limit = self.config.max_member_bytes
+        fields = Fields.placed(members, read, limit)
         if wants["text"]:  # before the image: captions are cheaper to refuse
-            extension, _, name = self.config.caption.partition(":")
-            if name:
-                sample.captions = decode.captions_from(json_field(extension, name), self.config.caption)
-            else:
-                sample.captions = [decode.decode_text(member(extension, MAX_CAPTION_BYTES))]
+            sample.captions = fields.captions(self.config.caption)
         if self._wants["label"]:
-            extension, _, name = str(self.config.label).partition(":")
-            value = json_field(extension, name) if name else member(extension, MAX_CAPTION_BYTES)
-            sample.labels["label"] = decode.label_from(value, self._class_index, str(self.config.label))
+            sample.labels["label"] = fields.label(str(self.config.label), self._class_index)
         if wants["image"]:
-            data = member(image_extension(members), self.config.max_member_bytes)
-            sample.image = decode.decode_image(data, self._limits)
+            sample.image = decode.decode_image(read(place_of(members, image_extension(members), limit)), self._limits)
         return sample
 
     def _cut(self, samples: list[Sample], seeds: Tensor, skipped: list[dict[str, Any]], views: list[ViewSpec]) -> Block:

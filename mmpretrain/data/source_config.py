@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Annotated, Any
 
-from mmpretrain.config.build import Range
+from mmpretrain.config.build import OptionError, Range
 from mmpretrain.data.views import NORMALISATION
 
 MAX_IMAGE_SIZE = 4096  # pixels a side of what a tower sees
@@ -37,8 +37,14 @@ class ImageConfig:
 
 @dataclass
 class SplitConfig:
+    """A division of samples in two, the same for a source and an evaluator of the same share."""
+
     holdout: float = 0.1  # share of the samples held out, by the hash of their keys
-    part: str = "train"  # train or holdout: which part this source reads
+    part: str = "train"  # train or holdout: which part is read
+
+    def __post_init__(self) -> None:
+        if not 0 < self.holdout < 1 or self.part not in ("train", "holdout"):
+            raise OptionError(f"holdout {self.holdout:g}, part {self.part!r}: expected a share between 0 and 1, and train or holdout")
 
 
 @dataclass

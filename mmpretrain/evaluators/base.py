@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -26,6 +27,25 @@ class Evaluator(Protocol):
     def __init__(self, config: Any) -> None: ...
 
     def __call__(self, model: Model, accelerator: Accelerator) -> Result: ...
+
+
+def result_line(kind: str, name: str, config: Any, model: Model, result: Result) -> dict[str, Any]:
+    """A line of results.jsonl, but for its step.
+
+    Args:
+        kind: of the evaluator; name: what its result is called.
+        config: the evaluator's. The line's `seed` is this one's, which alone decides what is drawn; null where it has none. The run's seed is in
+            the run's config.yaml.
+    """
+    return {
+        "evaluator": kind,
+        "name": name,
+        "dataset": result.dataset,
+        "model": model.fingerprint,
+        "n": result.n,
+        "seed": getattr(config, "seed", None),
+        "metrics": result.metrics,
+    }
 
 
 def make_config(config_class: type, options: Iterable[str] | Mapping[str, Any]) -> Any:
@@ -57,4 +77,6 @@ def _value(text: str, hint: Any) -> Any:
         parsed = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+    if isinstance(parsed, dict) and any(map(dataclasses.is_dataclass, origins)):
+        return parsed
     return text if isinstance(parsed, dict | list) and not origins & {type(parsed), tuple} else parsed

@@ -2,7 +2,6 @@
 
 import io
 import struct
-import unicodedata
 import zlib
 
 import numpy as np
@@ -11,7 +10,6 @@ import simplejpeg
 import torch
 from PIL import Image, ImageOps
 
-from mmpretrain.data import decode
 from mmpretrain.data.decode import ImageLimits, decode_image, orientation
 from mmpretrain.data.schema import BadSample
 from tests.data.generated import encoded, picture
@@ -224,31 +222,6 @@ def test_garbage_after_a_good_signature_is_bad() -> None:
     for start in (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\x10\0\0\0WEBP", b"GIF89a", b"BM", b"II*\0", b"P6\n"):
         with pytest.raises(BadSample):
             decode_image(start + b"\x07" * 60)
-
-
-def test_captions() -> None:
-    assert decode.decode_text("  cafe\u0301 \n".encode()) == unicodedata.normalize("NFC", "café")
-    assert decode.decode_text(b"\xef\xbb\xbfword") == "word"
-    for data, reason in [(b"", "empty_caption"), (b" \n\t", "empty_caption"), (b"\xff\xfe", "not_utf8")]:
-        with pytest.raises(BadSample) as caught:
-            decode.decode_text(data)
-        assert caught.value.reason == reason
-
-
-def test_json_captions_and_labels() -> None:
-    assert decode.captions_from(["a", " ", "b "], "json:c") == ["a", "b"]
-    assert decode.captions_from("a", "json:c") == ["a"]
-    classes = {"cat": 0, "dog": 1}
-    assert [decode.label_from(v, classes, "cls") for v in (b"1", "dog", 0, "cat")] == [1, 1, 0, 0]
-    assert decode.label_from(b"7\n", None, "cls") == 7
-    for value in (b"2", "bird", -1, 0.5, None, True):
-        with pytest.raises(BadSample, match="bad_label"):
-            decode.label_from(value, classes, "cls")
-    for value in (3, ["a", 1], [], [""]):
-        with pytest.raises(BadSample):
-            decode.captions_from(value, "json:c")
-    with pytest.raises(BadSample, match="bad_json"):
-        decode.decode_json(b"[1")
 
 
 def test_a_png_that_libpng_gives_up_on_is_bad_and_no_crash() -> None:

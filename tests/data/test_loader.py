@@ -11,7 +11,7 @@ import torch
 
 from data_prep.records import Record
 from data_prep.shards.serial import write_shards
-from mmpretrain.data import decode
+from mmpretrain.data import decode, fields
 from mmpretrain.data.loader import Loader
 from mmpretrain.data.source import Source, SourceConfig
 from mmpretrain.data.views import ImageView, TextView
@@ -131,7 +131,7 @@ def test_threads_compute_on_one_core_and_leave_the_others_alone(loaders, monkeyp
 
 @pytest.mark.parametrize("processes", [True, False])
 def test_a_failure_names_the_sample(loaders, monkeypatch: pytest.MonkeyPatch, processes: bool) -> None:
-    monkeypatch.setattr(decode, "decode_text", lambda data: 1 / 0)
+    monkeypatch.setattr(fields, "decode_text", lambda data: 1 / 0)
     loader = loaders(processes=processes)
     with pytest.raises(RuntimeError, match=r"source 'pairs': reading .*s/0000\d\.tar/\d+ of .*ZeroDivisionError"):
         next(loader)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmpretrain.data.order import Blend, Order, in_part
+from mmpretrain.data.holdout import in_part
+from mmpretrain.data.order import Blend, Order
 
 counts = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(lambda c: sum(c) > 0)
 

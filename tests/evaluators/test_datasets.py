@@ -1,14 +1,16 @@
+import csv
 import json
 import os
 
 import pytest
 
+from data_prep.build.readers.columns import Columns
 from mmpretrain.data.source import Source
 from mmpretrain.data.source_config import SourceConfig, SplitConfig
 from mmpretrain.data.views import CenterView
-from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.base import OptionError, make_config
 from mmpretrain.evaluators.data.class_names import merge_duplicates, read_classes, resolve
-from mmpretrain.evaluators.data.datasets import DataConfig, open_dataset
+from mmpretrain.evaluators.data.datasets import DataConfig, EvalSplit, open_dataset
 from mmpretrain.evaluators.data.train_test import TrainDataConfig, open_pair
 from tests.evaluators.fake import colour_folder, picture, shard, write
 
@@ -71,11 +73,11 @@ def test_class_files(tmp_path):
 def test_splits_are_not_classes(tmp_path):
     colour_folder(tmp_path / "train", ["red", "green"], 1)
     colour_folder(tmp_path / "test", ["red", "green"], 2)
-    with pytest.raises(OptionError, match="are splits, not classes: add split=test"):
+    with pytest.raises(OptionError, match="are subsets, not classes: add subset=test"):
         open_dataset(DataConfig(str(tmp_path)), "classification")
-    assert len(open_dataset(DataConfig(str(tmp_path), split="test"), "classification")) == 4
-    with pytest.raises(OptionError, match="no split 'val'; folders there are test, train"):
-        open_dataset(DataConfig(str(tmp_path), split="val"), "classification")
+    assert len(open_dataset(DataConfig(str(tmp_path), subset="test"), "classification")) == 4
+    with pytest.raises(OptionError, match="no subset 'val'; folders there are test, train"):
+        open_dataset(DataConfig(str(tmp_path), subset="val"), "classification")
 
 
 def table(tmp_path, text: str) -> str:
@@ -104,6 +106,19 @@ def test_csv_rows_of_one_file_are_one_item_with_several_captions(tmp_path):
     ]
     with pytest.raises(OptionError, match="names no column 'nam'"):
         open_dataset(DataConfig(data, caption="{nam}"), "retrieval")
+    with pytest.raises(OptionError, match="Name columns in braces"):
+        open_dataset(DataConfig(data, caption="{name"), "retrieval")
+
+
+@pytest.mark.parametrize("caption", ["name", "{name}: {keywords}", "{{{name}}}"])
+def test_a_template_gives_the_captions_that_data_prep_builds(tmp_path, caption):
+    data = table(tmp_path, "file,name,keywords\nred.png,bright  red,warm\ngreen.png,green,\n")
+    with open(data, newline="") as file:
+        rows = [row | {"image": picture("red")} for row in csv.DictReader(file)]
+    built = [Columns(captions=(caption,)).record(i, row).members["txt"].decode() for i, row in enumerate(rows)]
+    dataset = open_dataset(DataConfig(data, caption=caption), "retrieval")
+    assert [item.captions for item in dataset.items] == [[text] for text in built]
+    assert "" not in built
 
 
 def test_what_a_csv_lacks_is_counted_named_and_budgeted(tmp_path):
@@ -196,13 +211,13 @@ def test_a_pair_of_sets_shares_classes_by_name(tmp_path):
 
 def test_without_splits_the_sides_are_divided_by_key(tmp_path):
     colour_folder(tmp_path, ["red", "green"], 40)
-    train, test = open_pair(TrainDataConfig(str(tmp_path), holdout=0.25))
+    train, test = open_pair(TrainDataConfig(str(tmp_path), split=EvalSplit(0.25)))
     sides = [{item.key for item in side.items} for side in (train, test)]
     assert not sides[0] & sides[1]
     assert len(sides[0] | sides[1]) == 80
     assert 8 <= len(test) <= 32
     colour_folder(tmp_path, ["blue"], 5)  # others come: everyone stays on their side
-    grown = open_pair(TrainDataConfig(str(tmp_path), holdout=0.25))[1]
+    grown = open_pair(TrainDataConfig(str(tmp_path), split=EvalSplit(0.25)))[1]
     assert sides[1] == {item.key for item in grown.items if not item.key.startswith("blue")}
 
 
@@ -243,23 +258,25 @@ def test_a_sources_held_out_part_is_the_evaluators(tmp_path):
     config = SourceConfig(shards=data, split=SplitConfig(holdout=0.3, part="holdout"))
     source = Source("s", config, [CenterView(size=8)])
     trained = {key.split("/", 1)[1] for key in source.rows(range(source.num_samples)).keys}
-    parts = [open_dataset(DataConfig(data, holdout=0.3, part=part), "classification") for part in ("holdout", "train")]
+    parts = [open_dataset(DataConfig(data, split=EvalSplit(0.3, part)), "classification") for part in ("holdout", "train")]
     keys = [{item.key for item in part.items} for part in parts]
     assert keys[0] == trained
     assert 5 < len(keys[0]) < 35
     assert not keys[0] & keys[1]
     assert len(keys[0] | keys[1]) == 60
     assert parts[0].name == f"{data}:holdout"
-    fitted, tested = open_pair(TrainDataConfig(data, holdout=0.3))
+    fitted, tested = open_pair(TrainDataConfig(data, split=EvalSplit(0.3)))
     assert [{item.key for item in side.items} for side in (tested, fitted)] == keys
     with pytest.raises(OptionError, match="share between 0 and 1"):
-        open_dataset(DataConfig(data, holdout=1.5), "classification")
+        open_dataset(DataConfig(data, split=EvalSplit(1.5)), "classification")
 
 
 def test_limit_of_a_held_out_part_is_drawn_by_seed(tmp_path):
     colour_folder(tmp_path, ["red", "green"], 40)
-    whole = [item.key for item in open_pair(TrainDataConfig(str(tmp_path), holdout=0.5))[1].items]
-    drawn = [[item.key for item in open_pair(TrainDataConfig(str(tmp_path), holdout=0.5, limit=8, seed=s))[1].items] for s in (0, 0, 1)]
+    whole = [item.key for item in open_pair(TrainDataConfig(str(tmp_path), split=EvalSplit(0.5)))[1].items]
+    drawn = [
+        [item.key for item in open_pair(TrainDataConfig(str(tmp_path), split=EvalSplit(0.5), limit=8, seed=s))[1].items] for s in (0, 0, 1)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
     assert all(set(keys) < set(whole) and len(keys) == 8 for keys in drawn)
     assert drawn[0] != whole[:8]
@@ -298,3 +315,26 @@ def test_a_shard_is_opened_once_for_all_its_samples(tmp_path, monkeypatch):
     dataset = open_dataset(DataConfig(str(path), label="json:label"), "classification")
     assert [item.read() for item in dataset.items] == [picture("red")] * 9
     assert opened == [str(path)]
+
+
+def test_earlier_spellings_of_parts_are_read_with_a_notice(caplog):
+    config = make_config(TrainDataConfig, ["data=d", "split=test", "train_split=val", "holdout=0.3", "part=train"])
+    assert (config.subset, config.train_subset, config.split) == ("test", "val", EvalSplit(0.3, "train"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "earlier spelling of options; write subset: test, train_subset: val, split: {holdout: 0.3, part: train}"
+    ]
+    caplog.clear()
+    saved = {"data": "d", "split": None, "holdout": None, "part": "holdout", "train_split": None}  # as a run's config.yaml has them
+    assert make_config(TrainDataConfig, saved) == TrainDataConfig("d")
+    assert make_config(TrainDataConfig, ["data=d", "part=train"]).split == EvalSplit(0.2, "train")
+    with pytest.raises(OptionError, match="subset is given twice, as 'a' and in an earlier spelling as 'b'"):
+        make_config(DataConfig, ["data=d", "subset=a", "split=b"])
+
+
+def test_a_split_is_written_as_in_a_source(caplog):
+    assert make_config(DataConfig, ["data=d", "split={holdout: 0.3, part: train}"]).split == EvalSplit(0.3, "train")
+    assert make_config(DataConfig, {"data": "d", "split": {"holdout": 0.3}}).split == EvalSplit(0.3, "holdout")
+    assert not caplog.records
+    for wrong in ("split={holdout: 1.5}", "split={part: test}"):
+        with pytest.raises(OptionError, match=r"split: holdout .*expected a share between 0 and 1, and train or holdout"):
+            make_config(DataConfig, ["data=d", wrong])

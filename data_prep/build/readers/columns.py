@@ -1,7 +1,6 @@
 """Which columns of a row become which members of a sample: the part that tables of every kind (csv, jsonl, tsv, parquet, datasets) share.
 
-A caption is a column's name, whose text is taken as it is and whose list of texts gives several captions, or a template over columns in
-braces. `{a.b}` and `a.b` reach into a column `a` that holds an object.
+Captions are those of mmpretrain.data.captions: a column, or a template over columns in braces.
 """
 
 from __future__ import annotations
@@ -13,84 +12,17 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from string import Formatter
 from typing import Any
 
 from data_prep import files
 from data_prep.build.readers.base import safe
 from data_prep.build.readers.members import caption_members, image_member, json_member, label_member, read, some
 from data_prep.records import InputError, Record
+from mmpretrain.data.captions import CaptionTemplate, cell_text, lookup
 from mmpretrain.data.schema import BadSample
 from mmpretrain.data.shard_names import is_remote
 
 _DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
-
-
-def lookup(row: Mapping[str, Any], column: str) -> Any:
-    """A column's value; None where the row, or an object in it, does not have it."""
-    if column in row or "." not in column:
-        return row.get(column)
-    value: Any = row
-    for name in column.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
-
-
-def _word(value: Any, column: str, mark: str | None) -> str:
-    """A column's value inside a template."""
-    if value is None or value != value:  # NaN is how tables say "nothing"
-        return ""
-    if isinstance(value, bytes):
-        try:
-            value = value.decode()
-        except UnicodeDecodeError as error:
-            raise BadSample("not_utf8", f"column {column}: {error}") from error
-    if isinstance(value, list | tuple):
-        return ", ".join(filter(None, (_word(item, column, mark) for item in value)))
-    if isinstance(value, Mapping):
-        raise BadSample("bad_caption", f"column {column} holds an object with {', '.join(map(str, value))}; name one as {{{column}.NAME}}")
-    text = str(value)
-    return re.sub(r"\s+", " ", text.replace(mark, ", ") if mark else text).strip()
-
-
-@dataclass(frozen=True)
-class Caption:
-    """A caption made of columns: alternating literal text and column names; `plain` is the name of a column taken as it is."""
-
-    parts: tuple[tuple[str, str | None], ...]
-    plain: str | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Caption:
-        """Raises InputError for a format that is no list of columns."""
-        if "{" not in text and "}" not in text:
-            return cls((), text)
-        try:
-            parsed = list(Formatter().parse(text))
-        except ValueError as error:
-            raise InputError(f"caption {text!r}: {error}. Name columns in braces, e.g. '{{name}}: {{keywords}}'.") from error
-        if any(name == "" or form or conversion for _, name, form, conversion in parsed):
-            raise InputError(f"caption {text!r}: name columns in braces, and nothing else there, e.g. '{{name}}: {{keywords}}'.")
-        return cls(tuple((literal, name) for literal, name, _, _ in parsed))
-
-    @property
-    def columns(self) -> list[str]:
-        return [self.plain] if self.plain is not None else [name for _, name in self.parts if name is not None]
-
-    def fill(self, row: Mapping[str, Any], join: Mapping[str, str]) -> list[str]:
-        """The captions of a row, "" among them where columns are empty. Raises BadSample: bad_caption, not_utf8."""
-        if self.plain is not None:
-            value = lookup(row, self.plain)
-            values = value if isinstance(value, list | tuple) else [value]
-            if self.plain in join or not all(isinstance(item, str) for item in values):
-                return [_word(item, self.plain, join.get(self.plain)) for item in values]
-            return list(values)
-        words = {name: _word(lookup(row, name), name, join.get(name)) for name in self.columns}
-        if words and not any(words.values()):
-            return [""]
-        text = "".join(literal + words.get(name or "", "") for literal, name in self.parts).strip()
-        # An empty joined column leaves no dangling "name: ".
-        return [text if all(words.values()) else text.rstrip(":;,-").strip()]
 
 
 @dataclass(frozen=True)
@@ -109,8 +41,8 @@ class Columns:
     folders: tuple[str, ...] = ()
 
     @cached_property
-    def texts(self) -> list[Caption]:
-        return [Caption.parse(caption) for caption in self.captions]
+    def texts(self) -> list[CaptionTemplate]:
+        return [CaptionTemplate.parse(caption) for caption in self.captions]
 
     @cached_property
     def numbers(self) -> dict[str, int] | None:
@@ -195,7 +127,7 @@ class Columns:
         if metadata:
             members["json"] = json_member(metadata)
         extension, data = image_member(self.image_bytes(lookup(row, self.image)), f"column {self.image}")
-        suffix = safe(_word(lookup(row, self.key), self.key, None)) if self.key else ""
+        suffix = safe(cell_text(lookup(row, self.key), self.key, None)) if self.key else ""
         return Record(f"{number:08d}" + (f"_{suffix}" if suffix else ""), members | {extension: data})
 
 

@@ -12,7 +12,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from data_prep import files
-from data_prep.build.readers.columns import Caption, lookup
 from data_prep.build.readers.json_lines import parse_json
 from data_prep.build.readers.members import (
     IMAGE_SUFFIXES,
@@ -26,6 +25,7 @@ from data_prep.build.readers.members import (
     read_image,
 )
 from data_prep.records import InputError, Record, Skipped
+from mmpretrain.data.captions import CaptionTemplate, lookup
 from mmpretrain.data.schema import BadSample
 
 
@@ -105,7 +105,7 @@ class Sidecar:
                 raise BadSample("not_utf8", f"{item.txt}: {error}") from error
             if self.lines:
                 row["txt"] = row["txt"].splitlines()
-        templates = [Caption.parse(caption) for caption in self.captions or (("txt",) if item.txt else ("caption",))]
+        templates = [CaptionTemplate.parse(caption) for caption in self.captions or (("txt",) if item.txt else ("caption",))]
         columns = [column for template in templates for column in template.columns]
         if not any(lookup(row, column) is not None for column in columns):
             raise BadSample("missing_caption", self._lacking(item, columns, row))
@@ -142,7 +142,7 @@ def sidecar(
 ) -> Sidecar:
     """A reader of images with sidecars. Raises InputError for a folder without them, or a caption that is no template."""
     for caption in captions:
-        Caption.parse(caption)
+        CaptionTemplate.parse(caption)
     reader = Sidecar(folder, captions, lines, label, label_from_folder, classes)
     first = next(reader.inputs(), None)
     if first is None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import yaml
 from torch import Tensor
 
 from mmpretrain.data.decode import ImageLimits
-from mmpretrain.data.order import in_part
+from mmpretrain.data.holdout import in_part
 from mmpretrain.data.shard_names import is_remote
 from mmpretrain.data.shards import load_classes
+from mmpretrain.data.source_config import SplitConfig
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.data import class_names, items
 from mmpretrain.evaluators.data.items import Item
@@ -26,6 +28,12 @@ from mmpretrain.rng import combine, permutation
 logger = logging.getLogger(__name__)
 Task = Literal["classification", "retrieval", "images"]
 BRIEF_ROWS = 100  # of a table, for a first look
+DEFAULT_HOLDOUT = 0.2  # tested on and not fitted, for probes without `train`, subsets and `split`
+
+
+@dataclass
+class EvalSplit(SplitConfig):
+    part: str = "holdout"  # train or holdout: which part to evaluate on
 
 
 @dataclass
@@ -33,15 +41,14 @@ class DataConfig:
     """The options every evaluator shares: what to evaluate on, and how it is read."""
 
     data: str  # class folder, CSV file, shards (globs, braces, or a folder of tars), or CLIP_benchmark folder
-    split: str | None = None  # subfolder (class folder, shards), or value of the column `split` (CSV); CLIP_benchmark: test
+    subset: str | None = None  # subfolder (class folder, shards), or value of the column `split` (CSV); CLIP_benchmark: test
     image: str | None = None  # CSV column with the image file
     label: str | None = None  # CSV column with the label; in shards a member (cls) or json:FIELD
     caption: str | None = None  # CSV column or template '{name}: {keywords}'; in shards a member (txt) or json:FIELD (a text or a list)
     classes: str | list[str] | dict[str, str] | None = None  # class names: imagenet, a .txt or .json file, a list, or a mapping label: name
     exclude: str | None = None  # regular expression: leave out classes whose name matches (retrieval: items all of whose captions do)
     include: str | None = None  # regular expression: keep only classes whose name matches (retrieval: items with a caption that does)
-    holdout: float | None = None  # share of the items held out by the hash of their keys, as a source's `split`; probes: default 0.2
-    part: Literal["train", "holdout"] = "holdout"  # with `holdout`: which part to evaluate on
+    split: EvalSplit | None = None  # evaluate on a part, divided as by a source's `split`; default of probes: holdout 0.2
     limit: int | None = None  # evaluate on so many items, drawn by `seed`
     background: tuple[int, int, int] = (255, 255, 255)  # colour behind transparent images: red, green, blue, 0..255
     batch_size: int = 64  # images a forward, on each process
@@ -49,6 +56,27 @@ class DataConfig:
     cache: str | None = None  # folder to keep features in, keyed by weights and data
     max_bad_fraction: float = 0.01  # fail when more than this fraction of the items cannot be used
     seed: int = 0  # what is drawn (limit, held-out parts, initial weights) depends on it alone
+
+    @classmethod
+    def upgraded(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options with earlier spellings (`split=NAME`, `train_split=NAME`, `holdout=0.1 part=train`) in those of today, with a notice."""
+        options, written = dict(options), {}
+        if not isinstance(options.get("split"), Mapping | SplitConfig | None):
+            written["subset"] = options.pop("split")
+        probe = "train_subset" in cls.__dataclass_fields__
+        if probe and (train := options.pop("train_split", None)) is not None:
+            written["train_subset"] = train
+        holdout, part = options.pop("holdout", None), options.pop("part", None)
+        holdout = yaml.safe_load(holdout) if isinstance(holdout, str) else holdout
+        if holdout is not None or (probe and part == "train"):
+            written["split"] = {"holdout": DEFAULT_HOLDOUT if holdout is None else holdout, "part": part or EvalSplit.part}
+        if both := [name for name in written if options.get(name) is not None]:
+            raise OptionError(f"{both[0]} is given twice, as {options[both[0]]!r} and in an earlier spelling as {written[both[0]]!r}")
+        if written:
+            logger.warning(
+                "earlier spelling of options; write %s", yaml.safe_dump(written, default_flow_style=True, sort_keys=False).strip()[1:-1]
+            )
+        return options | written
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "threads", "limit"):
@@ -89,9 +117,9 @@ class EvalSet:
             return self
         return self.subset(permutation(combine(seed, len(self)), len(self))[:limit].sort().values)
 
-    def in_part(self, holdout: float, part: str) -> Tensor:
-        """bool [n]: which items belong to a part, by the rule that divides a training source (mmpretrain.data.order.in_part)."""
-        return torch.from_numpy(in_part([item.bare_key for item in self.items], holdout, part))
+    def in_part(self, split: SplitConfig) -> Tensor:
+        """bool [n]: which items belong to a part, by the rule that divides a training source (mmpretrain.data.holdout.in_part)."""
+        return torch.from_numpy(in_part([item.bare_key for item in self.items], split.holdout, split.part))
 
 
 def kind_of(data: str) -> Literal["benchmark", "folder", "csv", "shards"]:
@@ -117,47 +145,47 @@ def kind_of(data: str) -> Literal["benchmark", "folder", "csv", "shards"]:
     raise OptionError(f"data={data!r}: no such folder, .csv or .tsv file, or shards")
 
 
-def open_dataset(config: DataConfig, task: Task, *, split: str | None = None) -> EvalSet:
+def open_dataset(config: DataConfig, task: Task, *, subset: str | None = None) -> EvalSet:
     """Find out what is there and list it. Classification gives labels, retrieval captions, `images` the JSON metadata only.
 
     Raises OptionError where options and data do not fit, RuntimeError where too many items cannot be used.
     """
-    split = split if split is not None else config.split
+    subset = subset if subset is not None else config.subset
     skipped: list[dict[str, str]] = []
 
     def skip(key: str, reason: str) -> None:
         skipped.append({"key": key, "reason": reason})
 
-    source, given, templates, split = _source(config, task, split, skip)
+    source, given, templates, subset = _source(config, task, subset, skip)
     items = list(source)
     check_budget(skipped, len(items) + len(skipped), config.max_bad_fraction, config.data)
     if not items:
-        raise OptionError(f"data={config.data!r}: no items to evaluate (split={split})")
+        raise OptionError(f"data={config.data!r}: no items to evaluate (subset={subset})")
     if not all(0 <= part <= 255 for part in config.background):
         raise OptionError(f"background={list(config.background)}: expected three numbers from 0 to 255, such as [255, 255, 255]")
     limits = ImageLimits(background=config.background)
-    result = EvalSet(_name(config.data, split), items, templates=templates, limits=limits, skipped=skipped)
+    result = EvalSet(_name(config.data, subset), items, templates=templates, limits=limits, skipped=skipped)
     if task == "classification":
         result.labels, names = class_names.resolve([item.label for item in items], given, config.data)
         result.labels, result.classes = class_names.merge_duplicates(result.labels, names)
     result = _filtered(result, config, task)
-    if config.holdout is not None:
-        result = _part(result, config.holdout, config.part)
+    if config.split is not None:
+        result = _part(result, config.split)
     return result.drawn(config.limit, config.seed)
 
 
-def first_items(config: DataConfig, task: Task, *, split: str | None = None, most: int = 100) -> EvalSet:
+def first_items(config: DataConfig, task: Task, *, subset: str | None = None, most: int = 100) -> EvalSet:
     """The first few items, for a look before hours of training: one shard, class folder or some rows are read, and nothing remote.
 
     Raises OptionError where options and data do not fit, as `open_dataset` would.
     """
-    split = split if split is not None else config.split
+    subset = subset if subset is not None else config.subset
     bad: list[str] = []
-    source, given, templates, split = _source(config, task, split, lambda key, reason: bad.append(key), brief=True)
+    source, given, templates, subset = _source(config, task, subset, lambda key, reason: bad.append(key), brief=True)
     items = list(islice(source, most))
-    result = EvalSet(_name(config.data, split), items, templates=templates)
+    result = EvalSet(_name(config.data, subset), items, templates=templates)
     if not items and not bad and not _remote(config.data):
-        raise OptionError(f"data={config.data!r}: no items to evaluate (split={split})")
+        raise OptionError(f"data={config.data!r}: no items to evaluate (subset={subset})")
     if items and task == "classification":
         result.labels, result.classes = class_names.resolve([item.label for item in items], given, config.data)
     _patterns(config)
@@ -169,9 +197,9 @@ def _remote(data: str) -> bool:
 
 
 def _source(
-    config: DataConfig, task: Task, split: str | None, skip: items.Skip, brief: bool = False
+    config: DataConfig, task: Task, subset: str | None, skip: items.Skip, brief: bool = False
 ) -> tuple[Iterator[Item], list[str] | dict[str, str] | None, list[str] | None, str | None]:
-    """(items, class names, prompts, split), items being listed as they are asked for. `brief`: of the first shard or rows alone."""
+    """(items, class names, prompts, subset), items being listed as they are asked for. `brief`: of the first shard or rows alone."""
     kind = kind_of(config.data)
     captions = task == "retrieval"
     if task == "images" and (config.include is not None or config.exclude is not None):
@@ -182,25 +210,25 @@ def _source(
     if kind == "folder":
         if captions:
             raise OptionError(f"data={config.data!r} is a class folder: it has no captions; use a CSV, shards, or a CLIP_benchmark folder")
-        source = items.folder_items(root, split)
+        source = items.folder_items(root, subset)
     elif kind == "csv":
         rows = BRIEF_ROWS if brief else None
-        source = items.csv_items(root, split, config.image, config.label, config.caption, captions, skip, rows)
+        source = items.csv_items(root, subset, config.image, config.label, config.caption, captions, skip, rows)
     elif kind == "benchmark":
-        split = split or "test"
+        subset = subset or "test"
         what = _line(root / "dataset_type.txt") or "classification"
         if what == "multilabel" or (what == "retrieval") != captions:
             raise OptionError(f"{root}: dataset_type.txt says {what}; it does not fit an evaluator for {task}")
         given, templates = _beside(root, given)
-        source = items.benchmark_items(root, split, config.label, captions, skip, brief)
+        source = items.benchmark_items(root, subset, config.label, captions, skip, brief)
     else:
         label = {"classification": config.label or "cls", "retrieval": None, "images": None}[task]
-        paths = items.shard_paths(config.data, split)
+        paths = items.shard_paths(config.data, subset)
         given, templates = _beside(Path(paths[0]).parent, given)
         caption = (config.caption or "txt") if captions else None
         chosen = [name for name in paths[:1] if not is_remote(name)] if brief else paths
         source = items.shard_items(chosen, label, caption, skip, metadata=task == "images") if chosen else iter(())
-    return source, given, templates, split
+    return source, given, templates, subset
 
 
 def check_budget(skipped: list[dict[str, str]], total: int, max_fraction: float, where: str) -> None:
@@ -262,14 +290,12 @@ def _some(choices: list[list[str]]) -> str:
     return ", ".join(repr(texts[0]) for texts in choices[:5])
 
 
-def _part(dataset: EvalSet, holdout: float, part: str) -> EvalSet:
-    if not 0 < holdout < 1:
-        raise OptionError(f"holdout={holdout}: expected a share between 0 and 1")
-    rows = torch.nonzero(dataset.in_part(holdout, part)).flatten()
+def _part(dataset: EvalSet, split: SplitConfig) -> EvalSet:
+    rows = torch.nonzero(dataset.in_part(split)).flatten()
     if not len(rows):
-        raise OptionError(f"{dataset.name}: the {part} part of holdout={holdout} holds none of {len(dataset)} items")
+        raise OptionError(f"{dataset.name}: the {split.part} part of holdout={split.holdout} holds none of {len(dataset)} items")
     result = dataset.subset(rows)
-    result.name = f"{dataset.name}:{part}"
+    result.name = f"{dataset.name}:{split.part}"
     return result
 
 
@@ -285,5 +311,5 @@ def _line(path: Path) -> str | None:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
-def _name(data: str, split: str | None) -> str:
-    return f"{data}:{split}" if split else data
+def _name(data: str, subset: str | None) -> str:
+    return f"{data}:{subset}" if subset else data

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmpretrain.data import decode
 from mmpretrain.data.cache import ShardCache
-from mmpretrain.data.index import Member
+from mmpretrain.data.captions import CaptionTemplate
+from mmpretrain.data.fields import Fields, place_of
+from mmpretrain.data.formats import clean_text
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, BadSample, ShardError, image_extension
 from mmpretrain.data.shard_names import expand
 from mmpretrain.data.shards import ShardSet
-from mmpretrain.data.source import MAX_CAPTION_BYTES, SourceConfig
+from mmpretrain.data.source_config import SourceConfig
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.data.class_names import Label
 
@@ -34,7 +35,7 @@ class Item:
     metadata: dict[str, Any] = field(default_factory=dict)
     size: int = 0
     stamp: int = 0  # the file's modification time in ns, plus the offset in a shard
-    bare_key: str = ""  # what `holdout` divides by: the key within its shard, or the file
+    bare_key: str = ""  # what `split` divides by: the key within its shard, or the file
 
     def __post_init__(self) -> None:
         self.bare_key = self.bare_key or self.key
@@ -48,16 +49,16 @@ def _file_item(key: str, path: Path, **known: Any) -> Item:
     return Item(key, path.read_bytes, size=status.st_size, stamp=status.st_mtime_ns, **known)
 
 
-def folder_items(root: Path, split: str | None) -> Iterator[Item]:
-    """torchvision's ImageFolder layout: root/[split/]CLASS/**/image. The label is the folder's name."""
+def folder_items(root: Path, subset: str | None) -> Iterator[Item]:
+    """torchvision's ImageFolder layout: root/[subset/]CLASS/**/image. The label is the folder's name."""
     base = root
     folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if split is not None:
-        base = root / split
+    if subset is not None:
+        base = root / subset
         if not base.is_dir():
-            raise OptionError(f"{root}: no split {split!r}; folders there are {', '.join(folders[:20]) or 'none'}")
+            raise OptionError(f"{root}: no subset {subset!r}; folders there are {', '.join(folders[:20]) or 'none'}")
     elif folders and {name.lower() for name in folders} <= SPLITS:
-        raise OptionError(f"{root}: its folders {', '.join(folders)} are splits, not classes: add split={folders[0]}")
+        raise OptionError(f"{root}: its folders {', '.join(folders)} are subsets, not classes: add subset={folders[0]}")
     for directory in sorted(p for p in base.iterdir() if p.is_dir() and not p.name.startswith(".")):
         for path in sorted(directory.rglob("*")):
             if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and path.is_file():
@@ -74,7 +75,7 @@ def _column(wanted: str | None, usual: tuple[str, ...], columns: list[str], what
 
 def csv_items(
     path: Path,
-    split: str | None,
+    subset: str | None,
     image: str | None,
     label: str | None,
     caption: str | None,
@@ -99,18 +100,16 @@ def csv_items(
     image = _column(image, ("file", "filepath", "filename", "path", "image"), columns, "image file (image=)", path)
     if image is None:
         raise OptionError(f"{path}: which column holds the image files? Columns are {', '.join(columns)}: add image=COLUMN")
-    if split is not None:
+    if subset is not None:
         if "split" not in columns:
-            raise OptionError(f"{path}: split={split!r} needs a column `split`; columns are {', '.join(columns)}")
-        records = [record for record in records if record["split"] == split]
+            raise OptionError(f"{path}: subset={subset!r} needs a column `split`; columns are {', '.join(columns)}")
+        records = [record for record in records if record["split"] == subset]
     if captions_wanted:
         template = caption or next((c for c in ("caption", "title", "text", "name") if c in columns), None)
         if template is None:
             raise OptionError(f"{path}: which column holds the captions? Columns are {', '.join(columns)}: add caption=COLUMN")
-        template = f"{{{template}}}" if template in columns else template
-        if unknown := [name for name in re.findall(r"\{([^{}]+)\}", template) if name not in columns] or (
-            [] if "{" in template else [template]
-        ):
+        texts = CaptionTemplate((), template) if template in columns else CaptionTemplate.parse(template)
+        if unknown := [name for name in texts.columns if name not in columns]:
             raise OptionError(f"{path}: caption={caption!r} names no column {unknown[0]!r}; columns are {', '.join(columns)}")
     else:
         label = _column(label, ("label", "class", "name", "title"), columns, "label (label=)", path)
@@ -130,11 +129,9 @@ def csv_items(
             key = name if name not in grouped else f"{name}#{number + 2}"
             grouped[key] = _file_item(key, file_path, label=_label(record[label]), metadata=record, bare_key=name)
             continue
-        text = re.sub(r"\{([^{}]+)\}", lambda match, record=record: record[match[1]] or "", template).strip()
         if name not in grouped:
             grouped[name] = _file_item(name, file_path, metadata=record)
-        if text:
-            grouped[name].captions += decode.captions_from(text, template)
+        grouped[name].captions += [clean_text(text) for text in texts.fill(record) if text.strip()]
     for name, item in grouped.items():
         if captions_wanted and not item.captions:
             skip(name, "missing_caption")
@@ -142,12 +139,12 @@ def csv_items(
             yield item
 
 
-def shard_paths(data: str, split: str | None) -> list[str]:
-    """Shards in order, as a recipe names them (folder, glob, braces, a::b, URL); with `split`, those of the folder DATA/split."""
-    if split is not None and not Path(data).is_dir():
-        raise OptionError(f"{data}: split={split!r} needs a folder with {split}/*.tar inside; name that split's shards instead")
+def shard_paths(data: str, subset: str | None) -> list[str]:
+    """Shards in order, as a recipe names them (folder, glob, braces, a::b, URL); with `subset`, those of the folder DATA/SUBSET."""
+    if subset is not None and not Path(data).is_dir():
+        raise OptionError(f"{data}: subset={subset!r} needs a folder with {subset}/*.tar inside; name that subset's shards instead")
     try:
-        return list(expand(data if split is None else str(Path(data) / split)))
+        return list(expand(data if subset is None else str(Path(data) / subset)))
     except ShardError as error:
         raise OptionError(f"data={data!r}: {error}") from error
 
@@ -174,10 +171,11 @@ def shard_items(
                 written = os.stat(opened.path).st_mtime_ns
             full = f"{Path(name).name}/{key}"
             try:
-                place = _member(members, image_extension(members), SourceConfig.max_member_bytes)
+                place = place_of(members, image_extension(members), SourceConfig.max_member_bytes)
                 item = Item(full, _reader(shards, shard, sample), size=place.size, stamp=written + place.offset, bare_key=key)
-                fields = _Fields(members, lambda member, opened=opened: shards.read(opened, member))
-                item.metadata = fields.json("json") if metadata else {}
+                read = lambda member, opened=opened: shards.read(opened, member)  # noqa: E731
+                fields = Fields.placed(members, read, SourceConfig.max_member_bytes)
+                item.metadata = fields.json() if metadata else {}
                 item.label = None if label is None else _label(fields.value(label))
                 item.captions = [] if caption is None else fields.captions(caption, lines)
             except BadSample as error:
@@ -191,46 +189,14 @@ def shard_items(
         raise OptionError(f"{paths[0]}: 0 of {shards.looked_at} samples have {wanted}; they have {have}")
 
 
-def _member(members: dict[str, Member], extension: str | None, limit: int) -> Member:
-    if extension is None or extension not in members:
-        raise BadSample("missing_field", extension or "image")
-    if members[extension].size > limit:
-        raise BadSample("too_many_bytes", f"{extension} has {members[extension].size} bytes, the limit is {limit}")
-    return members[extension]
-
-
 def _reader(shards: ShardSet, shard: int, sample: int) -> Callable[[], bytes]:
     """Reads the image later; the shard set keeps a bounded number of files open."""
 
     def read() -> bytes:
         _, members, opened = shards.members(shard, sample)
-        return shards.read(opened, _member(members, image_extension(members), SourceConfig.max_member_bytes))
+        return shards.read(opened, place_of(members, image_extension(members), SourceConfig.max_member_bytes))
 
     return read
-
-
-@dataclass
-class _Fields:
-    """The text members of one sample. Everything raises BadSample."""
-
-    members: dict[str, Member]
-    read: Callable[[Member], bytes]
-
-    def json(self, extension: str) -> dict[str, Any]:
-        return decode.decode_json(self.read(_member(self.members, extension, SourceConfig.max_member_bytes)))
-
-    def value(self, name: str) -> Any:
-        extension, _, wanted = name.partition(":")
-        if not wanted:
-            return decode.decode_text(self.read(_member(self.members, extension, MAX_CAPTION_BYTES)))
-        fields = self.json(extension)
-        if wanted not in fields:
-            raise BadSample("missing_field", name)
-        return fields[wanted]
-
-    def captions(self, name: str, lines: bool) -> list[str]:
-        value = self.value(name)
-        return decode.captions_from(value.split("\n") if lines else value, name)
 
 
 def _label(value: Any) -> Label:
@@ -242,16 +208,16 @@ def _label(value: Any) -> Label:
     return int(value)
 
 
-def benchmark_items(root: Path, split: str, label: str | None, captions_wanted: bool, skip: Skip, brief: bool = False) -> Iterator[Item]:
-    """A CLIP_benchmark folder: root/split/{0..N-1}.tar with nshards.txt; integer `cls`, or captions in `txt`, one a line.
+def benchmark_items(root: Path, subset: str, label: str | None, captions_wanted: bool, skip: Skip, brief: bool = False) -> Iterator[Item]:
+    """A CLIP_benchmark folder: root/SUBSET/{0..N-1}.tar with nshards.txt; integer `cls`, or captions in `txt`, one a line.
 
     `brief`: the first shard alone.
     """
-    counted = root / split / "nshards.txt"
+    counted = root / subset / "nshards.txt"
     if not counted.is_file():
-        splits = sorted(p.parent.name for p in root.glob("*/nshards.txt"))
-        raise OptionError(f"{counted}: not found; splits of this CLIP_benchmark folder are {', '.join(splits) or 'none'}")
-    paths = [root / split / f"{n}.tar" for n in range(int(counted.read_text()))]
+        subsets = sorted(p.parent.name for p in root.glob("*/nshards.txt"))
+        raise OptionError(f"{counted}: not found; subsets of this CLIP_benchmark folder are {', '.join(subsets) or 'none'}")
+    paths = [root / subset / f"{n}.tar" for n in range(int(counted.read_text()))]
     if missing := [path for path in paths if not path.is_file()]:
         raise OptionError(f"{missing[0]}: not found, but {counted} says {len(paths)} shards")
     names = [str(path) for path in paths[: 1 if brief else None]]

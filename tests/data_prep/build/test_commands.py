@@ -25,7 +25,7 @@ from data_prep.build.readers.columns import Columns
 from data_prep.build.readers.csv_table import Table
 from data_prep.shards import build as writer
 from mmpretrain.data.decode import sniff
-from mmpretrain.data.order import in_part
+from mmpretrain.data.holdout import in_part
 from mmpretrain.data.source import Source, SourceConfig
 from mmpretrain.data.views import CenterView, TextView
 from tests.data_prep.build.readers.support import image, samples

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.build.readers.columns import Caption, Columns
-from data_prep.records import InputError
+from data_prep.build.readers.columns import Columns
 from mmpretrain.data.schema import BadSample
 from tests.data_prep.build.readers.support import image
 
@@ -20,41 +19,6 @@ ROW = {
     "meta": {"by": "Ann"},
     "a|b": "p|q",
 }
-
-
-@pytest.mark.parametrize(
-    ("caption", "expected"),
-    [
-        ("name", ["red  apple"]),
-        ("tags", ["round", "", "sweet"]),
-        ("n", ["3"]),
-        ("nan", [""]),
-        ("meta.by", ["Ann"]),
-        ("{name}: {tags}", ["red apple: round, sweet"]),
-        ("{name}: {none}", ["red apple"]),
-        ("{none} {nan}", [""]),
-        ("{meta.by} has {n}", ["Ann has 3"]),
-        ("{{{name}}}", ["{red apple}"]),
-        ("{a|b}", ["p, q"]),
-    ],
-)
-def test_captions(caption: str, expected: list[str]) -> None:
-    assert Caption.parse(caption).fill(ROW, {"a|b": "|"}) == expected
-
-
-@pytest.mark.parametrize("caption", ["{", "{}", "{name!r}", "{n:03d}", "{0.__class__!s}", "a}"])
-def test_formats_that_are_no_columns(caption: str) -> None:
-    with pytest.raises(InputError, match="caption"):
-        Caption.parse(caption)
-
-
-def test_templates_reach_no_attributes() -> None:
-    assert Caption.parse("{name.__class__}").fill(ROW, {}) == [""]
-
-
-def test_an_object_is_no_caption() -> None:
-    with pytest.raises(BadSample, match=r"name one as \{meta.NAME\}"):
-        Caption.parse("{meta}").fill(ROW, {})
 
 
 @pytest.mark.parametrize("path", ["{outside}", "../outside.png", "sub/../../outside.png", "{root}/../outside.png", "/etc/hostname"])

@@ -1,0 +1,160 @@
+"""Captions and labels of a sample: a member (`txt`, `cls`) or a field of a JSON member (`json:caption`). Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmpretrain.config.build import OptionError
+from mmpretrain.data.formats import decode_text
+from mmpretrain.data.index import Member
+from mmpretrain.data.schema import BadSample
+
+MAX_CAPTION_BYTES = 1 << 16  # of a member that is a caption or a label
+
+
+@dataclass(frozen=True)
+class FieldName:
+    """Where a caption or a label lies: in a member, or under `key` of a member that holds a JSON object."""
+
+    member: str
+    key: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> FieldName:
+        """`txt`, `cls` or `json:FIELD`.
+
+        Raises:
+            OptionError: a member or field without a name.
+        """
+        member, colon, key = text.partition(":")
+        if not member or (colon and not key):
+            raise OptionError(f"{text!r} names no field: expected a member such as txt or cls, or json:FIELD such as json:caption")
+        return cls(member, key if colon else None)
+
+    def __str__(self) -> str:
+        return self.member if self.key is None else f"{self.member}:{self.key}"
+
+
+def member_of(text: str) -> str:
+    """The member that `txt` or `json:FIELD` is read from."""
+    return FieldName.parse(text).member
+
+
+def place_of(members: Mapping[str, Member], extension: str | None, limit: int) -> Member:
+    """A sample's member of at most `limit` bytes; `extension` None stands for an image that is not there.
+
+    Raises:
+        BadSample: missing_field, too_many_bytes.
+    """
+    if extension is None or extension not in members:
+        raise _missing(extension or "image", members)
+    if members[extension].size > limit:
+        raise BadSample("too_many_bytes", f"{extension} has {members[extension].size} bytes, the limit is {limit}")
+    return members[extension]
+
+
+class Fields:
+    """The captions and labels of one sample, each member read and each JSON object parsed at most once.
+
+    Args:
+        read: (extension, largest size in bytes) -> the member's bytes. Raises BadSample where there is no such member.
+        max_member_bytes: of a JSON member.
+    """
+
+    def __init__(self, read: Callable[[str, int], bytes], max_member_bytes: int) -> None:
+        self._read, self._max_member_bytes = read, max_member_bytes
+        self._objects: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def placed(cls, members: Mapping[str, Member], read: Callable[[Member], bytes], max_member_bytes: int) -> Fields:
+        """Those of members in a shard, which `read` reads."""
+        return cls(lambda extension, limit: read(place_of(members, extension, limit)), max_member_bytes)
+
+    @classmethod
+    def of(cls, members: Mapping[str, bytes]) -> Fields:
+        """Those of members that are in memory, of any size."""
+
+        def read(extension: str, limit: int) -> bytes:
+            if extension not in members:
+                raise _missing(extension, members)
+            return members[extension]
+
+        return cls(read, 0)
+
+    def json(self, extension: str = "json") -> dict[str, Any]:
+        """The object that a JSON member holds. Raises BadSample."""
+        if extension not in self._objects:
+            self._objects[extension] = decode_json(self._read(extension, self._max_member_bytes))
+        return self._objects[extension]
+
+    def value(self, name: str) -> Any:
+        """A member's text, or what a JSON object holds under a key. Raises BadSample: missing_field and those of the decoders."""
+        field = FieldName.parse(name)
+        if field.key is None:
+            return decode_text(self._read(field.member, MAX_CAPTION_BYTES))
+        values = self.json(field.member)
+        if field.key not in values:
+            raise _missing(name, values)
+        return values[field.key]
+
+    def captions(self, name: str, lines: bool = False) -> list[str]:
+        """The captions of a field, at least one. `lines`: every line of a text is one. Raises BadSample."""
+        value = self.value(name)
+        if lines and isinstance(value, str):
+            return captions_from(value.split("\n"), name)
+        return [value] if FieldName.parse(name).key is None else captions_from(value, name)
+
+    def label(self, name: str, classes: Mapping[str, int] | None) -> int:
+        """A field as a class index. Raises BadSample."""
+        return label_from(self.value(name), classes, name)
+
+
+def _missing(name: str, existing: Mapping[str, Any]) -> BadSample:
+    return BadSample("missing_field", f"{name}; it has {', '.join(sorted(existing))[:200]}")
+
+
+def decode_json(data: bytes) -> dict[str, Any]:
+    """Raises BadSample: bad_json."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("bad_json", str(error)[:200]) from error
+    if not isinstance(value, dict):
+        raise BadSample("bad_json", f"expected an object, found {type(value).__name__}")
+    return value
+
+
+def captions_from(value: Any, what: str) -> list[str]:
+    """A string, or a list of strings of which the empty ones are left out. Raises BadSample."""
+    if isinstance(value, str):
+        return [decode_text(value.encode("utf-8", "surrogatepass"))]
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise BadSample("bad_caption", f"{what} holds {type(value).__name__}, expected text or a list of texts")
+    texts = [text for text in (unicodedata.normalize("NFC", item).strip() for item in value) if text]
+    if not texts:
+        raise BadSample("empty_caption", what)
+    return texts
+
+
+def label_from(value: Any, classes: Mapping[str, int] | None, what: str) -> int:
+    """A class index, as a number or its digits, or a class name found in `classes`. Raises BadSample: bad_label."""
+    if isinstance(value, bytes):
+        value = decode_text(value)
+    if isinstance(value, str) and classes is not None and value in classes:
+        return classes[value]
+    try:
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+            raise ValueError
+        label = int(value)
+    except (TypeError, ValueError):
+        known = "and the source has no `classes:`" if classes is None else f"not among its {len(classes)} classes"
+        raise BadSample("bad_label", f"{what} holds {value!r}, neither an index {known}") from None
+    if label < 0 or (classes is not None and label >= len(classes)):
+        raise BadSample(
+            "bad_label", f"{what} holds {label}, " + ("expected at least 0" if classes is None else f"there are {len(classes)} classes")
+        )
+    return label
