@@ -203,7 +203,7 @@ def test_a_predicate_of_the_user(shards: str, tmp_path: Path) -> None:
     ("where", "message"),
     [
         ("{file}:broken", "line 8: AttributeError"),
-        ("{file}:vague", "gave 'yes'"),
+        ("{file}:vague", "returned 'yes'"),
         ("{file}:absent", "no function 'absent'; it has all_members, broken, vague"),
         ("{file}", "FILE.py:function"),
         ("/none.py:f", "No such file"),
