@@ -1,4 +1,4 @@
-"""`python -m data_prep`: from what people have to shards worth training on. A command's module is imported when it runs."""
+"""The command line `python -m data_prep`. The module of a command is imported only when that command runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 
 
 class Commands(TyperGroup):
-    """Looks commands up by name, and imports nothing for the others."""
+    """A command group that imports only the module of the command that is run."""
 
     def list_commands(self, ctx: Context) -> list[str]:
         return list(COMMANDS)
@@ -34,12 +34,12 @@ class Commands(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         module, name, example = COMMANDS[cmd_name]
-        found: Any = getattr(import_module(module), name)
-        if not isinstance(found, typer.Typer):
+        target: Any = getattr(import_module(module), name)
+        if not isinstance(target, typer.Typer):
             single = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
-            single.command(cmd_name, epilog=example)(found)
-            found = single
-        command: Any = get_command(found)  # typer may carry a click of its own
+            single.command(cmd_name, epilog=example)(target)
+            target = single
+        command: Any = get_command(target)  # typer may carry a click of its own
         command.name = cmd_name
         return command
 

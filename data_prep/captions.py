@@ -1,4 +1,4 @@
-"""What a caption is: its language, by py3langid (the optional extra `prep`), and its length in CLIP's tokens."""
+"""Language of captions, by py3langid (the optional extra `prep`), and their length in CLIP tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep.records import InputError
 
-MIN_LETTERS = 20  # of a caption whose language is guessed; shorter ones are too often taken for another's
+MIN_LETTERS = 20  # captions with fewer letters are too often assigned to the wrong language
 
 
 def _library() -> Any:
@@ -22,12 +22,12 @@ def _library() -> Any:
 
 @cache
 def known() -> frozenset[str]:
-    """The ISO 639-1 codes it tells apart. Raises InputError where py3langid is missing."""
+    """Returns the ISO 639-1 codes that py3langid distinguishes. Raises InputError where it is missing."""
     return frozenset(str(code) for code, _ in _library().rank("words"))
 
 
 def check(languages: tuple[str, ...]) -> None:
-    """Raises InputError for a code that is none of `known`, or where py3langid is missing."""
+    """Raises InputError for a code that is not among `known()`, or where py3langid is missing."""
     unknown = [language for language in languages if language not in known()]
     if unknown:
         raise InputError(f"--language {', '.join(unknown)}: expected codes among {' '.join(sorted(known()))}")
@@ -35,19 +35,22 @@ def check(languages: tuple[str, ...]) -> None:
 
 @cache
 def can_tell_languages() -> bool:
-    """Is py3langid installed?"""
+    """Returns whether py3langid is installed."""
     return find_spec("py3langid") is not None
 
 
 def language_of(text: str) -> str | None:
-    """The likeliest language, an ISO 639-1 code; None for fewer than MIN_LETTERS letters. Raises InputError where py3langid is missing."""
+    """Detects the most likely language of a text.
+
+    Returns an ISO 639-1 code, or None for fewer than MIN_LETTERS letters. Raises InputError where py3langid is missing.
+    """
     beginning = text[:400]
     if sum(character.isalpha() for character in beginning) < MIN_LETTERS:
         return None
     return str(_library().classify(beginning)[0])
 
 
-CONTEXT = 77  # tokens that CLIP's text tower reads, the two special ones among them
+CONTEXT = 77  # tokens that CLIP's text tower reads, including the two special ones
 
 
 @lru_cache(1)
@@ -58,9 +61,9 @@ def _tokenizer():
 
 
 def num_tokens(text: str) -> int:
-    """Tokens of CLIP's tokenizer, begin and end among them, before any cut.
+    """Counts the tokens of CLIP's tokenizer, including begin and end, before truncation.
 
-    Byte pairs are merged in time quadratic in a word's length: from runs of more than 200 characters and texts of more than 8,192 what
-    is beyond is not counted, which is far past what CLIP reads.
+    Byte pairs are merged in time quadratic in the length of a word. Characters beyond the first 200 of a word or the
+    first 8,192 of the text are therefore not counted; CLIP reads far fewer.
     """
     return len(_tokenizer().encode(re.sub(r"(\S{200})\S+", r"\1", text[:8192]))) + 2

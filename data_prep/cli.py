@@ -35,8 +35,8 @@ Licence = Annotated[str | None, typer.Option("--licence", help="licence of the d
 Classes = Annotated[str | None, typer.Option("--classes", help="file of class names, one a line, in the order of their indices")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave bad inputs out and list them in skipped.jsonl, instead of stopping")]
 JsonOutput = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
-Resize = Annotated[int | None, typer.Option("--resize", min=1, help="shrink images whose shorter side exceeds so many pixels to it")]
-Reencode = Annotated[str | None, typer.Option("--reencode", help="jpeg, webp or png: encode images so; else their bytes stay as they are")]
+Resize = Annotated[int | None, typer.Option("--resize", min=1, help="shrink images whose shorter side exceeds N pixels to N")]
+Reencode = Annotated[str | None, typer.Option("--reencode", help="encode images as jpeg, webp or png; else their bytes stay as they are")]
 Quality = Annotated[int, typer.Option("--quality", min=1, max=100, help="of JPEG and WebP where --resize or --reencode encodes")]
 Holdout = Annotated[
     float | None, typer.Option("--holdout", min=0, max=1, help="hold out this fraction: shards go to OUT/train and OUT/holdout")
@@ -47,13 +47,13 @@ HoldoutBy = Annotated[
 
 
 def command_line() -> str:
-    """What was typed, as manifests note it."""
+    """Returns the command line of this process, as recorded in manifests."""
     return shlex.join(["python", "-m", "data_prep", *sys.argv[1:]])
 
 
 @contextmanager
 def one_line(*kinds: type[Exception], status: int = 1) -> Iterator[None]:
-    """An error of these kinds is one line, and the exit status."""
+    """Prints an error of these kinds as one line and exits with `status`."""
     try:
         yield
     except kinds as error:
@@ -63,7 +63,7 @@ def one_line(*kinds: type[Exception], status: int = 1) -> Iterator[None]:
 
 @contextmanager
 def input_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """What must be corrected in the command is exit status 2; what cannot be read (ValueError, OSError and `kinds`) is 1."""
+    """Exits with status 2 for errors in the command itself, and with 1 for unreadable data (ValueError, OSError, `kinds`)."""
     with one_line(ValueError, OSError, *kinds):
         try:
             yield
@@ -79,7 +79,7 @@ def check_there(*inputs: str) -> None:
 
 
 def class_names(file: str | None) -> tuple[str, ...] | None:
-    """The names in a --classes file. Raises InputError."""
+    """Reads the names in a --classes file. Raises InputError where they are missing, repeated or not UTF-8."""
     if file is None:
         return None
     check_there(file)
@@ -95,7 +95,7 @@ def class_names(file: str | None) -> tuple[str, ...] | None:
 
 
 def shard_names(specs: list[str]) -> list[str]:
-    """Shard specs -> names in order. Raises InputError where one names no shard."""
+    """Expands shard specs to names, in order. Raises InputError for a spec without shards."""
     from data_prep.shards.read import expand
 
     try:
@@ -105,7 +105,7 @@ def shard_names(specs: list[str]) -> list[str]:
 
 
 def check_apart(out: str, inputs: str) -> None:
-    """Raises InputError where OUT lies in a folder that is read to any depth: its shards would be inputs when the command is repeated."""
+    """Raises InputError where OUT lies below an input folder that is read recursively: a second run would read its shards."""
     places = [str(where) if files.is_remote(str(where)) else os.path.realpath(where) for where in map(files.place, (out, inputs))]
     if f"{places[0]}/".startswith(f"{places[1].rstrip('/')}/"):
         raise InputError(f"--out {out} lies in {inputs}, which is read to any depth: its shards would become inputs. Write beside it.")

@@ -1,11 +1,11 @@
-"""Which sample stands for which: every dropped sample is a direct copy of a kept one.
+"""Assignment of copies to kept samples: every dropped sample is a direct copy of a kept one.
 
-Chains are not followed: where a brightened copy lies between two distinct pictures, it is dropped for the one that is kept first, and the
-other picture stays. (Joining all that is linked would lose it.)
+Chains are not followed: a brightened copy between two distinct pictures is dropped for the one that is kept first, and
+the other picture stays. (Merging connected components would lose it.)
 
-Near copies are settled best first: each sample is compared only with those kept before it, so memory grows with samples, not with pairs.
-Flat images all have the hash 0, and a picture encoded many times has few: samples of equal hash form a group, and groups whose hashes are
-near are neighbours.
+Near copies are assigned greedily, best rank first: each sample is compared only with those kept before it, so memory
+grows with samples, not with pairs. Many samples share a hash (flat images all have the hash 0): samples of equal hash
+form a group, and groups with hashes within the distance are neighbours.
 """
 
 from __future__ import annotations
@@ -24,12 +24,23 @@ from data_prep.shards.read import SPAN, Place, Shard
 from mmpretrain.data.shard_names import is_remote
 
 KEEP = ("first", "largest", "longest-caption")
-RULES = ("", "exact", "near", "embedding")  # the numbers in `Copies.rule`
+RULES = ("", "exact", "near", "embedding")  # indexed by `Copies.rule`
 
 
 def ranks(signatures: np.ndarray, training: int, keep: str) -> np.ndarray:
-    """int64 [N]: who is kept before whom: evaluation samples, then the first in order, the most pixels, or the longest caption; the first
-    of equals. Raises ValueError for another rule."""
+    """Ranks samples by the priority of keeping them.
+
+    Args:
+        signatures: SIGNATURE [N].
+        training: number of training samples; evaluation samples follow and rank before them.
+        keep: "first" in order, "largest" in pixels, or "longest-caption"; ties go to the first.
+
+    Returns:
+        int64 [N]: the rank of each sample, 0 is kept before all others.
+
+    Raises:
+        ValueError: an unknown `keep`.
+    """
     if keep not in KEEP:
         raise ValueError(f"--keep {keep!r}: expected {', '.join(KEEP)}")
     count = len(signatures)
@@ -42,10 +53,18 @@ def ranks(signatures: np.ndarray, training: int, keep: str) -> np.ndarray:
 
 
 class Copies:
-    """Of which kept sample each is a copy, and by which rule. 29 bytes a sample."""
+    """The kept sample that each sample is a copy of, and the rule that established it. 29 bytes a sample."""
 
     def __init__(self, signatures: np.ndarray, usable: np.ndarray, training: int, keep: str = "first", within: bool = True) -> None:
-        """Equal digests are found here, in O(N log N). `within` false: only copies of evaluation samples (those from `training` on)."""
+        """Groups samples with equal pixels, in O(N log N).
+
+        Args:
+            signatures: SIGNATURE [N].
+            usable: bool [N]: samples with an image that could be decoded.
+            training: number of training samples; the others are evaluation samples.
+            keep: see `ranks`.
+            within: also look for copies within the training samples, not only of evaluation samples.
+        """
         count = len(signatures)
         self.training, self.within = training, within
         self.rank = ranks(signatures, training, keep)
@@ -53,26 +72,26 @@ class Copies:
         self.rule = np.zeros(count, np.uint8)
         self.value = np.zeros(count, np.float32)  # near: difference; embedding: cosine
         self.twin = np.arange(count)  # the best-ranked sample with equal pixels
-        at = np.flatnonzero(usable)
+        rows = np.flatnonzero(usable)
         digest = signatures["digest"]
-        order = at[np.lexsort((self.rank[at], digest[at, 1], digest[at, 0]))]
+        order = rows[np.lexsort((self.rank[rows], digest[rows, 1], digest[rows, 0]))]
         begins = np.r_[True, (digest[order[1:]] != digest[order[:-1]]).any(1)][: len(order)]
         self.twin[order] = order[np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))]
         first = order[begins]
-        self.first = first[np.argsort(self.rank[first])]  # one of each group of equals, best first: these are compared further
+        self.first = first[np.argsort(self.rank[first])]  # the best of each group of equals, by rank: only these are compared further
 
     def wanted(self, pairs: np.ndarray) -> np.ndarray:
-        """int64 [p,2] of `first` -> bool [p]: is it of interest whether they are copies?"""
+        """Selects the pairs to compare: int64 [p,2] of `first` -> bool [p]."""
         held = pairs >= self.training
         return np.asarray(~held.all(1) & (held.any(1) | self.within))
 
     def drop(self, kept: int, sample: int, rule: str, value: float) -> None:
-        """Note a copy, unless either was dropped already. Pairs must come with `kept` ascending in rank."""
+        """Drops a copy, unless either sample is dropped already. Calls must come in ascending rank of `kept`."""
         if self.of[kept] < 0 and self.of[sample] < 0:
             self.of[sample], self.rule[sample], self.value[sample] = kept, RULES.index(rule), value
 
     def settle(self) -> None:
-        """The equals of a dropped sample are copies of what it is a copy of; the others of the one that was compared for them."""
+        """Assigns samples with equal pixels: to the kept sample of their best-ranked twin, or to that twin itself."""
         for sample in np.flatnonzero(self.twin[: self.training] != np.arange(self.training)).tolist():
             first = int(self.twin[sample])
             if self.of[first] >= 0:
@@ -81,13 +100,13 @@ class Copies:
                 self.of[sample], self.rule[sample] = first, RULES.index("exact")
 
 
-BATCH = 2048  # pictures compared with one at once: 50 MB
-PENDING = 1 << 22  # pairs of groups found before those found twice are removed
-NEIGHBOURS = 32  # pairs of groups held for each group, on average, above `PENDING`; where there are more, hashes are compared one by one
+BATCH = 2048  # pictures compared with one at a time: 50 MB
+PENDING = 1 << 22  # pairs of groups held before repeated ones are removed
+NEIGHBOURS = 32  # pairs held per group, on average, above `PENDING`; beyond that, hashes are compared one by one
 
 
 class Neighbours:
-    """Which samples of `copies.first` may be copies of which, by their hashes and mean colours."""
+    """Candidate copies among the samples of `copies.first`, by their hashes and mean colours."""
 
     def __init__(self, copies: Copies, signatures: np.ndarray, distance: int, limit: float) -> None:
         self.copies, self.signatures, self.distance, self.limit = copies, signatures, distance, limit
@@ -100,9 +119,9 @@ class Neighbours:
         if (pairs := self._pairs()) is None:
             self.involved = copies.first
             return
-        one = copies.first[first[pairs]]  # [p,2]: of groups of one sample, the samples themselves tell whether they are of interest
-        alone = (size[pairs] == 1).all(1)
-        passed = ~alone | (copies.wanted(one) & alike_in_colour(self.colour[one[:, 0]], self.colour[one[:, 1]], limit))
+        one = copies.first[first[pairs]]  # [p,2]: a sample of each group; pairs of single samples are filtered at once
+        single = (size[pairs] == 1).all(1)
+        passed = ~single | (copies.wanted(one) & alike_in_colour(self.colour[one[:, 0]], self.colour[one[:, 1]], limit))
         pairs = pairs[passed]
         both = np.concatenate([pairs, pairs[:, ::-1]])
         both = both[np.argsort(both[:, 0], kind="stable")]
@@ -111,7 +130,7 @@ class Neighbours:
         self.involved = copies.first[shared[self.group]]
 
     def _pairs(self) -> np.ndarray | None:
-        """int64 [p,2]: pairs of groups; None where they are too many."""
+        """Finds the pairs of neighbouring groups, int64 [p,2]; None for too many."""
         count, pending, size = len(self.hashes), [], 0
         unique = np.zeros(0, np.int64)
         for pairs in pairs_within(self.hashes, self.distance):
@@ -124,70 +143,75 @@ class Neighbours:
         return np.stack(np.divmod(np.unique(np.concatenate([unique, *pending])), max(count, 1)), 1)
 
     def candidates(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(sample, int64: the kept before it that it may be a copy of, best first), for each of `involved`, best first.
+        """Yields (sample, int64 [n] of the kept samples before it that it may be a copy of), both by rank, for each of `involved`.
 
-        A sample counts as kept unless it was dropped before the next one is asked for.
+        A sample counts as kept unless it is dropped before the next one is requested.
         """
         kept: dict[int, array[int]] = {}
-        every = array("q")  # where neighbours are not held: all kept
+        all_kept = array("q")  # where neighbours are not held
         copies, hashes = self.copies, self.signatures["hash"]
-        among = np.zeros(len(self.colour), bool)
-        among[self.involved] = True
-        for at in np.flatnonzero(among[copies.first]).tolist():
-            sample, group = int(copies.first[at]), int(self.group[at])
+        involved = np.zeros(len(self.colour), bool)
+        involved[self.involved] = True
+        for index in np.flatnonzero(involved[copies.first]).tolist():
+            sample, group = int(copies.first[index]), int(self.group[index])
             if self.starts is None:
-                near = _samples([every])
+                near = _concatenated([all_kept])
                 near = near[np.bitwise_count(hashes[near] ^ hashes[sample]) <= self.distance]
             else:
                 groups = [group, *self.others[self.starts[group] : self.starts[group + 1]].tolist()]
-                near = _samples(kept[each] for each in groups if each in kept)
+                near = _concatenated(kept[each] for each in groups if each in kept)
             near = near[alike_in_colour(self.colour[near], self.colour[sample], self.limit)]
             near = near[copies.wanted(np.stack([near, np.full(len(near), sample)], 1))]
             yield sample, near[np.argsort(copies.rank[near])]
             if copies.of[sample] < 0 and (copies.within or sample >= copies.training):
-                (every if self.starts is None else kept.setdefault(group, array("q"))).append(sample)
+                (all_kept if self.starts is None else kept.setdefault(group, array("q"))).append(sample)
 
 
-def _samples(lists: Iterable[array[int]]) -> np.ndarray:
+def _concatenated(lists: Iterable[array[int]]) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *(np.frombuffer(each, np.int64) for each in lists)])
 
 
 def settle(neighbours: Neighbours, samples: np.ndarray, small: np.ndarray) -> None:
-    """Drop the near copies. `samples`: those involved, ascending; `small`: uint8 [n,32,32,3], their pictures.
+    """Drops the near copies.
 
-    Of several that a sample is a copy of, it counts as one of the first that is so without a change of brightness, else of the first.
+    A sample with several matches is a copy of the first that matches without a change of brightness, else of the first.
+
+    Args:
+        neighbours: the candidates.
+        samples: the samples involved, int64 [n], ascending.
+        small: uint8 [n,32,32,3], their thumbnails.
     """
     for sample, near in neighbours.candidates():
         if not len(near):
             continue
         picture = small[np.searchsorted(samples, sample)]
         for brightened in (False, True):
-            found = _first(small, np.searchsorted(samples, near), picture, neighbours.limit, brightened)
-            if found is not None:
-                neighbours.copies.drop(int(near[found[0]]), sample, "near", found[1])
+            match = _first_match(small, np.searchsorted(samples, near), picture, neighbours.limit, brightened)
+            if match is not None:
+                neighbours.copies.drop(int(near[match[0]]), sample, "near", match[1])
                 break
 
 
-def _first(small: np.ndarray, places: np.ndarray, picture: np.ndarray, limit: float, brightened: bool) -> tuple[int, float] | None:
-    """(number among `places`, difference) of the first picture within `limit`."""
-    for start in range(0, len(places), BATCH):
-        apart = differences(small[places[start : start + BATCH]], picture[None], limit, brightened=brightened)
-        if (apart <= limit).any():
-            at = int(np.argmax(apart <= limit))
-            return start + at, float(apart[at])
+def _first_match(small: np.ndarray, rows: np.ndarray, picture: np.ndarray, limit: float, brightened: bool) -> tuple[int, float] | None:
+    """Returns (index in `rows`, difference) of the first thumbnail within `limit` of `picture`; None without one."""
+    for start in range(0, len(rows), BATCH):
+        distances = differences(small[rows[start : start + BATCH]], picture[None], limit, brightened=brightened)
+        if (distances <= limit).any():
+            index = int(np.argmax(distances <= limit))
+            return start + index, float(distances[index])
     return None
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Some samples of a shard, to be looked at again."""
+class ShardSamples:
+    """Samples of a shard whose thumbnails are needed."""
 
     name: str
     samples: tuple[int, ...]
 
 
-def thumbnails(wanted: Wanted) -> np.ndarray:
-    """The stage: uint8 [n,32,32,3]."""
+def thumbnails(wanted: ShardSamples) -> np.ndarray:
+    """The task of a worker: reads the thumbnails of samples, uint8 [n,32,32,3]."""
     with Shard(wanted.name) as shard:
         return np.stack([small(decoded(shard, sample)) for sample in wanted.samples])
 
@@ -202,12 +226,16 @@ def drop_near(
     engine: str = "local",
     processes: int | None = None,
 ) -> None:
-    """Drop the near copies among the samples of shards. Images that may be copies by their signatures are read once more.
+    """Drops the near copies among the samples of shards. Reads the images of candidates once more.
 
     Args:
-        locate: samples, ascending -> where they lie, in the same order.
-        distance: bits of 64 in which the hashes of copies may differ.
-        limit: see `perceptual.difference`.
+        copies: receives the dropped samples.
+        signatures: SIGNATURE [N].
+        locate: samples, ascending -> their places, in the same order.
+        distance: maximum distance between the hashes of copies, in bits of 64.
+        limit: maximum of `perceptual.difference` between copies.
+        engine: see `engine.run`.
+        processes: see `engine.run`.
     """
     neighbours = Neighbours(copies, signatures, distance, limit)
     samples = np.sort(neighbours.involved)
@@ -223,10 +251,10 @@ def drop_near(
         del pictures
 
 
-def _tasks(places: Iterable[Place]) -> Iterator[Wanted]:
-    """What to read of each shard, at most a few hundred samples at a time."""
+def _tasks(places: Iterable[Place]) -> Iterator[ShardSamples]:
+    """Groups places by shard, at most a few hundred samples of a local shard per task."""
     for name, group in groupby(places, lambda place: place.shard):
         inside = [place.index for place in group]
         step = len(inside) if is_remote(name) else SPAN
         for start in range(0, len(inside), step):
-            yield Wanted(name, tuple(inside[start : start + step]))
+            yield ShardSamples(name, tuple(inside[start : start + step]))

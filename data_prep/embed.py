@@ -1,7 +1,7 @@
-"""Images, and images with captions, under a model: its embeddings and its image-text similarity.
+"""Embeddings of images and image-text similarities of samples, under a model.
 
-A model runs in the command's own process, in batches: it is large, wants the accelerator or all cores to itself, and is loaded once; only
-reading and decoding are done ahead, by threads.
+The model runs in the process of the command, in batches: it is large, needs the accelerator or all cores to itself, and
+is loaded once. Threads read and decode ahead.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from mmpretrain.evaluators.models import load_model
 from mmpretrain.types import Params
 
 BATCH = 64
-LIMITS = ImageLimits(min_side=1)  # a longer strip would grow beyond bounds when its short side is enlarged to the model's
+LIMITS = ImageLimits(min_side=1)  # the aspect limit stays: a long strip, enlarged to the model's size, would exhaust memory
 
 
 class Batch(NamedTuple):
-    """`pixels` uint8 [b,3,H,W] and captions of `samples`; `bad` ones are not among them."""
+    """Decoded samples: `pixels` uint8 [b,3,H,W], their captions, and separately the samples that could not be decoded."""
 
     samples: list[int]
     keys: list[str]
@@ -42,17 +42,31 @@ class Batch(NamedTuple):
 
 
 class Encoder:
-    """A model on the best device there is, and its own preprocessing."""
+    """A model on the best available device, with its own preprocessing."""
 
     def __init__(self, spec: str, batch_size: int = BATCH, threads: int | None = None) -> None:
-        """`spec`: a run or open_clip folder, NAME:TAG of open_clip, timm:NAME or hf:FOLDER. Raises OptionError where it names nothing."""
+        """Loads the model.
+
+        Args:
+            spec: a run or open_clip folder, NAME:TAG of open_clip, timm:NAME or hf:FOLDER.
+            batch_size: images per forward pass.
+            threads: decoding threads; by default one per core, at most 16.
+
+        Raises:
+            OptionError: `spec` does not name a model.
+        """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(spec, self.device, find_checkpoint=find_checkpoint)
         self.view = center_view(self.model)
         self._batch_size, self._threads = batch_size, threads or min(16, os.cpu_count() or 1)
 
     def batches(self, places: Iterable[Place], caption: str | None) -> Iterator[Batch]:
-        """Samples grouped by shard -> batches in order, the next decoded while one is used; with captions where `caption` names them."""
+        """Yields batches in order, and decodes the next while one is used.
+
+        Args:
+            places: samples, grouped by shard.
+            caption: the member or json:FIELD with the caption; None: without captions.
+        """
         with ThreadPoolExecutor(self._threads, thread_name_prefix="decode") as pool:
             waiting: list[tuple[list[Place], list[Future]]] = []
             for name, group in groupby(places, key=lambda place: place.shard):
@@ -66,14 +80,14 @@ class Encoder:
                     while waiting:  # before the shard is closed
                         yield self._collect(*waiting.pop(0))
 
-    def _read(self, shard: Shard, at: int, caption: str | None) -> tuple[str, Tensor, Params, list[str]]:
-        members = shard.index.members(at)
-        image = image_member(members)
-        if image is None:
+    def _read(self, shard: Shard, index: int, caption: str | None) -> tuple[str, Tensor, Params, list[str]]:
+        members = shard.index.members(index)
+        extension = image_member(members)
+        if extension is None:
             raise BadSample("missing_image", f"it has {', '.join(sorted(members))}")
         text = set() if caption is None else {member_of(caption)}
-        record = shard.read(at, {image, *text})
-        data = record.members[image]
+        record = shard.read(index, {extension, *text})
+        data = record.members[extension]
         pixels, params = cut(Item(record.key, lambda: data), self.view, torch.zeros((), dtype=torch.int64), LIMITS)
         return record.key, pixels, params, [] if caption is None else captions(record, caption)
 
@@ -90,9 +104,18 @@ class Encoder:
         return Batch([row[0] for row in good], [row[1] for row in good], pixels, params, [row[4] for row in good], bad)
 
     def images(self, batch: Batch, joint: bool) -> Tensor:
-        """[b,E] normalised, float32 on the CPU: the joint features; or, if not `joint` and there are none, the pooled ones.
+        """Embeds the images of a batch.
 
-        Raises TypeError for a model without joint features, RuntimeError where the model gives what is not finite.
+        Args:
+            batch: decoded samples.
+            joint: require the joint image-text features; else pooled features serve where there are none.
+
+        Returns:
+            float32 [b,E], normalised, on the CPU.
+
+        Raises:
+            TypeError: the model has no features of the kind asked for.
+            RuntimeError: an output is not finite.
         """
         params = {name: value.to(self.device) for name, value in batch.params.items()}
         encoded = self.model.images(self.view.render(batch.pixels.to(self.device), params).data)
@@ -104,7 +127,17 @@ class Encoder:
         return value
 
     def similarities(self, batch: Batch) -> Tensor:
-        """float32 [b]: the cosine of the image and its caption, the best of several, as DataComp scores pairs."""
+        """Computes the cosine of each image and its caption, the best of several captions.
+
+        Returns:
+            float32 [b].
+
+        Raises:
+            TypeError: the model has no joint features or no text tower.
+            RuntimeError: an output is not finite.
+
+        Source: DataComp (Gadre et al., 2023), CLIP score filtering.
+        """
         image = self.images(batch, joint=True)
         texts = [text for several in batch.captions for text in several]
         encoded = self.model.texts(texts)

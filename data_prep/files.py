@@ -1,4 +1,4 @@
-"""Files under local paths and fsspec URLs alike. A remote file is read and written whole, with retries."""
+"""File access by local path or fsspec URL. Remote files are read and written whole, with retries."""
 
 from __future__ import annotations
 
@@ -21,26 +21,29 @@ from mmpretrain.data.shard_names import is_remote
 
 
 def local_path(name: str | Path) -> str | None:
-    """The path of a local file, also of a file:// URL; None for other URLs. Without a Path, which takes microseconds: for every image."""
+    """Returns the path of a local file or file:// URL; None for other URLs.
+
+    A string, since building a Path takes microseconds and this is called for every image.
+    """
     text = str(name)
     return None if is_remote(text) else text.removeprefix("file://")
 
 
 def place(name: str | Path) -> str | Path:
-    """A local Path; else the URL."""
+    """Returns a local name as a Path, and any other URL as it is."""
     path = local_path(name)
     return str(name).rstrip("/") if path is None else Path(path)
 
 
 def local_folder(name: str | Path) -> Path:
-    """A local folder's path. Raises ValueError for a URL, also one that has been through a Path, which would make folders of it."""
+    """Returns the path of a local folder. Raises ValueError for a URL, also one mangled by a Path ("s3:/bucket")."""
     if re.match(r"(?!file:)\w{2,}:/", str(name)):
         raise ValueError(f"{name} is a URL; this writes to a local folder only. Copy the result there afterwards.")
     return Path(local_path(name) or name)
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """(fsspec file system, path in it). Raises ShardError where the URL's kind is unknown or its package is missing."""
+    """Returns (fsspec file system, path in it). Raises ShardError for an unknown protocol or a missing package."""
     import fsspec
 
     try:
@@ -54,15 +57,15 @@ def join(base: str | Path, name: str) -> str:
 
 
 def read_bytes(url: str | Path) -> bytes:
-    """Raises FileNotFoundError, or ShardError where a remote one stays out of reach."""
+    """Reads a whole file. Raises FileNotFoundError, or ShardError for a remote file that stays unreachable."""
     if (path := local_path(url)) is not None:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             size = os.fstat(file).st_size
-            data = os.read(file, size + 1)  # one more than there is: a file that grows is noticed
+            data = os.read(file, size + 1)  # one byte more detects a file that grows
             if len(data) == size > 0:
                 return data
-            parts = [data]  # a pipe, a file of the kernel's, or one that is being written
+            parts = [data]  # a pipe, a kernel file, or a file that is being written
             while part := os.read(file, 1 << 16):
                 parts.append(part)
             return b"".join(parts)
@@ -77,7 +80,7 @@ def read_bytes(url: str | Path) -> bytes:
 
 @contextmanager
 def open_text(url: str | Path) -> Iterator[IO[str]]:
-    """A UTF-8 text file as a stream; bytes that are not UTF-8 come as surrogates. Raises FileNotFoundError."""
+    """Opens a UTF-8 text file as a stream; other bytes are read as surrogates. Raises FileNotFoundError."""
     where = place(url)
     options: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
     if isinstance(where, Path):
@@ -98,7 +101,7 @@ def exists(url: str | Path) -> bool:
 
 
 def size(url: str | Path) -> int | None:
-    """In bytes; None where there is no such file."""
+    """Returns the size of a file in bytes; None for a missing file."""
     where = place(url)
     if isinstance(where, Path):
         return where.stat().st_size if where.is_file() else None
@@ -107,7 +110,7 @@ def size(url: str | Path) -> int | None:
 
 
 def states(names: Iterable[str | None]) -> str:
-    """A digest of the size and the time of change of local files, and of which are missing; of the names alone for URLs."""
+    """Digests the sizes and modification times of local files (or that they are missing), and the names alone of URLs."""
     digest = hashlib.blake2b(digest_size=16)
     for name in names:
         if name is None:
@@ -115,20 +118,20 @@ def states(names: Iterable[str | None]) -> str:
         state = "-"
         if (path := local_path(name)) is not None:
             with suppress(OSError, ValueError):
-                found = os.stat(path)
-                state = f"{found.st_size} {found.st_mtime_ns}"
+                status = os.stat(path)
+                state = f"{status.st_size} {status.st_mtime_ns}"
         digest.update(f"{name}\0{state}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
 def make_folder(url: str | Path) -> None:
-    """Object stores have none to make."""
+    """Creates a local folder with its parents; object stores need none."""
     if isinstance(where := place(url), Path):
         where.mkdir(parents=True, exist_ok=True)
 
 
 def listing(url: str | Path) -> list[str]:
-    """The full names of what lies in a folder, files and folders, sorted; [] where there is no such folder."""
+    """Returns the full names of the files and folders in a folder, sorted; [] for a missing folder."""
     where = place(url)
     if isinstance(where, Path):
         return sorted(str(path) for path in where.iterdir()) if where.is_dir() else []
@@ -142,10 +145,10 @@ def listing(url: str | Path) -> list[str]:
 
 
 def walk(url: str | Path) -> Iterator[str]:
-    """The names of all files below a folder, relative to it with /, sorted by their parts; without those that have a part that begins
-    with a dot.
+    """Yields the names of all files below a folder, relative to it with /, sorted by their parts; without hidden ones.
 
-    Locally the names of one folder at a time are held, for a URL all of them. Linked folders are followed, but not into themselves.
+    Memory holds the names of one local folder at a time, but all names below a URL. Symbolic links are followed, except to
+    a parent folder.
     """
     where = place(url)
     if isinstance(where, Path):
@@ -153,8 +156,8 @@ def walk(url: str | Path) -> Iterator[str]:
         return
     system, path = filesystem(where)
     below = path.strip("/") + "/"
-    found = [name.lstrip("/").removeprefix(below) for name in retried(lambda: system.find(path), where)]
-    yield from sorted((name for name in found if not name.startswith(".") and "/." not in name), key=lambda name: name.replace("/", "\0"))
+    names = [name.lstrip("/").removeprefix(below) for name in retried(lambda: system.find(path), where)]
+    yield from sorted((name for name in names if not name.startswith(".") and "/." not in name), key=lambda name: name.replace("/", "\0"))
 
 
 def _walk_local(folder: str, before: str, above: set[str]) -> Iterator[str]:
@@ -174,7 +177,7 @@ def _walk_local(folder: str, before: str, above: set[str]) -> Iterator[str]:
 
 @contextmanager
 def local(url: str | Path) -> Iterator[Path]:
-    """A local file with the content: the file itself, or a copy of a remote one that is deleted afterwards."""
+    """Provides a local file with the content: the file itself, or a temporary copy of a remote one."""
     where = place(url)
     if isinstance(where, Path):
         yield where
@@ -187,14 +190,14 @@ def local(url: str | Path) -> Iterator[Path]:
         def fetch() -> None:
             system.get_file(path, str(copy))
             if size is not None and copy.stat().st_size != size:
-                raise OSError(f"{copy.stat().st_size} bytes came, expected {size}")
+                raise OSError(f"received {copy.stat().st_size} bytes, expected {size}")
 
         retried(fetch, where)
         yield copy
 
 
 def put(path: Path, url: str | Path) -> None:
-    """Move a finished local file to its name: renamed where both are local and of one file system, else copied, and never half there."""
+    """Moves a finished local file to its name, atomically: by renaming within one file system, else by copying."""
     where = place(url)
     if isinstance(where, Path):
         try:
@@ -210,7 +213,7 @@ def put(path: Path, url: str | Path) -> None:
 
 
 def remove(url: str | Path) -> None:
-    """Delete a file; one that is not there is fine."""
+    """Deletes a file if it exists."""
     where = place(url)
     if isinstance(where, Path):
         where.unlink(missing_ok=True)
@@ -220,7 +223,10 @@ def remove(url: str | Path) -> None:
 
 
 def write_text(url: str | Path, text: str) -> None:
-    """Write atomically, as UTF-8; a lone surrogate, of a file name that is not UTF-8, as its escape, which JSON reads back."""
+    """Writes UTF-8 text atomically.
+
+    Lone surrogates, which stand for file names that are not UTF-8, are written as escapes that JSON reads back.
+    """
     where, encoded = place(url), text.encode("utf-8", "backslashreplace")
     if isinstance(where, Path):
         write_atomically(where, encoded)
@@ -230,7 +236,7 @@ def write_text(url: str | Path, text: str) -> None:
 
 
 def write_lines(url: str | Path, lines: Iterable[str]) -> None:
-    """Like `write_text`, of text that need not fit into memory."""
+    """Writes lines as `write_text` does, without holding them all in memory."""
     where = place(url)
 
     def write(file: BinaryIO) -> None:

@@ -1,4 +1,4 @@
-"""`index`: write the index beside shards that others built, with a checksum per member, and sizes.json."""
+"""The command `index`: an index with a checksum per member beside shards of any origin, and sizes.json."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmpretrain.data.schema import ShardError
 
 
 def _known(name: str) -> shard_index.ShardIndex | None:
-    """The index beside a shard, if it has checksums."""
+    """Loads the index beside a shard; None unless it has checksums."""
     if files.is_remote(name):
         known = remote_index(name)
     else:
@@ -29,27 +29,27 @@ def _known(name: str) -> shard_index.ShardIndex | None:
     return None if known is None or known.checksum is None else known
 
 
-def _settle(name: str, found: shard_index.ShardIndex, known: shard_index.ShardIndex) -> None:
-    """An index with checksums says what the shard should hold: it is not lost to a shard that has been damaged since.
+def _check_known(name: str, scanned: shard_index.ShardIndex, known: shard_index.ShardIndex) -> None:
+    """Checks a scanned index against the known one, whose checksums describe the undamaged shard.
 
-    Checksums that were not taken this time are those that are known. Raises ShardError where the shard is not what its index says.
+    Copies the known checksums where none were computed. Raises ShardError where the shard differs from its known index.
     """
-    same = known.keys == found.keys and known.tar_bytes == found.tar_bytes
-    same = same and np.array_equal(known.offset, found.offset) and np.array_equal(known.size, found.size)
-    if same and found.checksum is None:
-        found.checksum = known.checksum
-    if not same or (known.checksum != found.checksum).any():
-        what = f"{len(found)} samples in {found.tar_bytes} bytes, its index says {len(known)} in {known.tar_bytes}"
+    same = known.keys == scanned.keys and known.tar_bytes == scanned.tar_bytes
+    same = same and np.array_equal(known.offset, scanned.offset) and np.array_equal(known.size, scanned.size)
+    if same and scanned.checksum is None:
+        scanned.checksum = known.checksum
+    if not same or (known.checksum != scanned.checksum).any():
+        problem = f"{len(scanned)} samples in {scanned.tar_bytes} bytes, its index lists {len(known)} in {known.tar_bytes}"
         if same:
-            member = int((known.checksum != found.checksum).any(1).argmax())
-            sample = int((found.starts > member).argmax()) - 1
-            what = f"the bytes at {int(found.offset[member])}, of sample {found.keys[sample]}, are not those that its index was written for"
-        raise ShardError(f"{name}: {what}. Fetch or build the shard again, or pass --replace to index it as it is.")
+            member = int((known.checksum != scanned.checksum).any(1).argmax())
+            sample = int((scanned.starts > member).argmax()) - 1
+            problem = f"the bytes at {int(scanned.offset[member])}, of sample {scanned.keys[sample]}, do not match its checksum"
+        raise ShardError(f"{name}: {problem}. Fetch or build the shard again, or pass --replace to index it as it is.")
 
 
 @dataclass
 class Indexed:
-    """What came of one shard. `count` is None where it got no index."""
+    """Result of indexing one shard. `count` is None where no index was written."""
 
     name: str
     count: int | None = None
@@ -59,7 +59,7 @@ class Indexed:
 
 @dataclass(frozen=True)
 class IndexShard:
-    """Indexes the shard of a name, in a worker. A remote shard is fetched once."""
+    """The task of a worker: indexes one shard. A remote shard is fetched once."""
 
     checksums: bool
     replace: bool
@@ -75,36 +75,36 @@ class IndexShard:
 
     def _index(self, name: str, path: Path, result: Indexed) -> None:
         try:
-            found = shard_index.scan(path)
+            scanned = shard_index.scan(path)
         except ShardError as error:
             raise ShardError(str(error).replace(str(path), name)) from error
-        for damage in found.damage:
-            result.damage.append(f"{name}: {damage.reason} at byte {damage.offset}: {damage.detail}; {len(found)} samples before it")
+        for damage in scanned.damage:
+            result.damage.append(f"{name}: {damage.reason} at byte {damage.offset}: {damage.detail}; {len(scanned)} samples before it")
         known = None if self.replace else _known(name)
         if self.checksums:
-            shard_index.add_checksums(found, path, BYTES if known is None else known.checksum.shape[1])
+            shard_index.add_checksums(scanned, path, BYTES if known is None else known.checksum.shape[1])
         if known is not None:
-            _settle(name, found, known)
+            _check_known(name, scanned, known)
         place = shard_index.index_path(path)
-        shard_index.save(found, place, 0 if files.is_remote(name) else path.stat().st_mtime_ns)
+        shard_index.save(scanned, place, 0 if files.is_remote(name) else path.stat().st_mtime_ns)
         if files.is_remote(name):
             files.put(place, name + shard_index.SUFFIX)
-        repeated = f", {found.duplicates} keys came again" if found.duplicates else ""
-        result.summary = f"{len(found)} samples ({', '.join(f'{n} {e}' for e, n in found.counts().items())}{repeated})"
-        result.count = len(found)
+        repeated = f", {scanned.duplicates} keys repeated" if scanned.duplicates else ""
+        result.summary = f"{len(scanned)} samples ({', '.join(f'{n} {e}' for e, n in scanned.counts().items())}{repeated})"
+        result.count = len(scanned)
 
 
 def _write_sizes(counts: dict[str, int]) -> None:
-    """Into the sizes.json beside the shards, which keeps what it says of others. Raises ShardError where it is not of that form."""
+    """Updates sizes.json beside the shards and keeps its entries of other shards. Raises ShardError for a malformed file."""
     by_folder: dict[str, dict[str, int]] = {}
     for name, count in counts.items():
         folder, _, base = name.rpartition("/") if files.is_remote(name) else (str(Path(name).parent), "", Path(name).name)
         by_folder.setdefault(folder, {})[base] = count
-    for folder, found in by_folder.items():
+    for folder, sizes in by_folder.items():
         place = files.join(folder, "sizes.json")
         try:
             known = json.loads(files.read_bytes(place)) if files.exists(place) else {}
-            files.write_json(place, dict(sorted((known | found).items())))
+            files.write_json(place, dict(sorted((known | sizes).items())))
         except (ValueError, TypeError) as error:
             raise ShardError(f'{place}: expected {{"00000.tar": count, ...}} ({error}). Correct or delete it.') from error
 
@@ -112,7 +112,7 @@ def _write_sizes(counts: dict[str, int]) -> None:
 def index(
     shards: Annotated[list[str], typer.Argument(help="shards: paths, globs, brace ranges, folders, URLs")],
     checksums: Annotated[
-        bool, typer.Option(help="read every member and note its checksum, so that corruption can be found; without, known ones stay")
+        bool, typer.Option(help="read every member and record its checksum, which reveals corruption; without it, known checksums stay")
     ] = True,
     replace: Annotated[
         bool, typer.Option("--replace", help="replace an index, checksums too, that differs from what the shard holds")
@@ -120,7 +120,7 @@ def index(
     engine: Engine = "local",
     processes: Processes = None,
 ) -> None:
-    """Index shards; damaged ones are named, and make the exit status 1."""
+    """Index shards. Damaged shards are reported, and the exit status is then 1."""
     from data_prep.shards.read import expand
 
     failed = 0

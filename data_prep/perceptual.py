@@ -1,7 +1,8 @@
-"""Near duplicates: pairs of hashes within a distance, found by bands, then the two pictures compared.
+"""Perceptual comparison of images: signatures, pairs of hashes within a distance (by bands), and differences of thumbnails.
 
-No step compares all N x N. Thresholds come from 3,500 emoji and 3,000 photographs, each with its own re-encoded, resized and brightened
-copies: such copies differ by at most 16 (of 255) where they differ most, the most alike of distinct pictures (two skin tones) by 18.
+No step compares all N x N. The thresholds come from 3,500 emoji and 3,000 photographs with re-encoded, resized and
+brightened copies: such copies differ by at most 16 of 255 where they differ most, and the most similar distinct pictures
+(two skin tones) by 18.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from data_prep.shards.read import Shard, image_member, pixels
 from mmpretrain.data.decode import ImageLimits
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, BadSample
 
-HASH_DISTANCE = 10  # of 64 bits; copies as above: 99.9% within 10
-DIFFERENCE = 17.0  # of 255: mean over 2 x 2 of 32 x 32 pixels, at the place and in the colour where two pictures differ most
-GAIN = 1.12  # a copy may be so much brighter or darker
+HASH_DISTANCE = 10  # bits of 64; 99.9% of the copies above are within it
+DIFFERENCE = 17.0  # of 255: maximum over places and colours of the mean over 2 x 2 of 32 x 32 pixels
+GAIN = 1.12  # maximum factor by which a copy may be brighter or darker
 _GAINS = np.arange(1.0, GAIN + 0.001, 0.02, dtype=np.float32)
 
 
 def bands(distance: int, count: int) -> tuple[int, int]:
-    """(k bands, m of them equal): hashes at most `distance` apart agree in m of k bands of 64 bits if m <= k - distance.
+    """Chooses (k bands, m of them equal): hashes at most `distance` apart agree in m of k bands of 64 bits if m <= k - distance.
 
-    Of all such choices the one with the least work for `count` hashes: a sort and a look per table, and the pairs that share a bucket.
+    The choice minimises the work for `count` hashes: a sort and a lookup per table, and the pairs that share a bucket.
     """
 
     def work(k: int, m: int) -> float:
@@ -38,23 +39,33 @@ def bands(distance: int, count: int) -> tuple[int, int]:
 
 
 def pairs_within(hashes: np.ndarray, distance: int) -> Iterator[np.ndarray]:
-    """uint64 [N] -> int64 [p,2] arrays, i < j: together every pair at most `distance` bits apart, some of them repeatedly.
+    """Finds all pairs of hashes within a distance.
 
-    Memory O(N). Time: comb(k, m) sorts of N, and as many comparisons as pairs share a bucket of 64 * m / k bits (see `bands`): for
-    distance 10 and hashes of distinct pictures about N * N / 100 at a hundred thousand, N * N / 100,000 per table beyond.
-    Raises ValueError for a distance outside 0..32.
+    Memory O(N). Time: comb(k, m) sorts of N, and one comparison per pair that shares a bucket of 64 * m / k bits (see
+    `bands`): for distance 10 and hashes of distinct pictures about N * N / 100 at a hundred thousand, N * N / 100,000 per
+    table beyond.
+
+    Args:
+        hashes: uint64 [N].
+        distance: maximum number of different bits.
+
+    Yields:
+        int64 [p,2], i < j: together all pairs, some of them repeatedly.
+
+    Raises:
+        ValueError: a distance outside 0..32.
     """
     if not 0 <= distance <= 32:
         raise ValueError(f"a hash distance of {distance}: expected 0 to 32 of 64 bits (unrelated pictures lie around 32)")
     k, m = bands(distance, len(hashes))
     edges = [64 * band // k for band in range(k + 1)]
     masks = [((1 << (high - low)) - 1) << low for low, high in pairwise(edges)]
-    for chosen in combinations(masks, m):
-        key = hashes & np.uint64(sum(chosen))
+    for band_masks in combinations(masks, m):
+        key = hashes & np.uint64(sum(band_masks))
         order = np.argsort(key, kind="stable")
         key, value = key[order], hashes[order]
         start = np.arange(len(key))
-        for step in range(1, len(key)):  # the buckets' members against those `step` places on; ends with the largest bucket
+        for step in range(1, len(key)):  # compares members of a bucket `step` apart; ends with the largest bucket
             start = start[start + step < len(key)]
             start = start[key[start] == key[start + step]]
             if not len(start):
@@ -65,12 +76,12 @@ def pairs_within(hashes: np.ndarray, distance: int) -> Iterator[np.ndarray]:
 
 
 def alike_in_colour(first: np.ndarray, second: np.ndarray, limit: float = DIFFERENCE) -> np.ndarray:
-    """uint8 [p,27] twice -> bool [p]: could these be copies? It only spares work: whatever passes is compared closely."""
+    """Tests whether mean colours, uint8 [p,27] each, allow copies: bool [p]. A fast prefilter; the close comparison follows."""
     return np.abs(first.astype(np.int16) - second).max(1) <= limit + (GAIN - 1) * 255 + 4
 
 
 def _pooled(difference: np.ndarray) -> np.ndarray:
-    """[..., 32, 32, 3] -> the greatest absolute mean of 2 x 2 pixels [...]."""
+    """Reduces [..., 32, 32, 3] to the maximum absolute mean over 2 x 2 pixels, [...]."""
     upper, lower = difference[..., ::2, :, :], difference[..., 1::2, :, :]
     total = upper[..., ::2, :] + upper[..., 1::2, :] + lower[..., ::2, :] + lower[..., 1::2, :]  # a quarter of the time of `mean`
     return np.abs(total / 4).max((-3, -2, -1))
@@ -83,19 +94,34 @@ def _neighbourhood_maximum(image: np.ndarray) -> np.ndarray:
 
 
 def _residuals(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """[32, 32, 3] twice -> [2 gains, 32, 32, 3]: what remains of y when it is taken for x made brighter (where white cannot grow whiter) or
-    darker, by each gain."""
+    """Computes the residuals of y as x brightened (clipped at white) or darkened by each gain.
+
+    Args:
+        x: float32 [32, 32, 3].
+        y: float32 [32, 32, 3].
+
+    Returns:
+        float32 [2 * gains, 32, 32, 3].
+    """
     gains = _GAINS[1:, None, None, None]
     brightest = np.minimum(gains * x, 255)
-    beside_white = gains * _neighbourhood_maximum(x) >= 250  # there the small image mixes what clipped and what did not
+    beside_white = gains * _neighbourhood_maximum(x) >= 250  # there thumbnail pixels mix clipped and unclipped ones
     darkest = np.where(beside_white, np.minimum(brightest, x), brightest)
     return np.stack([y - np.clip(y, darkest, brightest), y - x / gains], axis=1).reshape(-1, *y.shape)
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> float:
-    """uint8 [32,32,3] twice -> where they differ most (0..255), brightness apart.
+    """Computes the largest local difference of two thumbnails, apart from brightness.
 
-    One gain for the whole picture and all colours, that which leaves the least difference on average, is judged beside none at all.
+    The minimum of two values is returned: without a gain, and with the one gain of all pixels and colours that leaves the
+    smallest mean difference.
+
+    Args:
+        first: uint8 [32,32,3].
+        second: uint8 [32,32,3].
+
+    Returns:
+        The difference, 0..255.
     """
     a, b = first.astype(np.float32), second.astype(np.float32)
     residuals = np.concatenate([_residuals(a, b), _residuals(b, a)])
@@ -104,15 +130,22 @@ def difference(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def differences(first: np.ndarray, second: np.ndarray, limit: float = DIFFERENCE, *, brightened: bool = True) -> np.ndarray:
-    """uint8 [p,32,32,3] twice -> float32 [p]: `difference`, without the search for a gain where none can bring it to `limit`.
+    """Computes `difference` of pairs of thumbnails, and skips the search for a gain where none can reach `limit`.
 
-    `brightened` false: without that search at all. `second` may be one picture, [1,32,32,3].
+    Args:
+        first: uint8 [p,32,32,3].
+        second: uint8 [p,32,32,3] or [1,32,32,3].
+        limit: differences above it need not be exact.
+        brightened: search for a gain at all.
+
+    Returns:
+        float32 [p].
     """
-    found = _pooled(first.astype(np.float32) - second.astype(np.float32)).astype(np.float32)
+    result = _pooled(first.astype(np.float32) - second.astype(np.float32)).astype(np.float32)
     second = np.broadcast_to(second, first.shape)
-    for at in np.flatnonzero((found > limit) & (found <= limit + (GAIN - 1) * 255)) if brightened else ():
-        found[at] = difference(first[at], second[at])
-    return found
+    for row in np.flatnonzero((result > limit) & (result <= limit + (GAIN - 1) * 255)) if brightened else ():
+        result[row] = difference(first[row], second[row])
+    return result
 
 
 SIGNATURE = np.dtype(
@@ -125,13 +158,13 @@ SIGNATURE = np.dtype(
     ]
 )
 GRID = 3
-THUMBNAIL = 32  # side of the small image that candidates are compared by
-FLAT = 2.0  # standard deviation of a thumbnail below which the hash would be of noise
-LIMITS = ImageLimits(min_side=1, max_aspect=float("inf"))  # training's limits are no business of a comparison
+THUMBNAIL = 32  # side of the thumbnails by which candidates are compared
+FLAT = 2.0  # standard deviation of a thumbnail below which its hash would be noise
+LIMITS = ImageLimits(min_side=1, max_aspect=float("inf"))  # the limits of training do not apply to comparisons
 
 
 def decoded(shard: Shard, sample: int) -> np.ndarray:
-    """uint8 [H,W,3]. Raises BadSample."""
+    """Decodes the image of a sample to uint8 [H,W,3]. Raises BadSample."""
     extension = image_member(shard.index.members(sample))
     if extension is None:
         raise BadSample("missing_image", f"it has {', '.join(sorted(shard.index.members(sample)))}; an image is one of {IMAGE_EXTENSIONS}")
@@ -139,22 +172,30 @@ def decoded(shard: Shard, sample: int) -> np.ndarray:
 
 
 def small(image: np.ndarray) -> np.ndarray:
-    """uint8 [H,W,3] -> [32,32,3], filtered so that a resized copy gives nearly the same."""
+    """Shrinks uint8 [H,W,3] to a thumbnail [32,32,3], filtered so that resized copies give nearly the same one."""
     return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS))
 
 
 def signature(image: np.ndarray, caption: int = 0) -> np.ndarray:
-    """uint8 [H,W,3] -> a SIGNATURE scalar."""
-    found = np.zeros((), SIGNATURE)
+    """Computes the signature of an image.
+
+    Args:
+        image: uint8 [H,W,3].
+        caption: characters of its longest caption.
+
+    Returns:
+        A SIGNATURE scalar.
+    """
+    result = np.zeros((), SIGNATURE)
     height, width = image.shape[:2]
     image = np.ascontiguousarray(image)
     digest = hashlib.blake2b(f"{width} {height} ".encode(), digest_size=16)
     digest.update(image)
-    found["digest"] = np.frombuffer(digest.digest(), "<u8")
-    thumbnail = small(image)  # the hash shrinks to this side itself; from the thumbnail it costs one pass over the image less
+    result["digest"] = np.frombuffer(digest.digest(), "<u8")
+    thumbnail = small(image)  # phash shrinks to this side itself; passing the thumbnail saves a pass over the image
     picture = Image.fromarray(thumbnail)
     if thumbnail.std((0, 1)).max() >= FLAT:
-        found["hash"] = np.packbits(imagehash.phash(picture).hash.ravel()).view("<u8")[0]
-    found["colour"] = np.asarray(picture.resize((GRID, GRID), Image.Resampling.BOX)).ravel()
-    found["area"], found["caption"] = min(width * height, 2**32 - 1), min(caption, 2**16 - 1)
-    return found
+        result["hash"] = np.packbits(imagehash.phash(picture).hash.ravel()).view("<u8")[0]
+    result["colour"] = np.asarray(picture.resize((GRID, GRID), Image.Resampling.BOX)).ravel()
+    result["area"], result["caption"] = min(width * height, 2**32 - 1), min(caption, 2**16 - 1)
+    return result

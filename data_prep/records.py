@@ -1,4 +1,4 @@
-"""What the stages pass on: records, the inputs that were left out, and the errors that a user corrects."""
+"""Records, skipped inputs, splits, and the error for inputs that a user must correct."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Record:
                 raise ValueError(f"key {self.key!r}: {extension!r} is not an extension (lower case, no slash)")
 
     def tar_bytes(self) -> int:
-        """At most what it takes in a shard, for members whose names need no pax header."""
+        """Returns an upper bound of its bytes in a shard, for members whose names need no pax header."""
         return sum(2 * TAR_BLOCK + len(data) for data in self.members.values())
 
 
@@ -45,12 +45,12 @@ class Skipped:
     """An input that was left out, as OUT/skipped.jsonl lists it."""
 
     where: str
-    reason: str  # a short stable word
+    reason: str  # a stable identifier, such as "checksum"
     detail: str
 
 
 class Split(Protocol):
-    """Which part of OUT, a folder of its own, a record goes to. Picklable, and its repr states what it does."""
+    """Assigns records to the parts of OUT, a folder each. Picklable; its repr identifies the split in build digests."""
 
     parts: tuple[str, ...]
 

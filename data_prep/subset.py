@@ -28,30 +28,28 @@ from mmpretrain.data.schema import BadSample, ShardError
 from mmpretrain.data.shard_names import is_remote
 
 Result = TypeVar("Result")
-CARRIED = ("classnames.txt", "zeroshot_classification_templates.txt")  # beside the shards, and as true of a part of them
+CARRIED = ("classnames.txt", "zeroshot_classification_templates.txt")  # files of a shard set that hold for a subset too
 
 
 @dataclass(frozen=True)
 class Part:
-    """A shard and what to leave out of it: (sample, reason, detail), ascending."""
+    """A shard and the samples to leave out of it: (sample, reason, detail), ascending."""
 
     name: str
     count: int  # samples that were judged
     drops: tuple[tuple[int, str, str], ...] = ()
-    state: str = field(default="", compare=False)  # of the shard's file: one that changes gives another build
+    state: str = field(default="", compare=False)  # of the shard's file: a changed file makes another build
 
 
 def keep(part: Part) -> Iterator[Record | Skipped]:
-    """The samples that stay, byte for byte, and for each of the others the rule that dropped it.
+    """Yields the kept samples, byte for byte, and for each of the others the rule that dropped it.
 
-    Raises ShardError where the shard is not the one that was judged, or a key is none that can be written.
+    Raises ShardError where the shard has changed since it was judged, or a key cannot be written.
     """
     drops = {sample: (reason, detail) for sample, reason, detail in part.drops}
     with Shard(part.name) as shard:
         if len(shard) != part.count:
-            raise ShardError(
-                f"{part.name}: {len(shard)} samples, but {part.count} when they were judged. Shards must not change meanwhile."
-            )
+            raise ShardError(f"{part.name}: {len(shard)} samples, but {part.count} when it was judged. Shards must not change meanwhile.")
         for damage in shard.index.damage:
             yield Skipped(part.name, damage.reason, f"at byte {damage.offset}: {damage.detail}; about {damage.lost} samples lost")
         for sample in range(len(shard)):
@@ -61,7 +59,7 @@ def keep(part: Part) -> Iterator[Record | Skipped]:
                 continue
             try:
                 record = shard.read(sample)
-            except BadSample as error:  # a member that no rule had to read
+            except BadSample as error:  # in a member that no rule read
                 yield Skipped(where, error.reason, error.detail)
                 continue
             try:
@@ -72,22 +70,22 @@ def keep(part: Part) -> Iterator[Record | Skipped]:
 
 
 def check_keys(parts: Callable[[], Iterable[Part]]) -> None:
-    """Before anything is written: raises ValueError for a key that stays twice. A remote shard without an index is left to the writer."""
-    digests = [key_digests(key for _, key in _staying(part)) for part in parts()]
-    every = np.sort(np.concatenate([np.zeros(0, np.uint64), *digests]))
-    again = {digest.tobytes() for digest in every[1:][every[1:] == every[:-1]]}
+    """Raises ValueError for a key of two kept samples, before anything is written; keys of unindexed remote shards are not checked."""
+    digests = [key_digests(key for _, key in _kept_keys(part)) for part in parts()]
+    ordered = np.sort(np.concatenate([np.zeros(0, np.uint64), *digests]))
+    repeated = {digest.tobytes() for digest in ordered[1:][ordered[1:] == ordered[:-1]]}
     seen: dict[str, str] = {}
-    for part in parts() if again else ():
-        for place, key in _staying(part):
-            if key_digest(key) in again and seen.setdefault(key, place) != place:
+    for part in parts() if repeated else ():
+        for place, key in _kept_keys(part):
+            if key_digest(key) in repeated and seen.setdefault(key, place) != place:
                 raise ValueError(
                     f"key {key!r} comes twice, in {seen[key].rpartition('#')[0]} and {part.name}: keys must be unique over the whole data "
                     "set. Where each shard counts from 0, run `python -m data_prep build shards --keys shard` on them first."
                 )
 
 
-def _staying(part: Part) -> Iterator[tuple[str, str]]:
-    """(shard#number, key) of the samples that are not dropped."""
+def _kept_keys(part: Part) -> Iterator[tuple[str, str]]:
+    """Yields (shard#number, key) of the kept samples."""
     index = remote_index(part.name) if is_remote(part.name) else open_index(files.place(part.name), save_new=False)
     drops = {sample for sample, _, _ in part.drops}
     for sample, key in enumerate(index.keys if index is not None else ()):
@@ -105,9 +103,23 @@ def write_rest(
     command: str | None = None,
     licence: str | None = None,
 ) -> dict[str, Any]:
-    """Write the samples that are not dropped to `out`; returns the manifest.
+    """Writes the samples that are not dropped.
 
-    Raises ValueError for a key that stays twice, before anything is written; see `build` for the rest.
+    Args:
+        selection: the dropped samples.
+        out: a folder or fsspec URL.
+        plan: the options of the command that made the selection.
+        engine: see `engine.run`.
+        processes: see `engine.run`.
+        command: the command line, for the manifest.
+        licence: of the data, for the manifest.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: two kept samples have the same key; raised before anything is written.
+        FileExistsError: `out` holds something else; see `build`.
     """
     check_keys(selection.parts)
     run: dict[str, Any] = {"engine": engine, "processes": processes, "command": command, "licence": licence}
@@ -115,7 +127,7 @@ def write_rest(
 
 
 def carried(names: Iterable[str]) -> dict[str, str]:
-    """Class names and templates that lie beside the input belong beside the output too, where the input is one folder."""
+    """Reads the class names and templates beside the shards, which are copied to the output, where all shards are in one folder."""
     folders = {name.rpartition("/")[0] or "." for name in names}
     if len(folders) != 1:
         return {}
@@ -124,7 +136,7 @@ def carried(names: Iterable[str]) -> dict[str, str]:
 
 
 def show(result: dict[str, Any], out: str | None, as_json: bool) -> None:
-    """How many samples each rule dropped; good + dropped = all. Ends with status 1 where shards were wanted and none is left to write."""
+    """Prints how many samples each rule dropped; good + dropped = all. Exits with status 1 where no sample is left to write."""
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
@@ -147,9 +159,9 @@ def _print_table(result: dict[str, Any]) -> None:
     for line in result.get("damage", []):
         typer.echo(f"damaged: {line}", err=True)
     if "evaluation" in result:
-        held = result["evaluation"]
-        line = f"{held['in_training']} of {held['samples']} evaluation samples have a copy among the training samples"
-        typer.echo(line + (f"; not comparable: {held['unusable']}" if held["unusable"] else ""))
+        evaluation = result["evaluation"]
+        line = f"{evaluation['in_training']} of {evaluation['samples']} evaluation samples have a copy among the training samples"
+        typer.echo(line + (f"; not comparable: {evaluation['unusable']}" if evaluation["unusable"] else ""))
     if "not_embedded" in result:
         first = result["not_embedded"][0]
         typer.echo(f"{len(result['not_embedded'])} samples were not compared by embedding, first {first['sample']}: {first['reason']}")
@@ -166,13 +178,17 @@ class Numbering:
     def run(
         self, stage: Callable[[Span], Result], count: Callable[[Result], int], *, engine: str, processes: int | None, title: str
     ) -> Iterator[tuple[int, Result]]:
-        """Apply a stage to every sample, in spans, and count the samples.
+        """Applies a stage to every sample, in spans, and counts the samples.
 
         Args:
             stage: see `engine.run`; it numbers samples within their shard.
             count: result -> samples of its span.
+            engine: see `engine.run`.
+            processes: see `engine.run`.
+            title: of the progress bar.
 
-        Yields (the number of the first sample of the span's shard, the result), in order.
+        Yields:
+            (number of the first sample of the span's shard, result), in order.
         """
         tasks, number = list(spans(self.names)), {name: i for i, name in enumerate(self.names)}
         total = 0
@@ -183,26 +199,28 @@ class Numbering:
 
     @property
     def starts(self) -> np.ndarray:
-        """int64 [shards + 1]: the first sample of each shard, and the number of all."""
+        """int64 [shards + 1]: the number of the first sample of each shard, and the number of samples."""
         return np.r_[0, np.cumsum(self.counts)]
 
     def __len__(self) -> int:
         return int(self.counts.sum())
 
     def shards_of(self, samples: np.ndarray) -> np.ndarray:
-        """int64 [n] -> int64 [n]: the number of each sample's shard."""
+        """Maps samples, int64 [n], to the numbers of their shards, int64 [n]."""
         return np.searchsorted(self.starts, samples, side="right") - 1
 
     def places(self, samples: np.ndarray) -> Iterator[Place]:
+        """Locates samples, int64 [n], in the same order."""
         starts = self.starts
         for sample, shard in zip(samples.tolist(), self.shards_of(samples).tolist()):
             yield Place(sample, self.names[shard], sample - int(starts[shard]))
 
     def place(self, sample: int) -> Place:
+        """Locates one sample."""
         return next(self.places(np.array([sample])))
 
     def key(self, sample: int) -> str:
-        """shard/key. The keys of one shard are held at a time."""
+        """Returns shard/key of a sample. Caches the keys of one shard."""
         place = self.place(sample)
         if self._keys[0] != place.shard:
             index = remote_index(place.shard) if is_remote(place.shard) else None
@@ -214,16 +232,16 @@ class Numbering:
 
 
 class Selection:
-    """Which samples are dropped, and why. In memory, 18 bytes of each dropped one; the details wait in a temporary file."""
+    """The dropped samples, each with a rule and a detail. Takes 18 bytes of memory each; the details are in a temporary file."""
 
     def __init__(self, samples: Numbering) -> None:
         self.samples = samples
         self._samples, self._rules, self._places = array("q"), array("H"), array("q")
         self._numbers: dict[str, int] = {}  # of rules
-        self._details = tempfile.TemporaryFile()  # noqa: SIM115 (goes with this object)
+        self._details = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
 
     def drop(self, sample: int, rule: str, detail: str) -> None:
-        """A sample that was not dropped before."""
+        """Drops a sample that was not dropped before."""
         self._samples.append(sample)
         self._rules.append(self._numbers.setdefault(rule, len(self._numbers)))
         self._places.append(self._details.tell())
@@ -231,18 +249,18 @@ class Selection:
         self._details.write(len(data).to_bytes(4, "little") + data)
 
     def dropped_by(self) -> dict[str, int]:
-        """Rule -> samples, sorted by name."""
+        """Returns rule -> number of dropped samples, sorted by rule."""
         counts = Counter(self._rules)
         return {rule: counts[number] for rule, number in sorted(self._numbers.items())}
 
     def left(self) -> np.ndarray:
-        """int64: the samples not dropped, ascending."""
+        """Returns the samples that are not dropped: int64 [n], ascending."""
         good = np.ones(len(self.samples), bool)
         good[np.array(self._samples, np.int64)] = False
         return np.flatnonzero(good)
 
     def parts(self) -> Iterator[Part]:
-        """What to leave out of each shard; made one shard at a time."""
+        """Yields, shard by shard, the samples to leave out of it."""
         samples, rules = np.array(self._samples, np.int64), list(self._numbers)
         order = np.argsort(samples)
         starts = self.samples.starts

@@ -1,4 +1,4 @@
-"""Small pictures within a page."""
+"""Thumbnails embedded in HTML pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from PIL import Image
 
 
 def thumbnail(image: np.ndarray, side: int, form: Literal["JPEG", "PNG"], **options: Any) -> str:
-    """uint8 [H, W, 3] -> a data: address of the picture, its longer side at most `side` pixels; `options` are those of Pillow's writer."""
+    """Encodes an image as the data: URL of a thumbnail.
+
+    Args:
+        image: uint8 [H, W, 3].
+        side: maximum of the longer side, in pixels.
+        form: the image format.
+        options: passed to Pillow's encoder.
+    """
     picture = Image.fromarray(image)
     picture.thumbnail((side, side))
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""`dedup`: find images that are copies of each other, or of evaluation images, and write the shards without them."""
+"""The command `dedup`: copies among images, or of evaluation images, and the shards without them."""
 
 from __future__ import annotations
 
@@ -21,30 +21,47 @@ def deduplicate(
     processes: int | None = None,
     command: str | None = None,
 ) -> dict[str, Any]:
-    """Shard specs -> the report (dedup.report); with `out`, shards without the copies; with `page`, the clusters as an HTML file.
+    """Finds copies and, with `out`, writes the shards without them.
 
-    `options`: a `find.Options`. Raises InputError, OptionError, ShardError, FileExistsError (see shards.build).
+    Args:
+        shards: specs of the training shards.
+        out: a folder or fsspec URL for the shards; None: only report.
+        against: specs of the evaluation shards.
+        options: a `find.Options`.
+        page: an HTML file that shows the clusters.
+        engine: see `engine.run`.
+        processes: see `engine.run`.
+        command: the command line, for the manifest.
+
+    Returns:
+        The report, see `dedup.report`.
+
+    Raises:
+        InputError: an option must be corrected.
+        OptionError: `options.embedding` does not name a model.
+        ShardError: a shard cannot be read.
+        FileExistsError: `out` holds something else, see `shards.build`.
     """
     from data_prep import files
     from data_prep.dedup.find import Options, find
-    from data_prep.dedup.report import named, report, selection
+    from data_prep.dedup.report import labels_of, report, selection
     from data_prep.subset import write_rest
 
     options = options or Options()
-    names, held = shard_names(shards), shard_names(against) if against else []
-    twice = sorted(set(names) & set(held) | {name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"{twice[0]} is named twice: every sample of it would be a copy of itself. Name each shard once.")
-    found = find(names, held, options, engine_name=engine, processes=processes)
-    known = named(found)
-    result = report(found, known)
+    names, evaluation = shard_names(shards), shard_names(against) if against else []
+    repeated = sorted(set(names) & set(evaluation) | {name for name in names if names.count(name) > 1})
+    if repeated:
+        raise InputError(f"{repeated[0]} is named twice: every sample of it would be a copy of itself. Name each shard once.")
+    findings = find(names, evaluation, options, engine_name=engine, processes=processes)
+    labels = labels_of(findings)
+    result = report(findings, labels)
     if page is not None:
         from data_prep.dedup.report import render
 
-        files.write_text(page, render(found, result, known))
+        files.write_text(page, render(findings, result, labels))
     if out is not None:
-        plan = {"dedup": result["options"], "against": held}
-        manifest = write_rest(selection(found, known), out, plan, engine=engine, processes=processes, command=command)
+        plan = {"dedup": result["options"], "against": evaluation}
+        manifest = write_rest(selection(findings, labels), out, plan, engine=engine, processes=processes, command=command)
         result["written"] = manifest["num_samples"]
     return result
 
@@ -60,16 +77,16 @@ def dedup(
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="only equal pixels, unless --near or --embedding is given too")] = False,
     near: Annotated[
-        int | None, typer.Option("--near", min=0, max=32, help="perceptual hashes within so many of 64 bits, then compared; default: 10")
+        int | None, typer.Option("--near", min=0, max=32, help="maximum hash distance of candidates, in bits of 64; default: 10")
     ] = None,
     difference: Annotated[
-        float, typer.Option("--difference", min=0, max=255, help="how far near copies may differ where they differ most, of 255")
+        float, typer.Option("--difference", min=0, max=255, help="maximum local difference of near copies, of 255")
     ] = 17.0,
     embedding: Annotated[
         str | None,
         typer.Option("--embedding", metavar="MODEL", help="also by the cosine under a model: a run, an open_clip folder or name"),
     ] = None,
-    threshold: Annotated[float, typer.Option("--threshold", min=0, max=1, help="cosine from which --embedding says copy")] = 0.95,
+    threshold: Annotated[float, typer.Option("--threshold", min=0, max=1, help="minimum cosine of copies by --embedding")] = 0.95,
     keep: Annotated[str, typer.Option("--keep", help="of copies, keep the: first, largest, or longest-caption")] = "first",
     within: Annotated[bool, typer.Option(help="also find copies within the training shards")] = True,
     caption: Annotated[

@@ -1,4 +1,4 @@
-"""Images that a model finds alike: cosines of their embeddings, tile by tile."""
+"""Copies by cosine similarity of image embeddings, tile by tile."""
 
 from __future__ import annotations
 
@@ -15,13 +15,24 @@ TILE = 4096
 
 
 def drop_alike(copies: Copies, numbering: Numbering, model: str, threshold: float) -> list[tuple[int, str]]:
-    """Drop what is at least `threshold` alike to a kept sample, over those that are not dropped yet.
+    """Drops the remaining samples with a cosine of at least `threshold` to a kept sample.
 
-    Returns the samples that could not be embedded, with the reason: they stay, and were only not compared.
+    The embeddings are stored as float16 in a temporary file, 2 E bytes a sample; memory holds two tiles and their cosines
+    (64 MB). Time is proportional to E times the square of the samples: some minutes for 100,000 on a few cores, or for a
+    million on one accelerator.
 
-    Embeddings lie as float16 in a temporary file, 2 E bytes a sample; in memory are two tiles and the table of their cosines (64 MB). Time
-    is samples squared times E over what the device multiplies: some minutes for 100,000 on a few cores, for a million on one accelerator.
-    Raises ValueError for a threshold outside 0..1, OptionError for a model that is not there.
+    Args:
+        copies: receives the dropped samples.
+        numbering: locates the samples.
+        model: see `embed.Encoder`.
+        threshold: a cosine above 0, at most 1.
+
+    Returns:
+        (sample, reason) of those that could not be embedded: they are kept without a comparison.
+
+    Raises:
+        ValueError: a threshold out of range.
+        OptionError: `model` does not name a model.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"--threshold {threshold}: expected a cosine above 0, at most 1")
@@ -47,7 +58,7 @@ def drop_alike(copies: Copies, numbering: Numbering, model: str, threshold: floa
 
 
 def _tiles(copies: Copies, stored: np.ndarray, rows: np.ndarray, threshold: float, device: torch.device) -> None:
-    """Tiles in the order of ranks, so that a sample is known to be kept before it drops others."""
+    """Compares tiles in the order of ranks, so that a sample is known to be kept before it drops others."""
     order = np.argsort(copies.rank[rows])
 
     def tile(start: int) -> torch.Tensor:

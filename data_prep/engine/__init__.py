@@ -1,4 +1,4 @@
-"""Run a pure function over tasks: on this machine's cores, or on a Ray cluster. Results come in the order of the tasks."""
+"""Parallel map of a pure function over tasks, on the cores of this machine or on a Ray cluster; results in task order."""
 
 from __future__ import annotations
 
@@ -26,17 +26,21 @@ def run(
     processes: int | None = None,
     title: str = "",
 ) -> Generator[R, None, None]:
-    """`function(task)` for every task, in the order of the tasks.
+    """Yields `function(task)` for every task, in the order of the tasks.
 
     Args:
-        function: pure and picklable: of a module (not of `__main__`), a `functools.partial` of one, or a dataclass with `__call__`.
-        tasks: pulled as workers become free, at most 2 x processes ahead of what the caller has taken.
+        function: pure and picklable: of a module (not of `__main__`), a `functools.partial` of one, or a dataclass with
+            `__call__`.
+        tasks: consumed as workers become free, at most 2 x processes ahead of the results taken.
         engine: "local", or "ray" (the cluster at RAY_ADDRESS, else one started on this machine).
-        processes: how many at once; by default one per core, on Ray what the cluster has. 1 with "local" runs in this process, and so does
-            everything where `function` or a task names a place in memory://.
-        title: shown with a progress bar where standard error is a terminal.
+        processes: tasks at a time; by default one per core, or per CPU of the Ray cluster. With "local", 1 runs in this
+            process. Functions and tasks that refer to memory:// always run in this process.
+        title: of a progress bar, shown where standard error is a terminal.
 
-    Raises WorkerLostError, whatever `function` raises, ValueError for an unknown engine.
+    Raises:
+        WorkerLostError: the workers of a task died repeatedly.
+        ValueError: an unknown engine, or fewer than one process.
+        Exception: whatever `function` raises.
     """
     if engine not in ENGINES:
         raise ValueError(f"--engine {engine!r}: expected {' or '.join(ENGINES)}")
@@ -47,15 +51,15 @@ def run(
     first = list(itertools.islice(source, 2))
     source = itertools.chain(first, source)
     if any("memory://" in repr(each) for each in (function, *(tasks if isinstance(tasks, list) else first))):
-        results = (function(task) for task in source)  # such files live in this process alone
+        results = (function(task) for task in source)  # such files exist in this process only
     elif engine == "ray":
         from data_prep.engine import ray as cluster
 
         results = cluster.results_of(function, source, processes)
     else:
-        most = processes or cores()
-        alone = min(most, len(first)) < 2  # a process is not worth starting for a single task
-        results = (function(task) for task in source) if alone else local.results_of(function, source, most)
+        max_workers = processes or cores()
+        in_process = min(max_workers, len(first)) < 2  # starting a process is not worthwhile for a single task
+        results = (function(task) for task in source) if in_process else local.results_of(function, source, max_workers)
     return _shown(results, title, total) if title and sys.stderr.isatty() else results
 
 

@@ -1,4 +1,4 @@
-"""What the engines share: how often a task is given out, and in what order results come."""
+"""Retries, lost workers and bounded look-ahead, shared by the engines."""
 
 from __future__ import annotations
 
@@ -9,28 +9,38 @@ from typing import Any
 from mmpretrain.errors import MMPretrainError
 
 ENGINES = ("local", "ray")
-REPEATS = 3  # times that a task is given out again after its worker died
+REPEATS = 3  # of a task whose worker died
 
 
 class WorkerLostError(MMPretrainError, RuntimeError):
-    """The process that worked on a task died, and so did those that tried it again."""
+    """The worker process of a task died, and so did the workers of every retry."""
 
 
 def lost(task: object, how: str) -> WorkerLostError:
+    """Builds the error for a task whose workers died; `how` describes the last death."""
     text = repr(task)
     text = text if len(text) <= 300 else text[:300] + " ..."
     return WorkerLostError(
-        f"task {text}: its worker process died {REPEATS + 1} times ({how}). Its own words, if any, are above. "
-        "If memory ran out, take fewer --processes or a smaller --max-count."
+        f"task {text}: its worker process died {REPEATS + 1} times ({how}). Its own output, if any, is above. "
+        "If memory ran out, use fewer --processes or a smaller --max-count."
     )
 
 
-def ahead(give: Callable[[Any], Any], take: Callable[[Any], Any], tasks: Iterator[Any], most: int) -> Generator[Any, None, None]:
-    """Give tasks out, `most` ahead of what is taken, and take the results in order."""
-    given: deque[Any] = deque()
+def ahead(
+    submit: Callable[[Any], Any], result_of: Callable[[Any], Any], tasks: Iterator[Any], max_pending: int
+) -> Generator[Any, None, None]:
+    """Submits tasks at most `max_pending` ahead of the results taken, and yields the results in order.
+
+    Args:
+        submit: task -> handle.
+        result_of: handle -> result; waits for it.
+        tasks: consumed lazily.
+        max_pending: handles held at a time.
+    """
+    pending: deque[Any] = deque()
     for task in tasks:
-        given.append(give(task))
-        if len(given) >= most:
-            yield take(given.popleft())
-    while given:
-        yield take(given.popleft())
+        pending.append(submit(task))
+        if len(pending) >= max_pending:
+            yield result_of(pending.popleft())
+    while pending:
+        yield result_of(pending.popleft())

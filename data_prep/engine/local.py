@@ -1,7 +1,7 @@
-"""Processes of this machine that apply a function to tasks sent to them over pipes.
+"""The local engine: worker processes that apply a function to tasks sent over pipes.
 
-They are fresh processes that import only what the function needs (a `multiprocessing` child would import the calling script first, torch
-included). A worker that is killed costs its task, which another repeats.
+Workers are fresh processes that import only what the function needs (a `multiprocessing` child would first import the
+calling script, torch included). The task of a worker that is killed is repeated by another.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _send(pipe: IO[bytes], value: object) -> None:
 
 
 def _receive(pipe: IO[bytes]) -> bytes:
-    """One message. Raises EOFError where the other side has gone."""
+    """Reads one message. Raises EOFError where the other end is closed."""
     head = pipe.read(_LENGTH.size)
     data = pipe.read(_LENGTH.unpack(head)[0]) if len(head) == _LENGTH.size else b""
     if len(head) < _LENGTH.size or len(data) < _LENGTH.unpack(head)[0]:
@@ -44,7 +44,7 @@ def _receive(pipe: IO[bytes]) -> bytes:
 
 
 class _Worker:
-    """A process that applies `function` to the tasks it is sent. It ends itself when this process goes."""
+    """A process that applies `function` to the tasks it receives, and exits when this process ends."""
 
     def __init__(self, function: bytes, stopped: threading.Event) -> None:
         self._function, self._stopped = function, stopped
@@ -62,31 +62,32 @@ class _Worker:
         for attempt in range(REPEATS + 1):
             try:
                 _send(self.process.stdin, task)
-                good, value = pickle.loads(_receive(self.process.stdout))
+                succeeded, value = pickle.loads(_receive(self.process.stdout))
             except (EOFError, BrokenPipeError, ConnectionResetError):
                 status = self.process.wait()
                 self.stop()
                 if self._stopped.is_set():  # nobody waits for the result
                     raise
-                how = f"exit status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
+                cause = f"exit status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
                 if attempt == REPEATS:
-                    raise lost(task, how) from None
+                    raise lost(task, cause) from None
                 self._start()
                 continue
-            if good:
+            if succeeded:
                 return value
             raise value
         raise AssertionError("unreachable")
 
     def stop(self) -> None:
-        self.process.kill()  # it holds nothing but a task, which leaves no trace until it is done
+        self.process.kill()  # safe: an unfinished task has no effects
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
-            with suppress(BrokenPipeError, ValueError):  # a task that it never read
+            with suppress(BrokenPipeError, ValueError):  # unread tasks in the pipe
                 pipe.close()
 
 
 def results_of(function: Callable[[Any], Any], tasks: Iterator[Any], processes: int) -> Generator[Any, None, None]:
+    """Yields `function(task)` for every task in order, from `processes` worker processes; see `engine.run`."""
     packed = pickle.dumps(function)
     idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
     started: list[_Worker] = []
@@ -126,15 +127,15 @@ def _listen(pipe: IO[bytes], messages: queue.SimpleQueue[bytes]) -> None:
     while True:
         try:
             messages.put(_receive(pipe))
-        except EOFError:  # the process that wants the results is gone
+        except EOFError:  # the parent process is gone
             os._exit(1)
 
 
 def work() -> None:
-    """The life of a worker: messages from standard input, results to what was standard output."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the starting process stops its workers
+    """Runs a worker: reads tasks from standard input and writes results to the original standard output."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers
     results = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the function prints must not get among the results
+    os.dup2(2, 1)  # output of the function must not mix with the results
     messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(os.fdopen(os.dup(0), "rb"), messages), daemon=True).start()
     sys.stdin = io.StringIO()

@@ -1,4 +1,4 @@
-"""The engine on a Ray cluster: the one at RAY_ADDRESS, else one that is started on this machine and ends with this process."""
+"""The Ray engine: the cluster at RAY_ADDRESS, else one started on this machine that ends with this process."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ START_ATTEMPTS = 3
 
 
 def results_of(function: Callable[[Any], Any], tasks: Iterator[Any], processes: int | None) -> Generator[Any, None, None]:
+    """Yields `function(task)` for every task in order, from tasks of a Ray cluster; see `engine.run`."""
     try:
         import ray
         from ray.exceptions import RayTaskError, WorkerCrashedError
     except ImportError as error:
-        raise ValueError("--engine ray needs Ray: pip install 'mmpretrain-clip[ray]'; or take --engine local") from error
+        raise ValueError("--engine ray needs Ray: pip install 'mmpretrain-clip[ray]'; or use --engine local") from error
     _connect(ray, processes)
-    most = processes or int(ray.cluster_resources().get("CPU", 1))
+    max_workers = processes or int(ray.cluster_resources().get("CPU", 1))
     remote = ray.remote(max_retries=REPEATS, retry_exceptions=False, num_cpus=1)(_apply)
     shared = ray.put(function)
 
-    def take(given: tuple[Any, Any]) -> Any:
-        task, reference = given
+    def result_of(submitted: tuple[Any, Any]) -> Any:
+        task, reference = submitted
         try:
             return ray.get(reference)
         except WorkerCrashedError as error:
@@ -32,11 +33,11 @@ def results_of(function: Callable[[Any], Any], tasks: Iterator[Any], processes: 
         except RayTaskError as error:
             raise error.cause from None
 
-    yield from ahead(lambda task: (task, remote.remote(shared, task)), take, tasks, 2 * most)
+    yield from ahead(lambda task: (task, remote.remote(shared, task)), result_of, tasks, 2 * max_workers)
 
 
 def _connect(ray: Any, processes: int | None) -> None:
-    """A cluster that is started here stays for later stages: starting one takes seconds."""
+    """Connects to a cluster, or starts one, which then serves later stages too: a start takes seconds."""
     address = os.environ.get("RAY_ADDRESS")
     local = {} if address else {"num_cpus": processes or cores(), "include_dashboard": False}
     for attempt in range(START_ATTEMPTS):

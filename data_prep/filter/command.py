@@ -1,4 +1,4 @@
-"""`filter`: the samples of shards that pass stated rules, as DataComp's filters and a user's own."""
+"""The command `filter`: the samples of shards that pass rules, such as DataComp's filters and a user's own."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from data_prep.subset import Numbering, Selection, show, write_rest
 
 
 def _judge(names: list[str], rules: Any, max_repeats: int | None, engine: str, processes: int | None) -> tuple[Selection, list[str]]:
-    """The rules on single samples, then repeats among those that passed them."""
+    """Applies the rules on single samples, then `max_repeats` among those that pass."""
     from data_prep.filter.rules import Judge, repeated
 
     judged, digests, damage = Selection(Numbering(names)), [], []
     stage = Judge(rules, max_repeats is not None)
-    for first, (_, dropped, part, broken) in judged.samples.run(stage, itemgetter(0), engine=engine, processes=processes, title="judging"):
+    for first, (_, dropped, part, damaged) in judged.samples.run(stage, itemgetter(0), engine=engine, processes=processes, title="judging"):
         for index, rule, detail in dropped:
             judged.drop(first + index, rule, detail)
-        damage += broken
+        damage += damaged
         digests.append(part)
     if max_repeats is not None:
         left = judged.left()
@@ -30,31 +30,31 @@ def _judge(names: list[str], rules: Any, max_repeats: int | None, engine: str, p
     return judged, damage
 
 
-def _score(judged: Selection, model: str, caption: str, least: float | None, fraction: float | None, save: str | None) -> None:
-    """Score what is left under a model, and drop the low ones.
+def _score(judged: Selection, model: str, caption: str, min_score: float | None, keep_top: float | None, save_to: str | None) -> None:
+    """Scores the remaining samples under a model, and drops those with low scores.
 
-    In this process, in batches: see `embed`. Samples that cannot be scored are dropped with the reason.
+    Runs in this process, in batches: see `embed`. Samples that cannot be scored are dropped with the reason.
     """
     from data_prep.embed import Encoder
     from data_prep.filter.rules import save_scores, too_low
 
     left = judged.left()
     scores = np.full(len(left), np.nan, np.float32)
-    keys: dict[int, str] = {}  # only where they are saved
+    keys: dict[int, str] = {}  # only where scores are saved
     encoder = Encoder(model)
     for batch in encoder.batches(judged.samples.places(left), caption):
         for sample, error in batch.bad:
             judged.drop(sample, error.reason, error.detail)
         if batch.samples:
             scores[np.searchsorted(left, batch.samples)] = encoder.similarities(batch).numpy()
-            if save is not None:
+            if save_to is not None:
                 keys |= dict(zip(batch.samples, batch.keys))
     scored = ~np.isnan(scores)
     left, scores = left[scored], scores[scored]
-    if save is not None:
-        save_scores(save, ((name, keys[sample], float(score)) for (sample, name, _), score in zip(judged.samples.places(left), scores)))
-    if least is not None or fraction is not None:
-        dropped, limit = too_low(scores, least, fraction)
+    if save_to is not None:
+        save_scores(save_to, ((name, keys[sample], float(score)) for (sample, name, _), score in zip(judged.samples.places(left), scores)))
+    if min_score is not None or keep_top is not None:
+        dropped, limit = too_low(scores, min_score, keep_top)
         for sample, score in zip(left[dropped].tolist(), scores[dropped].tolist()):
             judged.drop(sample, "score", f"{score:.4f}; {limit}")
 
@@ -74,10 +74,32 @@ def select(
     command: str | None = None,
     licence: str | None = None,
 ) -> dict[str, Any]:
-    """Shard specs -> counts: samples, good, and dropped by rule; with `out`, shards of the good ones and skipped.jsonl.
+    """Counts the samples that pass the rules and, with `out`, writes them to shards.
 
-    `rules`: a `rules.Rules`. good + dropped = samples. Samples are judged first and written in a second pass over the shards, in which
-    their bytes pass through. Raises ShardError, InputError, OptionError, FileExistsError (see shards.build).
+    Samples are judged first; a second pass over the shards copies those that pass, byte for byte.
+
+    Args:
+        shards: shard specs.
+        out: a folder or fsspec URL for the shards and skipped.jsonl; None: only count.
+        rules: a `rules.Rules`.
+        max_repeats: samples kept of those with the same caption.
+        score: a model for image-text scores, see `embed.Encoder`.
+        min_score: keep scores of at least this.
+        keep_top: keep this fraction, with the best scores.
+        save_scores: a .parquet or .jsonl file for the scores.
+        engine: see `engine.run`.
+        processes: see `engine.run`.
+        command: the command line, for the manifest.
+        licence: of the data, for the manifest.
+
+    Returns:
+        "samples", "good" and "dropped" (rule -> count), where good + dropped = samples; "damage" of shards; "written".
+
+    Raises:
+        ShardError: a shard cannot be read.
+        InputError: an option must be corrected.
+        OptionError: `score` does not name a model.
+        FileExistsError: `out` holds something else, see `shards.build`.
     """
     from data_prep import captions
     from data_prep.filter.rules import Rules
@@ -94,8 +116,8 @@ def select(
     if damage:
         result["damage"] = damage
     if out is not None:
-        asked = {"max_repeats": max_repeats, "score": score, "min_score": min_score, "keep_top": keep_top}
-        plan = {"filter": repr(rules), **asked}
+        set_options = {"max_repeats": max_repeats, "score": score, "min_score": min_score, "keep_top": keep_top}
+        plan = {"filter": repr(rules), **set_options}
         run = {"engine": engine, "processes": processes, "command": command, "licence": licence}
         result["written"] = write_rest(judged, out, plan, **run)["num_samples"]
     return result
@@ -114,7 +136,7 @@ def filter_(
         str | None, typer.Option("--language", help="captions in one of these languages: en, or en,de (extra `prep`)")
     ] = None,
     max_repeats: Annotated[
-        int | None, typer.Option("--max-repeats", min=1, help="the first so many samples with the same caption, over the whole set")
+        int | None, typer.Option("--max-repeats", min=1, help="keep the first N samples with the same caption, over the whole set")
     ] = None,
     where: Annotated[
         str | None, typer.Option("--where", metavar="FILE.py:FUNCTION", help="your function of a sample: True keeps it. Its code is run")
@@ -131,7 +153,7 @@ def filter_(
     processes: Processes = None,
     json_output: JsonOutput = False,
 ) -> None:
-    """Keep the samples that pass every rule given; each of the others has a line in OUT/skipped.jsonl with the rule that dropped it."""
+    """Keep the samples that pass every given rule; OUT/skipped.jsonl lists the others, each with the rule that dropped it."""
     from data_prep.filter.rules import Predicate, Rules
 
     if (score is None) != (min_score is None and keep_top is None and save_scores is None) or (

@@ -1,4 +1,4 @@
-"""The rules of `filter` that look at one sample alone."""
+"""The rules of `filter`: on single samples, on repeated captions, and on scores."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ LIMITS = decode.ImageLimits(min_side=1, max_aspect=float("inf"))
 
 
 class Sample:
-    """What a rule, and a user's predicate, sees of a sample. What is not asked for is not decoded; what is missing raises BadSample."""
+    """A sample as rules and a user's predicate read it. Members are decoded when accessed; missing ones raise BadSample."""
 
-    def __init__(self, shard: Shard, at: int, caption: str = "txt") -> None:
-        self.key = shard.key(at)
-        self._shard, self._at, self._caption = shard, at, caption
-        self.members = frozenset(shard.index.members(at))  # extensions
+    def __init__(self, shard: Shard, index: int, caption: str = "txt") -> None:
+        self.key = shard.key(index)
+        self._shard, self._index, self._caption = shard, index, caption
+        self.members = frozenset(shard.index.members(index))  # extensions
 
     def _read(self, extension: str) -> bytes:
-        return self._shard.read(self._at, {extension}).members[extension]
+        return self._shard.read(self._index, {extension}).members[extension]
 
     @cached_property
     def captions(self) -> list[str]:
@@ -47,12 +47,12 @@ class Sample:
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
-        """Its json; {} where it has none."""
+        """The content of its json member; {} without one."""
         return decode_json(self._read(METADATA_EXTENSION)) if METADATA_EXTENSION in self.members else {}
 
     @cached_property
     def label(self) -> str | None:
-        """Its cls, as text; None where it has none."""
+        """The text of its cls member; None without one."""
         return decode_text(self._read(LABEL_EXTENSION)) if LABEL_EXTENSION in self.members else None
 
     @cached_property
@@ -64,14 +64,14 @@ class Sample:
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """(width, height) by the image's header."""
+        """(width, height), read from the header of the image."""
         kind = decode.sniff(self.image_bytes)
         if kind is None:
             raise BadSample("unknown_format", f"begins with {self.image_bytes[:12]!r}")
         try:
             with Image.open(io.BytesIO(self.image_bytes), formats=[decode.PILLOW_FORMATS[kind]]) as image:
                 return image.size
-        except Exception as error:  # decoders raise all sorts over hostile bytes
+        except Exception as error:  # decoders raise various errors for hostile bytes
             raise BadSample("undecodable_image", f"{kind}: {' '.join(str(error).split())[:200]}") from error
 
     @cached_property
@@ -82,14 +82,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Predicate:
-    """A user's function of a Sample -> bool. It travels as its source text, so that a worker anywhere runs what was read here."""
+    """A user's function Sample -> bool, passed to workers as source text, so that all of them run the version read here."""
 
     name: str  # file:function
     source: str
 
     @classmethod
     def read(cls, spec: str) -> Predicate:
-        """`FILE.py:function`. Raises InputError where either is missing."""
+        """Reads FILE.py:function. Raises InputError where either is missing."""
         file, _, function = spec.rpartition(":")
         if not file or not function.isidentifier():
             raise InputError(f"--where {spec!r}: expected FILE.py:function")
@@ -104,7 +104,7 @@ class Predicate:
         return _function(self.name, self.source)
 
     def __call__(self, sample: Sample) -> bool:
-        """Raises InputError where the function fails or answers anything but yes or no: a mistake there must not thin out the data."""
+        """Applies the function. Raises InputError where it fails or returns no bool: its bugs must not silently drop samples."""
         try:
             answer = self.function()(sample)
         except BadSample:
@@ -113,7 +113,7 @@ class Predicate:
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise InputError(f"--where {self.name}, line {place.lineno}: {type(error).__name__}: {error} (sample {sample.key})") from error
         if not isinstance(answer, bool | np.bool_):
-            raise InputError(f"--where {self.name}: gave {answer!r:.80} for sample {sample.key}, expected True (keep) or False")
+            raise InputError(f"--where {self.name}: returned {answer!r:.80} for sample {sample.key}, expected True (keep) or False")
         return bool(answer)
 
 
@@ -125,16 +125,16 @@ def _function(name: str, source: str) -> Any:
         exec(compile(source, file, "exec"), module.__dict__)  # the user's own file, named on the command line
     except Exception as error:
         raise InputError(f"--where {name}: {type(error).__name__}: {error}") from error
-    found = getattr(module, function, None)
-    if not callable(found):
+    predicate = getattr(module, function, None)
+    if not callable(predicate):
         names = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_")) or "none"
         raise InputError(f"--where {name}: {file} has no function {function!r}; it has {names}")
-    return found
+    return predicate
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a sample must be. None: not asked. Of several captions, each must pass."""
+    """The conditions on a single sample; None: no condition. Of several captions, each must pass."""
 
     min_side: int | None = None
     max_aspect: float | None = None
@@ -147,7 +147,7 @@ class Rules:
     caption: str = "txt"
 
     def verdict(self, sample: Sample) -> tuple[str, str] | None:
-        """(the first rule that it breaks, what was found), or None. Raises BadSample where what a rule needs cannot be read."""
+        """Returns (the first violated rule, details); None for a sample that passes. Raises BadSample for an unreadable member."""
         if self.min_side is not None or self.max_aspect is not None:
             width, height = sample.size
             if self.min_side is not None and min(width, height) < self.min_side:
@@ -155,15 +155,15 @@ class Rules:
             if self.max_aspect is not None and max(width, height) > self.max_aspect * min(width, height):
                 return "max_aspect", f"{width} x {height} pixels, sides may differ {self.max_aspect:g} times"
         lengths = {"words": (self.min_words, self.max_words), "chars": (self.min_chars, self.max_chars)}
-        for unit, (least, most) in lengths.items():
-            for text in sample.captions if (least, most) != (None, None) else ():
+        for unit, (minimum, maximum) in lengths.items():
+            for text in sample.captions if (minimum, maximum) != (None, None) else ():
                 count = len(text.split()) if unit == "words" else len(text)
-                if least is not None and count < least:
-                    return f"min_{unit}", f"{count} {unit}, at least {least}: {text[:80]!r}"
-                if most is not None and count > most:
-                    return f"max_{unit}", f"{count} {unit}, at most {most}: {text[:80]!r}"
+                if minimum is not None and count < minimum:
+                    return f"min_{unit}", f"{count} {unit}, at least {minimum}: {text[:80]!r}"
+                if maximum is not None and count > maximum:
+                    return f"max_{unit}", f"{count} {unit}, at most {maximum}: {text[:80]!r}"
         for text in sample.captions if self.languages else ():
-            language = language_of(text)  # None: too short to tell, which breaks no rule
+            language = language_of(text)  # None: too short to detect, which violates no rule
             if language is not None and language not in self.languages:
                 return "language", f"{language}: {text[:80]!r}"
         if self.where is not None and not self.where(sample):
@@ -173,7 +173,11 @@ class Rules:
 
 @dataclass(frozen=True)
 class Judge:
-    """The stage: a span of samples -> what is dropped (sample, rule, detail), and with `repeats` a digest of each caption; damage."""
+    """The task of a worker: judges a span of samples.
+
+    Returns their number, the dropped ones (sample, rule, detail), with `repeats` a digest of the captions of each, and the
+    damage of the shard.
+    """
 
     rules: Rules
     repeats: bool = False
@@ -182,41 +186,50 @@ class Judge:
         with Shard(span.name) as shard:
             stop = len(shard) if span.stop is None else span.stop
             dropped, digests = [], np.zeros(stop - span.start if self.repeats else 0, np.uint64)
-            for at in range(span.start, stop):
-                sample = Sample(shard, at, self.rules.caption)
+            for index in range(span.start, stop):
+                sample = Sample(shard, index, self.rules.caption)
                 try:
-                    found = self.rules.verdict(sample)
-                    if found is None and self.repeats:
-                        digests[at - span.start] = caption_digest(sample.captions)
+                    violation = self.rules.verdict(sample)
+                    if violation is None and self.repeats:
+                        digests[index - span.start] = caption_digest(sample.captions)
                 except BadSample as error:
-                    found = error.reason, error.detail
-                if found is not None:
-                    dropped.append((at, *found))
+                    violation = error.reason, error.detail
+                if violation is not None:
+                    dropped.append((index, *violation))
             return stop - span.start, dropped, digests, [] if span.start else damage_lines(shard)
 
 
 def caption_digest(texts: list[str]) -> int:
-    """8 bytes of a sample's captions; capitals and white space make no difference."""
+    """Digests the captions of a sample to 8 bytes, regardless of case and white space."""
     text = "\n".join(" ".join(text.casefold().split()) for text in texts)
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def repeated(digests: np.ndarray, most: int) -> np.ndarray:
-    """uint64 [n] -> bool [n]: those that come after `most` equal ones. O(n log n), 24 bytes each."""
+def repeated(digests: np.ndarray, max_repeats: int) -> np.ndarray:
+    """Marks digests, uint64 [n], with at least `max_repeats` equal ones before them: bool [n]. O(n log n), 24 bytes each."""
     order = np.argsort(digests, kind="stable")
     ordered = digests[order]
     begins = np.r_[True, ordered[1:] != ordered[:-1]][: len(ordered)]
     first = np.maximum.accumulate(np.where(begins, np.arange(len(ordered)), 0))
     result = np.zeros(len(digests), bool)
-    result[order] = np.arange(len(ordered)) - first >= most
+    result[order] = np.arange(len(ordered)) - first >= max_repeats
     return result
 
 
-def too_low(scores: np.ndarray, least: float | None, fraction: float | None) -> tuple[np.ndarray, str]:
-    """float32 [n] -> (bool [n]: dropped, the rule): below `least`, or not among the best `fraction` (rounded up; the first of equals)."""
-    if least is not None:
-        return scores < least, f"at least {least:g}"
-    keep = int(np.ceil((1.0 if fraction is None else fraction) * len(scores) - 1e-9))
+def too_low(scores: np.ndarray, min_score: float | None, keep_top: float | None) -> tuple[np.ndarray, str]:
+    """Marks the low scores.
+
+    Args:
+        scores: float32 [n].
+        min_score: drop scores below it; else `keep_top` applies.
+        keep_top: keep this fraction, rounded up; ties go to the first.
+
+    Returns:
+        (bool [n]: dropped, a description of the limit).
+    """
+    if min_score is not None:
+        return scores < min_score, f"at least {min_score:g}"
+    keep = int(np.ceil((1.0 if keep_top is None else keep_top) * len(scores) - 1e-9))
     dropped = np.ones(len(scores), bool)
     best = np.argsort(-scores, kind="stable")[:keep]
     dropped[best] = False
@@ -225,7 +238,7 @@ def too_low(scores: np.ndarray, least: float | None, fraction: float | None) -> 
 
 
 def save_scores(place: str, rows: Iterator[tuple[str, str, float]]) -> None:
-    """(shard, key, score) rows -> a .parquet or .jsonl file, written atomically, in batches. Raises InputError for another ending."""
+    """Writes (shard, key, score) rows to a .parquet or .jsonl file, atomically. Raises InputError for another extension."""
     if not place.endswith((".parquet", ".jsonl")):
         raise InputError(f"--save-scores {place}: expected a name that ends in .parquet or .jsonl")
     with tempfile.TemporaryDirectory(prefix="data_prep-") as folder:

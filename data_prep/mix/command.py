@@ -1,4 +1,4 @@
-"""`mix`: what a recipe's sources amount to, before a step is made: epochs over each, tokens, repeats, expected time."""
+"""The command `mix`: epochs, tokens, repeats and expected time of a recipe's data mixture, before training."""
 
 from __future__ import annotations
 
@@ -18,9 +18,18 @@ if TYPE_CHECKING:
 
 
 def mix_of(config: Config, samples_per_s: float | None = None) -> dict[str, Any]:
-    """A recipe -> its mixture as plain data: "steps", "rows_per_step", "sources", "time", "warnings".
+    """Describes the data mixture of a recipe as plain data.
 
-    Raises OptionError for a recipe that cannot work, ShardError where no source can be opened.
+    Args:
+        config: the recipe.
+        samples_per_s: rows per second; None: as measured in the recipe's run_dir.
+
+    Returns:
+        "run_dir", "steps", "rows_per_step", "rows", "sources", "time" (with "seconds") and "warnings".
+
+    Raises:
+        OptionError: the recipe cannot work.
+        ShardError: no source can be opened.
     """
     from data_prep.mix.tokens import tokens
     from mmpretrain.mixture import of_recipe, of_source, shared
@@ -45,7 +54,7 @@ def mix_of(config: Config, samples_per_s: float | None = None) -> dict[str, Any]
             warnings += of_source(name, opened[name], line)
         sources[name] = line
     warnings += shared(opened) + of_recipe(config, steps)
-    time, told = _time(config, steps, rows, samples_per_s)
+    time, time_warnings = _time(config, steps, rows, samples_per_s)
     return {
         "run_dir": config.run_dir,
         "steps": steps,
@@ -53,12 +62,12 @@ def mix_of(config: Config, samples_per_s: float | None = None) -> dict[str, Any]
         "rows": None if steps is None else steps * rows,
         "sources": sources,
         "time": time,
-        "warnings": warnings + told,
+        "warnings": warnings + time_warnings,
     }
 
 
 def _model(config: Config) -> PretrainModel:
-    """The towers and objectives without their weights: only the views and token counts are asked for."""
+    """Builds the towers and objectives without weights: only views and token counts are needed."""
     import torch
 
     from mmpretrain.assembly import build_model
@@ -66,30 +75,30 @@ def _model(config: Config) -> PretrainModel:
     try:
         with torch.device("meta"):
             return build_model(config, resumed=True)[0]
-    except (NotImplementedError, RuntimeError):  # a tower that computes while it is built
+    except (NotImplementedError, RuntimeError):  # a tower that computes when built
         return build_model(config, resumed=True)[0]
 
 
 def _sources(config: Config, views: dict[str, Any], labelled: set[str]) -> tuple[dict[str, Source], list[str]]:
-    """Those that open; what is wrong with the others is a warning, so that one run names all."""
+    """Opens the sources; those that fail become warnings, so that one call reports them all."""
     from mmpretrain.config.build import OptionError
     from mmpretrain.data.schema import ShardError
     from mmpretrain.data.source import Source
 
-    found, warnings = {}, []
+    opened, warnings = {}, []
     for name, options in config.sources.items():
         try:
-            found[name] = Source(name, options, views[name], name in labelled, config.seed)
+            opened[name] = Source(name, options, views[name], name in labelled, config.seed)
         except (OptionError, ShardError, ValueError, OSError) as error:
             text = str(error)
             warnings.append(text if f"source {name!r}" in text else f"source {name!r}: {text}")
-    if not found:
+    if not opened:
         raise ShardError("no source can be opened:\n  " + "\n  ".join(warnings))
-    return found, warnings
+    return opened, warnings
 
 
 def _steps(config: Config, opened: dict[str, Source]) -> int | None:
-    """None where it takes a source that cannot be opened to know."""
+    """Returns the number of steps; None where it depends on a source that cannot be opened."""
     from mmpretrain.assembly import total_steps
 
     if config.epochs is not None and config.epochs.source in config.sources and config.epochs.source not in opened:
@@ -98,7 +107,7 @@ def _steps(config: Config, opened: dict[str, Source]) -> int | None:
 
 
 def _amounts(source: Source, rows: int | None) -> dict[str, Any]:
-    """Samples, epochs and repeats of a source and of each part of its blend."""
+    """Computes samples, epochs and repeats of a source and of each part of its blend."""
     quotas = source._blend.quotas
     parts = []
     for shards, order, quota in zip(source.shard_sets, source._orders, quotas.tolist()):
@@ -124,11 +133,11 @@ def _amounts(source: Source, rows: int | None) -> dict[str, Any]:
 
 
 def _time(config: Config, steps: int | None, rows: int, samples_per_s: float | None) -> tuple[dict[str, Any], list[str]]:
-    """Seconds for the whole run, at the speed given, or else at the one that its run folder holds."""
+    """Estimates the seconds of the whole run, at the given speed or else at that measured in its run folder."""
     from mmpretrain.tracking.jsonl import read_jsonl
 
     if samples_per_s is not None:
-        return _at(samples_per_s, "given", steps, rows), []
+        return _duration(samples_per_s, "given", steps, rows), []
     metrics = Path(config.run_dir) / "metrics.jsonl"
     lines = [line for line in read_jsonl(metrics, strict=False) if isinstance(line.get("samples_per_s"), int | float)]
     rates = sorted(line["samples_per_s"] for line in lines[len(lines) // 2 :] if line["samples_per_s"] > 0)
@@ -137,11 +146,11 @@ def _time(config: Config, steps: int | None, rows: int, samples_per_s: float | N
     warnings = []
     seen, step = lines[-1].get("samples_seen"), lines[-1].get("step")
     if isinstance(seen, int) and isinstance(step, int) and step and seen != step * rows:
-        warnings.append(f"{metrics} was measured with {seen / step:.0f} rows a step, the recipe has {rows}: the time is only a guess.")
-    return _at(rates[len(rates) // 2], str(metrics), steps, rows), warnings
+        warnings.append(f"{metrics} was measured with {seen / step:.0f} rows a step, the recipe has {rows}: the time is only an estimate.")
+    return _duration(rates[len(rates) // 2], str(metrics), steps, rows), warnings
 
 
-def _at(rate: float, measured: str, steps: int | None, rows: int) -> dict[str, Any]:
+def _duration(rate: float, measured: str, steps: int | None, rows: int) -> dict[str, Any]:
     return {"samples_per_s": rate, "seconds": None if steps is None else steps * rows / rate, "measured": measured}
 
 
@@ -153,14 +162,14 @@ def mix(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
-    """What a recipe's sources amount to: rows, epochs, tokens, repeats, expected time."""
+    """Print the data mixture of a recipe: rows, epochs, tokens, repeats, expected time."""
     from mmpretrain.config import recipe as recipes
 
     with input_errors():
-        found = mix_of(recipes.load(recipe, overrides or []), samples_per_s)
+        mixture = mix_of(recipes.load(recipe, overrides or []), samples_per_s)
     if as_json:
-        typer.echo(json.dumps(found, ensure_ascii=False))
+        typer.echo(json.dumps(mixture, ensure_ascii=False))
         return
     from data_prep.mix.report import show
 
-    show(found)
+    show(mixture)

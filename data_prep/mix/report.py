@@ -1,4 +1,4 @@
-"""The mixture of a recipe on the console."""
+"""Tables of a recipe's data mixture, for the console."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmpretrain.tracking.console import duration, plain
 
 
 def amount(value: float | None) -> str:
-    """1,234,567 -> "1.23 M"; None, which means not known, is a dash."""
+    """Formats a number in three digits: 1,234,567 -> "1.23 M"; None (unknown) is a dash."""
     if value is None:
         return "–"
     for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
@@ -23,6 +23,7 @@ def amount(value: float | None) -> str:
 
 
 def times(value: float | None) -> str:
+    """Formats a number of epochs; None (unknown) is a dash."""
     return "–" if value is None else f"{value:.2f}" if value < 10 else f"{value:,.1f}"
 
 
@@ -31,9 +32,9 @@ def _repeats(line: Mapping[str, Any]) -> str:
     return "–" if low is None else f"{low}×" if low == high else f"{low}–{high}×"
 
 
-def table(found: Mapping[str, Any]) -> Table:
-    """A column for each source, and one for all together."""
-    sources = found["sources"]
+def table(mixture: Mapping[str, Any]) -> Table:
+    """Builds the table with a column per source, and one for their sums."""
+    sources = mixture["sources"]
     result = Table(show_edge=False, pad_edge=False)
     result.add_column("")
     for name in sources:
@@ -47,10 +48,10 @@ def table(found: Mapping[str, Any]) -> Table:
 
     lines = list(sources.values())
     row("objectives", [", ".join(line["objectives"]) for line in lines])
-    row("rows per step", [f"{line['rows_per_step']:,}" for line in lines], f"{found['rows_per_step']:,}")
+    row("rows per step", [f"{line['rows_per_step']:,}" for line in lines], f"{mixture['rows_per_step']:,}")
     row("share of the rows", [f"{line['share']:.1%}" for line in lines])
     row("samples", [amount(line.get("samples")) for line in lines])
-    row("rows in all", [amount(line["rows"]) for line in lines], amount(found["rows"]))
+    row("rows in all", [amount(line["rows"]) for line in lines], amount(mixture["rows"]))
     row("epochs", [times(line.get("epochs")) for line in lines])
     row("each sample seen", [_repeats(line) for line in lines])
     for kind in ("image", "text"):
@@ -60,7 +61,7 @@ def table(found: Mapping[str, Any]) -> Table:
 
 
 def parts_table(name: str, line: Mapping[str, Any]) -> Table:
-    """The parts that a weighted source is blended of."""
+    """Builds the table of the parts of a blended source."""
     result = Table(title=Text(f"parts of {plain(name)}"), title_justify="left", show_edge=False, pad_edge=False)
     for column in ("shards", "share", "samples", "epochs"):
         result.add_column(column, justify="left" if column == "shards" else "right", overflow="fold")
@@ -71,19 +72,20 @@ def parts_table(name: str, line: Mapping[str, Any]) -> Table:
     return result
 
 
-def show(found: Mapping[str, Any], console: Console | None = None) -> None:
+def show(mixture: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints a mixture as `mix_of` returns it: tables, time and warnings."""
     console = console or Console()
-    console.print(table(found))
-    for name, line in found["sources"].items():
+    console.print(table(mixture))
+    for name, line in mixture["sources"].items():
         if len(line.get("parts", [])) > 1:
             console.print("", parts_table(name, line), sep="\n")
-    steps = "–" if found["steps"] is None else f"{found['steps']:,}"
-    time = found["time"]
+    steps = "–" if mixture["steps"] is None else f"{mixture['steps']:,}"
+    time = mixture["time"]
     if time["seconds"] is not None:
         by = "as given" if time["measured"] == "given" else f"measured in {time['measured']}"
         line = f"{steps} steps, about {duration(time['seconds'])} at {time['samples_per_s']:,.0f} samples/s, {by}"
     else:
-        line = f"{steps} steps; for the time say --samples-per-s, or run a few steps first"
+        line = f"{steps} steps; to estimate the time give --samples-per-s, or run a few steps first"
     console.print(Text("\n" + plain(line)))
-    for warning in found["warnings"]:
+    for warning in mixture["warnings"]:
         console.print(Text(f"• {plain(warning)}", style="yellow"))

@@ -1,4 +1,4 @@
-"""Tokens that the towers read of a source: counted for images, from a sample of the captions for texts."""
+"""Tokens per source that the towers process: exact for images, estimated from sampled captions for texts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,17 @@ SAMPLE = 512  # captions of a source whose tokens are counted
 
 
 def tokens(model: PretrainModel, name: str, source: Source, rows: int | None) -> dict[str, Any]:
-    """Tokens that the towers read of a source: an encode that several objectives share is one."""
+    """Counts the tokens of a source that the towers process; an encode shared by objectives counts once.
+
+    Args:
+        model: the built model, without weights.
+        name: of the source.
+        source: the source.
+        rows: rows of the source in the whole run; None: unknown.
+
+    Returns:
+        Encodes, tokens per row and in total, by modality, and statistics of the sampled captions.
+    """
     images, texts, known = 0, 0, True
     for encode in model.plan:
         if encode.source != name:
@@ -34,31 +44,40 @@ def tokens(model: PretrainModel, name: str, source: Source, rows: int | None) ->
         patches = (encode.view.size // patch) ** 2 if patch else 0
         dropped = round(encode.mask.ratio * patches) if encode.mask is not None and encode.mask.mode == "drop" else 0
         images += patches - dropped
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "image_encodes": sum(e.source == name and e.view.modality == "image" for e in model.plan),
         "text_encodes": texts,
     }
-    found["image_tokens_per_row"] = images if known else None
-    found["text_tokens_per_row"] = 0.0
+    result["image_tokens_per_row"] = images if known else None
+    result["text_tokens_per_row"] = 0.0
     if texts:
         view = next(e.view for e in model.plan if e.source == name and e.view.modality == "text")
-        counts, found["unusable_captions"] = caption_tokens(source, view.tokenizer)
+        counts, result["unusable_captions"] = caption_tokens(source, view.tokenizer)
         cut = [min(n, view.context_length) for n in counts]
-        found["captions_sampled"] = len(counts)
-        found["over_context"] = sum(n > view.context_length for n in counts) / max(len(counts), 1)
-        found["context_length"] = view.context_length
-        found["text_tokens_per_row"] = texts * sum(cut) / len(cut) if cut else None
+        result["captions_sampled"] = len(counts)
+        result["over_context"] = sum(n > view.context_length for n in counts) / max(len(counts), 1)
+        result["context_length"] = view.context_length
+        result["text_tokens_per_row"] = texts * sum(cut) / len(cut) if cut else None
     for kind in ("image", "text"):
-        each = found[f"{kind}_tokens_per_row"]
-        found[f"{kind}_tokens"] = None if each is None or rows is None else round(each * rows)
-    return found
+        each = result[f"{kind}_tokens_per_row"]
+        result[f"{kind}_tokens"] = None if each is None or rows is None else round(each * rows)
+    return result
 
 
-def caption_tokens(source: Source, tokenizer: str, most: int = SAMPLE) -> tuple[list[int], int]:
-    """Tokens (begin and end among them) of captions spread evenly over the source as it is dealt, and how many samples had none usable."""
+def caption_tokens(source: Source, tokenizer: str, max_samples: int = SAMPLE) -> tuple[list[int], int]:
+    """Counts the tokens of sampled captions.
+
+    Args:
+        source: captions are spread evenly over its order.
+        tokenizer: its name, see `counter`.
+        max_samples: samples to read.
+
+    Returns:
+        (tokens of each caption, with begin and end; number of samples without a usable caption).
+    """
     count = counter(tokenizer)
-    found, bad = [], 0
-    slots = np.unique(np.linspace(0, max(source.num_samples - 1, 0), most).astype(np.int64))
+    counts, bad = [], 0
+    slots = np.unique(np.linspace(0, max(source.num_samples - 1, 0), max_samples).astype(np.int64))
     component, own = source._blend.locate(slots)
     for c, slot in zip(component.tolist(), own.tolist()):
         place = source._orders[c].locate(np.array([slot]))
@@ -70,12 +89,12 @@ def caption_tokens(source: Source, tokenizer: str, most: int = SAMPLE) -> tuple[
         except BadSample:
             bad += 1
             continue
-        found += [count(text) for text in texts]
-    return found, bad
+        counts += [count(text) for text in texts]
+    return counts, bad
 
 
 def counter(name: str) -> Any:
-    """Text -> its tokens before any cut."""
+    """Returns the function that counts a text's tokens before truncation, for a named tokenizer."""
     if name == "clip":
         return num_tokens
     tokenizer = get_tokenizer(name)

@@ -1,4 +1,4 @@
-"""Tasks -> shards, in parallel: byte-reproducible, atomic, resumable, with an index that holds a checksum of every member."""
+"""Parallel builds of shards from tasks: reproducible byte for byte, atomic, resumable, and indexed with checksums."""
 
 from __future__ import annotations
 
@@ -43,36 +43,47 @@ def build(
     split: Split | None = None,
     texts: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write what `produce(task)` yields to OUT: task i to {i:05d}.tar, and {i:05d}-01.tar ... where it exceeds `max_bytes`.
+    """Writes the records of `produce(task)` to OUT: task i to {i:05d}.tar, and {i:05d}-01.tar ... beyond `max_bytes`.
 
-    Beside each lies its index with a checksum per member; at the end come sizes.json, manifest.json and, where inputs were left out,
-    skipped.jsonl. The same tasks give the same bytes whatever the engine, the processes, and kills in between. A shard takes its final
-    name when it is whole. Called again after a kill, with the same tasks and plan, it does what is not done; on a finished build, nothing.
+    Each shard gets an index with a checksum per member. A finished build also has sizes.json, manifest.json and, where
+    inputs were left out, skipped.jsonl. The same tasks give the same bytes with any engine, number of processes and
+    interruptions. A shard receives its final name once it is complete. Called again with the same tasks and plan, an
+    interrupted build does the remaining tasks, and a finished one does nothing.
 
     Args:
         out: a folder or fsspec URL, new or holding an unfinished build of the same tasks and plan.
         produce: see `engine.run`.
-        tasks: their repr, with that of `plan`, is what tells one build from another.
-        plan: the options that shape the records.
+        tasks: a build is identified by their reprs and that of `plan`.
+        plan: the options that determine the records.
+        max_bytes: limit of a shard; a task beyond it continues in another shard.
+        engine: see `engine.run`.
+        processes: see `engine.run`.
+        command: the command line, for the manifest.
+        licence: of the data, for the manifest.
         allow_skipped: if false, the first Skipped is an InputError.
-        split: sends each record to one of `split.parts`, folders of OUT that are shard sets of their own.
+        split: assigns each record to one of `split.parts`, folders of OUT that are shard sets of their own.
         texts: further files of each shard set, by name.
 
-    Returns the manifest; with `split` the sum of those of the parts, and each under "parts".
-    Raises FileExistsError where OUT holds anything else, ValueError where a key comes twice or is unsafe.
+    Returns:
+        The manifest; with `split`, the sum of the parts' manifests, with each of them under "parts".
+
+    Raises:
+        FileExistsError: OUT holds anything else.
+        ValueError: a key is repeated or unsafe.
+        InputError: an input cannot be used, and `allow_skipped` is false.
     """
     out = str(files.place(out))
-    if out.startswith("memory://"):  # lives in this process alone
+    if out.startswith("memory://"):  # exists in this process only
         engine, processes = "local", 1
     plan_digest = digest_of(json.dumps(plan, sort_keys=True, default=repr), max_bytes, split)
     parts = split.parts if split else ("",)
     job = Job(out, produce, plan_digest, max_bytes, allow_skipped, split)
     if _finished(out, parts):
-        found = _found(out, parts, job, tasks)
+        manifest = _finished_manifest(out, parts, job, tasks)
         if isinstance(files.place(out), Path):
-            shutil.rmtree(files.join(out, UNFINISHED), ignore_errors=True)  # what a kill in the last moment left
-        return found
-    with _begun(out, plan_digest), tempfile.TemporaryFile("w+", encoding="utf-8", errors="surrogatepass") as skipped:
+            shutil.rmtree(files.join(out, UNFINISHED), ignore_errors=True)  # left by a kill in the last moment
+        return manifest
+    with _locked(out, plan_digest), tempfile.TemporaryFile("w+", encoding="utf-8", errors="surrogatepass") as skipped:
         with closing(run(job, enumerate(tasks), engine=engine, processes=processes, title="shards")) as results:
             manifests = _gather(results, out, parts, plan_digest, skipped, command, licence)
         for part, manifest in manifests.items():
@@ -91,24 +102,24 @@ def _finished(out: str, parts: tuple[str, ...]) -> bool:
     return all(files.exists(files.join(part_folder(out, part), MANIFEST)) for part in parts)
 
 
-def _read(name: str, out: str) -> dict[str, Any]:
-    """A JSON object that a build wrote. Raises FileExistsError where it is damaged: what the build was cannot be told."""
+def _read_object(name: str, out: str) -> dict[str, Any]:
+    """Reads a JSON object of a build. Raises FileExistsError where it is damaged: the build cannot be identified."""
     try:
-        found = json.loads(files.read_bytes(name))
-        if not isinstance(found, dict):
+        content = json.loads(files.read_bytes(name))
+        if not isinstance(content, dict):
             raise ValueError("expected an object")
-        return found
+        return content
     except ValueError as error:
         raise FileExistsError(f"{name} is damaged ({error}). Delete {out} and build again, or choose another --out.") from error
 
 
-def _found(out: str, parts: tuple[str, ...], job: Job, tasks: Iterable[Any]) -> dict[str, Any]:
-    """The manifests of a finished build. Raises FileExistsError where other tasks made it, or a shard of it is gone."""
+def _finished_manifest(out: str, parts: tuple[str, ...], job: Job, tasks: Iterable[Any]) -> dict[str, Any]:
+    """Returns the manifest of a finished build. Raises FileExistsError for a build of other tasks, or with a missing shard."""
     build_digest = _total(job.plan, (job.task_digest(numbered) for numbered in enumerate(tasks)))
     manifests = {}
     for part in parts:
         folder = part_folder(out, part)
-        manifest = _read(files.join(folder, MANIFEST), out)
+        manifest = _read_object(files.join(folder, MANIFEST), out)
         if manifest.get("build") != build_digest:
             raise FileExistsError(
                 f"{folder} exists and holds other samples than these inputs give, or an input has changed since. "
@@ -124,13 +135,16 @@ def _found(out: str, parts: tuple[str, ...], job: Job, tasks: Iterable[Any]) -> 
 
 
 @contextmanager
-def _begun(out: str, plan_digest: str) -> Iterator[None]:
-    """OUT is ours while this holds. Raises FileExistsError where it holds something else, or another process builds there."""
+def _locked(out: str, plan_digest: str) -> Iterator[None]:
+    """Locks OUT, records the plan, and on success removes the state of the unfinished build.
+
+    Raises FileExistsError where OUT holds something else, or another process builds there.
+    """
     files.make_folder(out)
     state = files.join(out, UNFINISHED)
     plan = files.join(state, PLAN)
     if files.exists(plan):
-        if _read(plan, out).get("plan") != plan_digest:
+        if _read_object(plan, out).get("plan") != plan_digest:
             raise FileExistsError(f"{out} holds an unfinished build of other inputs or options. Choose another --out, or delete it.")
     elif others := [name for name in files.listing(out) if name != state]:
         raise FileExistsError(
@@ -159,14 +173,14 @@ def _begun(out: str, plan_digest: str) -> Iterator[None]:
 
 
 def _sweep(out: str) -> None:
-    """Remove what killed processes left half written."""
+    """Removes temporary files of killed processes."""
     if isinstance(where := files.place(out), Path):
         for leftover in where.rglob("*.tmp-*"):
             leftover.unlink(missing_ok=True)
 
 
 def _total(plan_digest: str, tasks: Iterable[str]) -> str:
-    """A digest of the whole build: the plan, and the tasks in order."""
+    """Digests the whole build: the plan, and the tasks in order."""
     digest = plan_digest
     for task in tasks:
         digest = digest_of(digest, task)
@@ -176,7 +190,7 @@ def _total(plan_digest: str, tasks: Iterable[str]) -> str:
 def _gather(
     results: Iterator[Done], out: str, parts: tuple[str, ...], plan_digest: str, skipped: IO[str], command: str | None, licence: str | None
 ) -> dict[str, dict[str, Any]]:
-    """The manifest of each part. Writes skipped.jsonl. Raises ValueError for a key that comes twice."""
+    """Collects the manifest of each part, and writes skipped.jsonl. Raises ValueError for a repeated key."""
     shards: dict[str, dict[str, dict[str, Any]]] = {part: {} for part in parts}
     keys: list[np.ndarray] = []
     left_out = 0
@@ -194,7 +208,7 @@ def _gather(
             yield done.task
 
     build_digest = _total(plan_digest, tasks())
-    _check_alone(shards, out)
+    _check_no_other_shards(shards, out)
     _check_unique(keys, [files.join(part_folder(out, part), name) for part in parts for name in shards[part]])
     if left_out:
         skipped.seek(0)
@@ -208,11 +222,11 @@ def _gather(
     return manifests
 
 
-def _check_alone(shards: dict[str, dict[str, dict[str, Any]]], out: str) -> None:
-    """Raises FileExistsError where OUT holds a shard that is not of this build: readers would take it for one."""
+def _check_no_other_shards(shards: dict[str, dict[str, dict[str, Any]]], out: str) -> None:
+    """Raises FileExistsError for a shard in OUT that is not part of this build: readers would include it."""
     for part, written in shards.items():
-        there = [name for name in files.listing(part_folder(out, part)) if name.endswith(".tar")]
-        extra = [name for name in there if name.rpartition("/")[2] not in written]
+        present = [name for name in files.listing(part_folder(out, part)) if name.endswith(".tar")]
+        extra = [name for name in present if name.rpartition("/")[2] not in written]
         if extra:
             raise FileExistsError(
                 f"{extra[0]} is not of this build. Did an input change after the build had been stopped? Delete {out} and build again."
@@ -220,15 +234,15 @@ def _check_alone(shards: dict[str, dict[str, dict[str, Any]]], out: str) -> None
 
 
 def _check_unique(keys: list[np.ndarray], shards: list[str]) -> None:
-    """Digests that come twice are looked up, and those of one key are an error."""
-    every = np.concatenate([np.zeros(0, np.uint64), *keys])
-    keys.clear()  # of all that a build holds only these grow with the corpus: eight bytes a sample
-    every.sort()
-    again = {digest.tobytes() for digest in every[1:][every[1:] == every[:-1]]}
+    """Raises ValueError for a repeated key; keys whose digests collide are compared themselves."""
+    digests = np.concatenate([np.zeros(0, np.uint64), *keys])
+    keys.clear()  # the only memory that grows with the corpus: eight bytes a sample
+    digests.sort()
+    repeated = {digest.tobytes() for digest in digests[1:][digests[1:] == digests[:-1]]}
     seen: dict[str, str] = {}
-    for shard in shards if again else ():
+    for shard in shards if repeated else ():
         for key in index_keys(shard):
-            if key_digest(key) not in again:
+            if key_digest(key) not in repeated:
                 continue
             if key in seen:
                 raise ValueError(f"key {key!r} comes twice, in {seen[key]} and {shard}: keys must be unique over the whole data set")

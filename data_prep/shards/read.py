@@ -1,4 +1,4 @@
-"""Read shards, local or remote, sample by sample: what `stats`, `filter`, `dedup` and `validate` are made of."""
+"""Shard readers: samples of local and remote shards by number, spans of samples, and their captions and images."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ __all__ = ["LocalCopy", "Shard", "captions", "expand", "image_member", "pixels"]
 
 
 class LocalCopy:
-    """A shard as a local file: itself, or a temporary copy of a remote one with the index that lies beside it."""
+    """A shard as a local file: the file itself, or a temporary copy of a remote shard and its index."""
 
     def __init__(self, name: str) -> None:
-        """Raises ShardError where a remote shard cannot be fetched whole."""
+        """Fetches a remote shard. Raises ShardError where it cannot be fetched whole."""
         self.name = name
         self._copy = ExitStack()
         try:
@@ -44,7 +44,7 @@ class LocalCopy:
             raise
 
     def explain(self, error: Exception) -> str:
-        """An error's text, with the shard's own name in place of the copy's."""
+        """Returns the text of an error, with the name of the shard in place of the copy's."""
         return str(error).replace(str(self.path), self.name)
 
     def close(self) -> None:
@@ -58,13 +58,13 @@ class LocalCopy:
 
 
 class Shard:
-    """One shard: its index, and its samples by number. Pickles as its name: the receiver opens it again.
+    """One shard: its index, and its samples by number. Pickled by name: the receiver opens it again.
 
     A saved index is used where it fits the file, else the headers are scanned; nothing is written beside the shard.
     """
 
     def __init__(self, name: str) -> None:
-        """Raises ShardError where the shard is no tar, or contradicts an index that holds checksums."""
+        """Opens the shard. Raises ShardError where it is not a tar, or contradicts an index that holds checksums."""
         self.name = name
         self._file = -1
         self._copy = LocalCopy(name)
@@ -84,7 +84,15 @@ class Shard:
         return self.index.keys[i]
 
     def read(self, i: int, extensions: Collection[str] | None = None) -> Record:
-        """Sample `i`, with those of `extensions` that it has, or all. Raises BadSample (cut, checksum)."""
+        """Reads a sample.
+
+        Args:
+            i: the number of the sample in the shard.
+            extensions: the members to read, of those that the sample has; None: all.
+
+        Raises:
+            BadSample: a member is cut off or differs from its checksum.
+        """
         members = {}
         for extension, member in self.index.members(i).items():
             if extensions is not None and extension not in extensions:
@@ -119,23 +127,23 @@ class Shard:
 
 
 def _remote(spec: str) -> list[str]:
-    """The shards of a remote folder or glob; a remote file is itself."""
-    found: list[str] = []
+    """Expands a remote folder or glob to its shards; a remote file stays as it is."""
+    names: list[str] = []
     for name in training_names.expand_braces(spec):
         if name.endswith(".tar") and "*" not in name:
-            found.append(name)
+            names.append(name)
             continue
         system, path = files.filesystem(name)
         pattern = path if "*" in path else f"{path.rstrip('/')}/*.tar"
-        there = sorted(retried(lambda system=system, pattern=pattern: system.glob(pattern), name))
-        if not there:
-            raise ShardError(f"{name}: no *.tar there. Give a folder that holds shards, a glob, or the shards' own URLs.")
-        found += [system.unstrip_protocol(each) for each in there]
-    return found
+        matches = sorted(retried(lambda system=system, pattern=pattern: system.glob(pattern), name))
+        if not matches:
+            raise ShardError(f"{name}: no *.tar found. Give a folder that holds shards, a glob, or the shards' own URLs.")
+        names += [system.unstrip_protocol(each) for each in matches]
+    return names
 
 
 def expand(specs: list[str]) -> list[str]:
-    """Shard specs -> names in order: as training's (paths, folders, globs, brace ranges, `::`), also remote folders and globs."""
+    """Expands shard specs to names, in order: those of training (paths, folders, globs, braces, `::`), and remote folders and globs."""
     names: list[str] = []
     for spec in specs:
         if spec.startswith("file://"):
@@ -150,7 +158,7 @@ def expand(specs: list[str]) -> list[str]:
 
 
 def image_member(members: Collection[str]) -> str | None:
-    """The extension of a sample's image, or None."""
+    """Returns the extension of the image among a sample's members; None without one."""
     return image_extension(list(members))
 
 
@@ -163,18 +171,20 @@ def captions(record: Record, caption: str = "txt") -> list[str]:
 
 
 def pixels(data: bytes, limits: ImageLimits | None = None) -> Tensor:
-    """An image file -> uint8 [3,H,W], exactly as training decodes it. Raises BadSample."""
+    """Decodes an image file to uint8 [3,H,W], exactly as training does. Raises BadSample."""
     from mmpretrain.data import decode  # torch, which those that pass bytes through need not wait for
 
     return decode.decode_image(data, limits or decode.ImageLimits())
 
 
-PIECE = 64 << 20  # bytes held at once
+PIECE_BYTES = 64 << 20  # fetched at a time
 
 
 class ShardRange:
-    """Samples of a shard, under the numbers that they have in it. `file` holds its bytes from `first` on, under no name: a killed worker
-    leaves nothing behind."""
+    """A range of samples of a shard, numbered as in the shard.
+
+    `file` holds the shard's bytes from offset `first` on. It is unnamed, so a killed worker leaves nothing behind.
+    """
 
     def __init__(self, index: ShardIndex, file: IO[bytes], first: int = 0) -> None:
         self.index, self._file, self._first = index, file, first
@@ -186,39 +196,42 @@ class ShardRange:
         return self.index.keys[i]
 
     def read(self, i: int, extensions: Collection[str] | None = None) -> Record:
-        """See Shard.read."""
-        found = {}
+        """Reads a sample; see `Shard.read`."""
+        members = {}
         for extension, member in self.index.members(i).items():
             if extensions is None or extension in extensions:
-                found[extension] = read_at(self._file.fileno(), member.offset - self._first, member.size)
-                if not member.holds(found[extension]):
+                members[extension] = read_at(self._file.fileno(), member.offset - self._first, member.size)
+                if not member.holds(members[extension]):
                     raise BadSample("checksum", f"{extension}: the {member.size} bytes at {member.offset} are not those of the index")
-        return Record(self.key(i), found)
+        return Record(self.key(i), members)
 
     def close(self) -> None:
         self._file.close()
 
 
-def _part(name: str, index: ShardIndex, start: int, stop: int) -> ShardRange:
-    """Raises ShardError where the bytes cannot be fetched, or the shard is not that of the index."""
+def _fetch_range(name: str, index: ShardIndex, start: int, stop: int) -> ShardRange:
+    """Fetches samples `start` to `stop - 1` of a remote shard. Raises ShardError where that fails, or the index does not fit."""
     members = slice(int(index.starts[start]), int(index.starts[stop]))
     first = int(index.offset[members].min())
     end = int((index.offset[members] + index.size[members]).max())
     system, path = files.filesystem(name)
-    found = retried(lambda: system.size(path), name)
-    if found is not None and found != index.tar_bytes:
-        raise ShardError(f"{name}: {found} bytes, but its index was made of {index.tar_bytes}. Index it again.")
+    num_bytes = retried(lambda: system.size(path), name)
+    if num_bytes is not None and num_bytes != index.tar_bytes:
+        raise ShardError(f"{name}: {num_bytes} bytes, but its index was made for {index.tar_bytes}. Index it again.")
     fetched = ShardRange(index, tempfile.TemporaryFile(), first)  # noqa: SIM115 (the range closes it)
-    for low in range(first, end, PIECE):
-        high = min(low + PIECE, end)
+    for low in range(first, end, PIECE_BYTES):
+        high = min(low + PIECE_BYTES, end)
         fetched._file.write(retried(lambda low=low, high=high: system.cat_file(path, start=low, end=high), name))
     fetched._file.flush()
     return fetched
 
 
 @lru_cache(maxsize=1)
-def _whole(name: str, state: str) -> ShardRange:
-    """The last one: a worker's next task is mostly of the same shard. `state`: another where it has changed. Raises ShardError."""
+def _fetch_whole(name: str, state: str) -> ShardRange:
+    """Fetches a whole remote shard, and caches the last one: the next task of a worker is usually of the same shard.
+
+    `state` identifies the version of the shard. Raises ShardError.
+    """
     with LocalCopy(name) as copy:
         try:
             return ShardRange(open_index(copy.path, save_new=False), os.fdopen(os.open(copy.path, os.O_RDONLY), "rb"))
@@ -228,15 +241,15 @@ def _whole(name: str, state: str) -> ShardRange:
 
 @contextmanager
 def opened(name: str, start: int, stop: int) -> Iterator[Shard | ShardRange]:
-    """A shard to read samples `start` to `stop - 1` of. Raises ShardError."""
+    """Opens a shard for reading samples `start` to `stop - 1`. Raises ShardError."""
     if not is_remote(name):
         with Shard(name) as shard:
             yield shard
     elif (index := remote_index(name)) is None or stop - start == len(index):
         system, path = files.filesystem(name)
-        yield _whole(name, retried(lambda: system.ukey(path), name))
+        yield _fetch_whole(name, retried(lambda: system.ukey(path), name))
     else:
-        part = _part(name, index, start, stop)
+        part = _fetch_range(name, index, start, stop)
         try:
             yield part
         finally:
@@ -244,7 +257,7 @@ def opened(name: str, start: int, stop: int) -> Iterator[Shard | ShardRange]:
 
 
 class Place(NamedTuple):
-    """One sample: its number over all shards, its shard, and its number there."""
+    """Location of a sample: its number over all shards, its shard, and its index in that shard."""
 
     sample: int
     shard: str
@@ -256,7 +269,7 @@ SPAN = 500  # samples of a task
 
 @dataclass(frozen=True)
 class Span:
-    """Some samples of a shard; `stop` None: all of them."""
+    """Samples `start` to `stop - 1` of a shard; `stop` None: to the end."""
 
     name: str
     start: int = 0
@@ -264,7 +277,7 @@ class Span:
 
 
 def spans(names: list[str]) -> Iterator[Span]:
-    """A remote shard is one task, so that it is fetched once; a local one is divided, so that few shards keep all cores busy."""
+    """Divides shards into spans: a remote shard is one, so that it is fetched once; local ones are split to occupy all cores."""
     for name in names:
         if is_remote(name):
             yield Span(name)
@@ -275,5 +288,5 @@ def spans(names: list[str]) -> Iterator[Span]:
 
 
 def damage_lines(shard: Shard) -> list[str]:
-    """What of a shard cannot be read at all, for a report."""
+    """Returns a line per unreadable region of a shard, for a report."""
     return [f"{shard.name} at byte {d.offset}: {d.reason}: {d.detail}; about {d.lost} samples lost" for d in shard.index.damage]

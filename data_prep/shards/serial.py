@@ -1,4 +1,4 @@
-"""Samples that one process makes in order -> shards. A call that was killed is repeated: finished shards are compared, and kept."""
+"""Serial builds of shards from records that one process makes in order; a repeated call keeps the finished shards."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def _groups(records: Iterable[Record], max_count: int, max_bytes: int) -> Iterat
 
 
 def _write(group: list[Record], path: Path) -> str:
-    """Gives the shard's sha256."""
+    """Writes a shard and its index; returns its sha256."""
     file = ShardFile(open_temporary(path))
     try:
         for record in group:
             file.add(record)
         index, sha256 = file.close()
         shard_index.save(index, shard_index.index_path(path))
-        os.replace(file.path, path)  # last: a shard at its final name is whole, and has its index
+        os.replace(file.path, path)  # last: a shard at its final name is complete and indexed
         return sha256
     except BaseException:
         file.abandon()
@@ -52,7 +52,7 @@ def _write(group: list[Record], path: Path) -> str:
 
 
 def _same(group: list[Record], path: Path) -> bool:
-    """Does the finished shard hold exactly these samples?"""
+    """Returns whether a finished shard holds exactly these samples."""
     index = shard_index.open_index(path, save_new=False)
     if index.checksum is None or index.keys != [record.key for record in group]:
         return False
@@ -77,12 +77,26 @@ def write_shards(
     command: str | None = None,
     licence: str | None = None,
 ) -> dict[str, Any]:
-    """Write `out`/00000.tar ..., an index beside each, sizes.json and manifest.json; returns the manifest.
+    """Writes `out`/00000.tar ..., an index beside each, sizes.json and manifest.json.
 
-    The same records give the same bytes. A shard takes its final name when it is whole, so a killed build resumes: run it again with the
-    same records, and finished shards are compared (keys, checksums) and kept. Anything else found in `out` is refused, never overwritten.
+    The same records give the same bytes. A shard receives its final name once it is complete, so a killed build resumes:
+    called again with the same records, it compares finished shards (keys, checksums) and keeps them. Anything else in
+    `out` is refused, never overwritten.
 
-    Raises ValueError for duplicate, dotted or unsafe keys and for a URL; FileExistsError where `out` holds something else.
+    Args:
+        records: the samples, in order.
+        out: a local folder.
+        max_count: samples per shard.
+        max_bytes: bytes per shard, where `max_count` samples exceed it.
+        command: the command line, for the manifest.
+        licence: of the data, for the manifest.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: duplicate, dotted or unsafe keys, or `out` is a URL.
+        FileExistsError: `out` holds something else.
     """
     out = local_folder(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""One shard as it is written: the tar's bytes, its sha256, and its index with a checksum per member, in a single pass.
+"""The writer of one shard: the tar, its sha256, and its index with a checksum per member, in a single pass.
 
 The bytes are those of `tarfile` in its pax format with mtime, uid and gid 0, so they depend on the content alone.
 """
@@ -21,8 +21,8 @@ from mmpretrain.data.index import BYTES, checksum
 
 MANIFEST, SIZES = "manifest.json", "sizes.json"
 BLOCK, RECORD = 512, 10_240  # a tar ends with two zero blocks and fills its last record
-BATCH_BYTES, BATCH_PARTS = 1 << 20, 900  # written at once; a call takes at most 1,024 parts
-SYNC_BYTES = 16 << 20  # brought to the disk behind the writing, so that the end does not wait for a whole shard
+BATCH_BYTES, BATCH_PARTS = 1 << 20, 900  # of one write; writev accepts at most 1,024 parts
+SYNC_BYTES = 16 << 20  # synced to disk in the background, so that `close` does not wait for a whole shard
 USTAR_BYTES = 8**11  # a larger member needs a pax header
 
 
@@ -34,7 +34,7 @@ _FIXED_SUM = sum(_OWNER) + sum(_REST) + sum(_MTIME) + 8 * ord(" ")  # the checks
 
 
 def header(name: str, size: int) -> bytes:
-    """The header block of a member; pax blocks come first where the name is not ASCII or too long."""
+    """Builds the header block of a member, preceded by pax blocks where the name is long or not ASCII, or the member is large."""
     raw = name.encode("utf-8", "surrogateescape")
     if len(raw) > 100 or not name.isascii() or size >= USTAR_BYTES:
         info = tarfile.TarInfo(name)
@@ -67,7 +67,7 @@ class ShardFile:
         self._digests = bytearray()
 
     def add(self, record: Record) -> None:
-        """Members go in the order of their extensions, whatever order they came in."""
+        """Adds a record, its members sorted by extension."""
         for extension in sorted(record.members):
             data = record.members[extension]
             size = len(data)
@@ -90,7 +90,7 @@ class ShardFile:
         for part in self._batch:
             self._hash.update(part)
         written = os.writev(self._file.fileno(), self._batch)
-        if written < self._batched:  # the disk is full, says the next write
+        if written < self._batched:  # the next write reports a full disk
             rest = memoryview(b"".join(self._batch))[written:]
             while len(rest):
                 rest = rest[self._file.write(rest) :]
@@ -103,7 +103,7 @@ class ShardFile:
     def _sync(self) -> None:
         try:
             os.fdatasync(self._file.fileno())
-        except OSError as error:  # the kernel says it once
+        except OSError as error:  # the kernel reports it once
             self._sync_error = error
 
     def _join(self) -> None:
@@ -111,7 +111,7 @@ class ShardFile:
             self._syncing.join()
 
     def close(self) -> tuple[shard_index.ShardIndex, str]:
-        """End the tar and bring it to the disk; gives (index, sha256 of the file)."""
+        """Ends the tar and syncs it to disk; returns (index, sha256 of the file)."""
         tail = 2 * BLOCK + -(self.bytes + 2 * BLOCK) % RECORD
         self._batch.append(bytes(tail))
         self._batched += tail
@@ -137,13 +137,14 @@ class ShardFile:
         return index, self._hash.hexdigest()
 
     def abandon(self) -> None:
+        """Closes and deletes the unfinished file."""
         self._join()
         self._file.close()
         self.path.unlink(missing_ok=True)
 
 
 def open_temporary(path: Path) -> Path:
-    """An empty file of a name of its own beside `path`, readable to all as the shard will be."""
+    """Creates an empty file with a unique name beside `path`, readable by all, as the shard will be."""
     handle, temporary = tempfile.mkstemp(prefix=path.name + ".tmp-", dir=path.parent)
     os.close(handle)
     os.chmod(temporary, 0o644)
@@ -153,6 +154,7 @@ def open_temporary(path: Path) -> Path:
 def manifest_of(
     shards: dict[str, dict[str, Any]], members: dict[str, int], command: str | None, licence: str | None, **more: object
 ) -> dict[str, Any]:
+    """Returns the content of manifest.json; `shards` is name -> count, bytes, sha256, and `members` extension -> count."""
     return {
         "format": "webdataset",
         "version": shard_index.VERSION,

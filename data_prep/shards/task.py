@@ -1,6 +1,6 @@
-"""One task of a build -> its shards, and a note of what they are. Runs in the workers.
+"""One task of a build, run by a worker: its shards, and a record of them from which a build resumes.
 
-While a build runs, OUT/unfinished/ holds its plan and a note for every task that is done; the notes are what a killed build resumes from.
+While a build runs, OUT/unfinished/ holds its plan and one record (a "note") per finished task.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ UNFINISHED = "unfinished"
 
 @dataclass
 class Done:
-    """What came of a task. `shards`: part -> name -> count, bytes, sha256, members; `keys`: uint64 [n], a digest per key."""
+    """Result of a task. `shards`: part -> name -> count, bytes, sha256, members; `keys`: uint64 [n], a digest per key."""
 
     task: str
     shards: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
@@ -36,29 +36,33 @@ class Done:
 
 
 def part_folder(out: str, part: str) -> str:
-    """Where the shards of a part lie; "" is the only part of a build without a split."""
+    """Returns the folder of a part's shards; "" is the only part of a build without a split."""
     return files.join(out, part) if part else out
 
 
 def digest_of(*values: object) -> str:
+    """Digests the reprs of values."""
     return hashlib.sha256("\0".join(map(repr, values)).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def key_digest(key: str) -> bytes:
+    """Digests a key to 8 bytes."""
     return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
 
 
 def key_digests(keys: Iterable[str]) -> np.ndarray:
+    """Digests keys to uint64 [n]."""
     return np.frombuffer(b"".join(map(key_digest, keys)), np.uint64)
 
 
 def index_keys(shard: str) -> list[str]:
+    """Returns the keys in the index beside a shard; [] without an index."""
     index = remote_index(shard) if files.is_remote(shard) else shard_index.load(shard_index.index_path(files.place(shard)))[0]
     return [] if index is None else index.keys
 
 
 class _Shards:
-    """The shards of one task in one part: the next begins where `max_bytes` would be exceeded."""
+    """The shards of one task in one part; another begins where `max_bytes` would be exceeded."""
 
     def __init__(self, folder: str, number: int, max_bytes: int) -> None:
         self._folder, self._number, self._max_bytes = folder, number, max_bytes
@@ -71,7 +75,7 @@ class _Shards:
         return f"{self._number:05d}{after}.tar"
 
     def _where(self) -> Path:
-        """Where the shard is written: beside its final name, or for a URL in a temporary folder."""
+        """Returns the path to write to: that of the shard, or for a URL one in a temporary folder."""
         where = files.place(self._folder)
         if isinstance(where, Path):
             where.mkdir(parents=True, exist_ok=True)
@@ -95,7 +99,7 @@ class _Shards:
         shard_index.save(index, place)
         if self._scratch is not None:
             files.put(place, files.join(self._folder, place.name))
-        files.put(file.path, files.join(self._folder, name))  # last: a shard at its final name is whole, and has its index
+        files.put(file.path, files.join(self._folder, name))  # last: a shard at its final name is complete and indexed
         self._file = None
         self.written[name] = {"count": file.count, "bytes": file.bytes, "sha256": sha256, "members": index.counts()}
 
@@ -108,7 +112,7 @@ class _Shards:
 
 @dataclass(frozen=True)
 class Job:
-    """Does one numbered task, unless its note says that it is done. Runs in the workers."""
+    """Does one numbered task, unless its note records that it is done. Runs in the workers."""
 
     out: str
     produce: Callable[[Any], Iterator[Record | Skipped]]
@@ -128,23 +132,23 @@ class Job:
         return done
 
     def task_digest(self, numbered: tuple[int, Any]) -> str:
-        """Of what is to be done, and of the state of the local files it is done from, where `produce` names them (`sources`)."""
+        """Digests a task and the state of its local input files, where `produce` names them (`sources`)."""
         sources = getattr(self.produce, "sources", None)
         return digest_of(self.plan, *numbered, *([files.states(sources(numbered[1]))] if sources else []))
 
     def _known(self, note: str, digest: str) -> Done | None:
-        with suppress(ValueError, KeyError):  # cut by a crash of the machine
-            found = json.loads(files.read_bytes(note))
-            if found["task"] != digest:
+        with suppress(ValueError, KeyError):  # truncated by a crash of the machine
+            content = json.loads(files.read_bytes(note))
+            if content["task"] != digest:
                 raise FileExistsError(
                     f"{self.out} holds an unfinished build of other samples than these inputs give, or an input has "
                     f"changed since (see {note}). Choose another --out, or delete it."
                 )
-            names = [files.join(part_folder(self.out, part), name) for part, shards in found["shards"].items() for name in shards]
-            sizes = [shard["bytes"] for shards in found["shards"].values() for shard in shards.values()]
+            names = [files.join(part_folder(self.out, part), name) for part, shards in content["shards"].items() for name in shards]
+            sizes = [shard["bytes"] for shards in content["shards"].values() for shard in shards.values()]
             if [files.size(name) for name in names] == sizes:
                 keys = key_digests(key for name in names for key in index_keys(name))
-                return Done(digest, found["shards"], [Skipped(**item) for item in found["skipped"]], keys)
+                return Done(digest, content["shards"], [Skipped(**item) for item in content["skipped"]], keys)
         return None
 
     def _do(self, number: int, task: Any, digest: str) -> Done:

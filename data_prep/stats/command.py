@@ -1,4 +1,4 @@
-"""`stats`: a self-contained HTML page that shows what a shard set holds."""
+"""The command `stats`: a self-contained HTML report of a shard set."""
 
 from __future__ import annotations
 
@@ -21,10 +21,23 @@ def report(
     processes: int | None = None,
     page: bool = True,
 ) -> tuple[dict[str, Any], str]:
-    """Shard specs -> (numbers as plain data, the HTML page or "").
+    """Summarises shards.
 
-    `caption`, `label`: members, or json:FIELD. `sample`: read about so many samples only, chosen by hashes of their keys and sizes; counts
-    of samples, members and bytes are of all. Raises InputError where no shard is named.
+    Args:
+        shards: shard specs.
+        caption: the member with the caption, or json:FIELD.
+        label: the member with the class, or json:FIELD; None: none.
+        sample: read only about N samples, chosen by hashes of their keys and sizes; the counts of samples, members and
+            bytes still cover all.
+        engine: see `engine.run`.
+        processes: see `engine.run`.
+        page: render the HTML page.
+
+    Returns:
+        (numbers as plain data, the HTML page or "").
+
+    Raises:
+        InputError: a spec names no shard.
     """
     from data_prep import engine as engines
     from data_prep.stats.collect import Count, Stage
@@ -38,13 +51,13 @@ def report(
     if sample is not None:
         total = sum(engines.run(Count(), names, engine=engine, processes=processes, title="counting"))
         share = min(1.0, sample / max(total, 1))
-    found = Summary()
+    summary = Summary()
     for part in engines.run(Stage(caption, label, share), names, engine=engine, processes=processes, title="reading shards"):
-        found.merge(part)
-    duplicates = find_duplicates(found.pictures, names, engine=engine, processes=processes)
-    data = numbers(found, names, share, caption, label, duplicates)
-    html = render(found, data, duplicates, engine=engine, processes=processes) if page else ""
-    # A lone surrogate in a key or caption cannot be written: a question mark in its place.
+        summary.merge(part)
+    duplicates = find_duplicates(summary.pictures, names, engine=engine, processes=processes)
+    data = numbers(summary, names, share, caption, label, duplicates)
+    html = render(summary, data, duplicates, engine=engine, processes=processes) if page else ""
+    # Lone surrogates in keys or captions cannot be written and become question marks.
     return json.loads(json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")), html
 
 
@@ -54,14 +67,14 @@ def stats(
     json_out: Annotated[str | None, typer.Option("--json", help="also write the numbers as JSON to this file; - prints them")] = None,
     sample: Annotated[
         int | None,
-        typer.Option("--sample", min=1, help="read about so many samples, chosen by hashes of their keys and sizes; default: all"),
+        typer.Option("--sample", min=1, help="read about N samples, chosen by hashes of their keys and sizes; default: all"),
     ] = None,
     caption: Annotated[str, typer.Option("--caption", help="the member that holds the caption, or json:FIELD")] = "txt",
     label: Annotated[str, typer.Option("--label", help="the member that holds the class, or json:FIELD; nothing where none does")] = "cls",
     engine: Engine = "local",
     processes: Processes = None,
 ) -> None:
-    """What a shard set holds, as a page: counts, images, captions, classes, the worst samples, duplicates."""
+    """Write a report of a shard set: counts, images, captions, classes, the worst samples, duplicates."""
     from data_prep import files
     from data_prep.engine import WorkerLostError
 

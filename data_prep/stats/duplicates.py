@@ -1,4 +1,4 @@
-"""Duplicates within a summarised set, by the rule of `dedup`: equal pixels, and near copies."""
+"""Duplicates within a summarised set, by the criteria of `dedup`: equal pixels, and near copies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_prep.stats.summary import Picture, Pictures, Ref
 
 
 class Group(NamedTuple):
-    """Images that belong together."""
+    """A group of duplicate images."""
 
     count: int
     refs: list[Ref]  # the first few
@@ -25,12 +25,12 @@ class Duplicates(NamedTuple):
     """Groups, the largest first. `superfluous`: images that `dedup` drops by default from the same shards."""
 
     exact: list[Group]  # equal pixels
-    alike: list[Group]  # a kept picture and its near copies, with all that equal them
+    alike: list[Group]  # a kept picture and its near copies, with their exact copies
     superfluous: int
 
 
 def find_duplicates(pictures: Pictures, names: Sequence[str], *, engine: str = "local", processes: int | None = None) -> Duplicates:
-    """Group the pictures of shards `names`. Those that may be near copies by their hashes are read again, to be compared."""
+    """Groups the pictures of shards `names`. Candidates for near copies, by their hashes, are read again and compared."""
     distinct = pictures.distinct()
     number = {name: i for i, name in enumerate(names)}
     order = sorted(distinct, key=lambda digest: (number[distinct[digest].first.shard], distinct[digest].first.sample))

@@ -1,4 +1,4 @@
-"""A summary -> the numbers of the report, as plain data: what --json writes and the page shows."""
+"""Numbers of the report as plain data, written by --json and shown on the page."""
 
 from __future__ import annotations
 
@@ -18,41 +18,53 @@ SHOWN_GROUPS = 8
 
 
 def spread(values: Histogram) -> dict[str, float | None]:
+    """Returns quantiles and the mean of a histogram."""
     quantiles = {"min": 0.0, "p05": 0.05, "median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
     return {name: values.quantile(share) for name, share in quantiles.items()} | {"mean": values.mean()}
 
 
 def ranked(names: Names) -> dict[str, int]:
+    """Sorts counts, the largest first."""
     return dict(sorted(names.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _distinct(counts: Frequent) -> dict[str, Any]:
-    """`at_least` where rare ones had to be let go; `missed`: by how much a count may be too low."""
+    """Counts distinct items; `at_least`: rare ones were dropped; `missed`: by how much a count may be too low."""
     return {"distinct": len(counts.items), "at_least": counts.missed > 0, "missed": counts.missed, "total": counts.total}
 
 
 def growth(words: Frequent, captioned: int, share: float, points: int = 40) -> list[tuple[float, int]]:
-    """Distinct words after so many captioned samples, taken in the order of their keys' hashes."""
+    """Computes the growth of the vocabulary, over samples in the order of their hashes.
+
+    Args:
+        words: the words, with the lowest hash of a sample that has each.
+        captioned: samples with a caption.
+        share: of the samples that were read.
+        points: of the curve.
+
+    Returns:
+        (captioned samples, distinct words in them).
+    """
     first = sorted(first for _, first, _ in words.items.values())
     if not first:
         return []
-    # The samples' own hashes are uniform, so a share of their range is that share of them.
+    # Hashes are uniform: a fraction of their range holds that fraction of the samples.
     span = share * 2.0**64
-    found, at = [], 0
+    curve, distinct = [], 0
     for i in range(1, points + 1):
-        while at < len(first) and first[at] <= span * i / points:
-            at += 1
-        found.append((captioned * i / points, at))
-    return found
+        while distinct < len(first) and first[distinct] <= span * i / points:
+            distinct += 1
+        curve.append((captioned * i / points, distinct))
+    return curve
 
 
 def licences(names: Sequence[str]) -> list[dict[str, Any]]:
-    """What the manifest beside the shards of each folder says."""
+    """Reads licence, command and sample count from the manifest of each folder of shards."""
     folders: dict[str, int] = {}
     for name in names:
         folder = name.rpartition("/")[0] or "."
         folders[folder] = folders.get(folder, 0) + 1
-    found = []
+    lines = []
     for folder, shards in folders.items():
         line: dict[str, Any] = {
             "folder": folder,
@@ -70,12 +82,12 @@ def licences(names: Sequence[str]) -> list[dict[str, Any]]:
             pass
         except (OSError, ValueError, AttributeError, ShardError) as error:
             line["problem"] = f"manifest.json cannot be read: {error}"
-        found.append(line)
-    return found
+        lines.append(line)
+    return lines
 
 
 def class_names(names: Sequence[str]) -> list[str] | None:
-    """classnames.txt beside the first shard."""
+    """Reads classnames.txt beside the first shard; None without one."""
     folder = names[0].rpartition("/")[0] or "."
     try:
         lines = files.read_bytes(files.join(folder, "classnames.txt")).decode("utf-8", "replace").splitlines()
@@ -85,7 +97,7 @@ def class_names(names: Sequence[str]) -> list[str] | None:
 
 
 def class_counts(labels: Frequent, classes: list[str] | None) -> list[tuple[str, int]]:
-    """(class, samples), the largest first; classes of classnames.txt that no sample has among them."""
+    """Returns (class, samples), the largest first, including the classes of classnames.txt without samples."""
 
     def name(label: str) -> str:
         known = classes is not None and label.isdigit() and int(label) < len(classes)
@@ -112,7 +124,7 @@ def _groups(groups: list[Group], cut: bool) -> dict[str, Any]:
 
 
 def numbers(s: Summary, names: Sequence[str], share: float, caption: str, label: str | None, duplicates: Duplicates) -> dict[str, Any]:
-    """The numbers of a summary as plain data."""
+    """Converts a summary to plain data."""
     classes = class_names(names)
     counted = class_counts(s.labels, classes)
     repeated = [(text, count) for _, count, text in s.captions.top(50) if count > 1]

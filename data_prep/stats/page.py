@@ -1,4 +1,4 @@
-"""The page of `stats`: charts, thumbnails and notes from the summary and its numbers, put into the template."""
+"""The page of `stats`: charts, thumbnails and notes, rendered by a template."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_prep import engine as engines
 from data_prep.captions import CONTEXT, MIN_LETTERS
 from data_prep.perceptual import DIFFERENCE, HASH_DISTANCE
 from data_prep.shards.read import Shard, image_member, pixels
-from data_prep.stats import charts as plots
+from data_prep.stats import charts as draw
 from data_prep.stats.collect import ASPECT_STEPS, BLANK, BYTE_STEPS
 from data_prep.stats.duplicates import Duplicates, Group
 from data_prep.stats.numbers import SHOWN_GROUPS
@@ -27,13 +27,13 @@ THUMB = 176  # pixels of the longer side
 
 
 def thumbnails(task: tuple[str, tuple[int, ...]]) -> dict[int, str]:
-    """(shard, samples) -> data addresses of small JPEGs, of those that decode."""
+    """The task of a worker: encodes thumbnails of the decodable samples among (shard, samples), as data: URLs by sample."""
     name, chosen = task
-    found: dict[int, str] = {}
+    thumbs: dict[int, str] = {}
     try:
         shard = Shard(name)
     except (ShardError, OSError):
-        return found
+        return thumbs
     with shard:
         for i in chosen:
             try:
@@ -44,34 +44,35 @@ def thumbnails(task: tuple[str, tuple[int, ...]]) -> dict[int, str]:
                 image = pixels(members[extension]).permute(1, 2, 0).numpy()
             except BadSample:
                 continue
-            found[i] = thumbnail(image, THUMB, "JPEG", quality=82)
-    return found
+            thumbs[i] = thumbnail(image, THUMB, "JPEG", quality=82)
+    return thumbs
 
 
 def _chart(title: str, svg: str, beside: str = "") -> dict[str, str]:
     return {"title": title, "svg": svg, "beside": beside}
 
 
-def _doublings(bins: Sequence[plots.Bin], text: Any) -> list[tuple[float, str]]:
+def _doublings(bins: Sequence[draw.Bin], text: Any) -> list[tuple[float, str]]:
     span = bins[-1].high - bins[0].low
     step = 1 if span >= 4 else 0.5 if span >= 2 else 0.25
     return [(i * step, text(2.0 ** (i * step))) for i in range(math.ceil(bins[0].low / step), math.floor(bins[-1].high / step) + 1)]
 
 
 def image_charts(s: Summary, data: dict[str, Any]) -> list[dict[str, str]]:
+    """Draws the charts of sizes, aspect ratios and bytes of the images."""
     if not s.short_side:
         return []
     charts = []
     for title, values, key in (("shorter side", s.short_side, "short_side"), ("longer side", s.long_side, "long_side")):
-        if len(values) == 1:  # one bar says nothing that the list of sizes does not
+        if len(values) == 1:  # the list of sizes shows a single value already
             continue
-        bins = plots.log_bins(
+        bins = draw.log_bins(
             values, 4, lambda side: math.log2(max(side, 1)), lambda a, b: f"{math.ceil(a)} to {max(math.ceil(b) - 1, math.ceil(a))} px"
         )
         beside = f"median {data['images'][key]['median']:,} px"
-        charts.append(_chart(title, plots.histogram(bins, title, "pixels", _doublings(bins, lambda v: f"{v:,.0f}")), beside))
+        charts.append(_chart(title, draw.histogram(bins, title, "pixels", _doublings(bins, lambda v: f"{v:,.0f}")), beside))
     if len(s.aspect) > 1:
-        bins = plots.log_bins(
+        bins = draw.log_bins(
             s.aspect, ASPECT_STEPS // 2, lambda a: a / ASPECT_STEPS, lambda a, b: f"about {aspect_label(math.sqrt(a * b))}"
         )
         ticks = [
@@ -79,13 +80,13 @@ def image_charts(s: Summary, data: dict[str, Any]) -> list[dict[str, str]]:
             for r, t in ((1 / 4, "1:4"), (1 / 2, "1:2"), (3 / 4, "3:4"), (1, "1:1"), (4 / 3, "4:3"), (16 / 9, "16:9"), (4, "4:1"))
         ]
         ticks += [(k, f"{2**k}:1") for k in range(3, 7)] + [(-k, f"1:{2**k}") for k in range(3, 7)]
-        svg = plots.histogram(bins, "width to height", "tall · width : height · wide", sorted(ticks))
+        svg = draw.histogram(bins, "width to height", "tall · width : height · wide", sorted(ticks))
         charts.append(_chart("width to height", svg, f"median {aspect_label(data['images']['aspect']['median'])}"))
-    bins = plots.log_bins(s.file_bytes, BYTE_STEPS, lambda b: b / BYTE_STEPS, lambda a, b: f"{size(a)} to {size(b)}")
+    bins = draw.log_bins(s.file_bytes, BYTE_STEPS, lambda b: b / BYTE_STEPS, lambda a, b: f"{size(a)} to {size(b)}")
     charts.append(
         _chart(
             "bytes of an image",
-            plots.histogram(bins, "bytes", "bytes", _doublings(bins, size)),
+            draw.histogram(bins, "bytes", "bytes", _doublings(bins, size)),
             f"median {size(data['images']['bytes']['median'])}",
         )
     )
@@ -93,56 +94,57 @@ def image_charts(s: Summary, data: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def caption_charts(s: Summary, data: dict[str, Any]) -> list[dict[str, str]]:
+    """Draws the charts of lengths, number and vocabulary of the captions."""
     if not s.characters:
         return []
     c = data["captions"]
     charts = [
         _chart(
             "characters of a caption",
-            plots.histogram(plots.linear_bins(s.characters), "characters", "characters"),
+            draw.histogram(draw.linear_bins(s.characters), "characters", "characters"),
             f"median {c['characters']['median']:,}",
         ),
         _chart(
             "CLIP tokens",
-            plots.histogram(
-                plots.linear_bins(s.tokens), "tokens", "tokens, begin and end among them", marks=[(CONTEXT + 1, f"CLIP reads {CONTEXT}")]
+            draw.histogram(
+                draw.linear_bins(s.tokens), "tokens", "tokens, begin and end among them", marks=[(CONTEXT + 1, f"CLIP reads {CONTEXT}")]
             ),
             f"median {c['tokens']['median']:,}, {percent(c['over_context'], c['captions'])} over {CONTEXT}",
         ),
     ]
     if len(s.captions_per_sample) > 1:
-        svg = plots.histogram(plots.linear_bins(s.captions_per_sample), "captions of a sample", "captions")
+        svg = draw.histogram(draw.linear_bins(s.captions_per_sample), "captions of a sample", "captions")
         charts.append(_chart("captions of a sample", svg, f"mean {c['per_sample']['mean']:.2f}"))
     points = data["vocabulary"]["growth"]
     if points and points[-1][1] > 1:
         charts.append(
             _chart(
                 "vocabulary",
-                plots.curve(points, "distinct words", "captioned samples, in random order"),
+                draw.curve(points, "distinct words", "captioned samples, in random order"),
                 f"{points[-1][1]:,} distinct words",
             )
         )
     return charts
 
 
-def ranking(items: Sequence[tuple[str, int]], total: int, most: int) -> dict[str, Any]:
-    """Rows for horizontal bars, the longest of which fills its place."""
+def ranking(items: Sequence[tuple[str, int]], total: int, max_rows: int) -> dict[str, Any]:
+    """Builds rows of horizontal bars, relative to the longest."""
     top = max((n for _, n in items), default=1)
-    rows = [{"name": name, "count": n, "share": percent(n, total), "bar": round(100 * n / max(top, 1), 1)} for name, n in items[:most]]
+    rows = [{"name": name, "count": n, "share": percent(n, total), "bar": round(100 * n / max(top, 1), 1)} for name, n in items[:max_rows]]
     return {"rows": rows, "left": len(items) - len(rows)}
 
 
-def classes(counts: Sequence[tuple[str, int]], total: int, most: int = 40) -> list[dict[str, Any]]:
-    """The classes by size; of many, the largest and the smallest that have a sample."""
-    if len(counts) <= most:
-        return [ranking(counts, total, most) | {"title": "", "left": 0}]
+def classes(counts: Sequence[tuple[str, int]], total: int, max_rows: int = 40) -> list[dict[str, Any]]:
+    """Ranks the classes by size; of many, the largest and the smallest non-empty ones."""
+    if len(counts) <= max_rows:
+        return [ranking(counts, total, max_rows) | {"title": "", "left": 0}]
     counts = [(name, n) for name, n in counts if n]
-    largest, smallest = ranking(counts, total, most // 2), ranking(counts[-most // 2 :], total, most // 2)
-    for row in smallest["rows"]:  # bars of one scale
+    largest, smallest = ranking(counts, total, max_rows // 2), ranking(counts[-max_rows // 2 :], total, max_rows // 2)
+    for row in smallest["rows"]:  # one scale for both
         row["bar"] = round(100 * row["count"] / max(counts[0][1], 1), 1)
     return [
-        largest | {"title": f"The {most // 2} largest of {len(counts):,}", "left": 0},
-        smallest | {"title": f"The {most // 2} smallest"},
+        largest | {"title": f"The {max_rows // 2} largest of {len(counts):,}", "left": 0},
+        smallest | {"title": f"The {max_rows // 2} smallest"},
     ]
 
 
@@ -155,7 +157,7 @@ def _strip(group: Group, thumbs: dict[Ref, str]) -> dict[str, Any]:
 
 
 def render(s: Summary, data: dict[str, Any], duplicates: Duplicates, *, engine: str = "local", processes: int | None = None) -> str:
-    """The page; it reads the shards again for the few pictures that it shows."""
+    """Renders the page; reads the shards again for the few images it shows."""
     worst = {
         "The smallest": s.smallest.sorted(), "The most elongated": s.elongated.sorted(), "Blank, or nearly": s.blank.sorted(),
     }  # fmt: skip
@@ -171,9 +173,9 @@ def render(s: Summary, data: dict[str, Any], duplicates: Duplicates, *, engine: 
     for ref in wanted:
         by_shard[ref.shard].add(ref.sample)
     tasks = [(name, tuple(sorted(chosen))) for name, chosen in sorted(by_shard.items())]
-    made = engines.run(thumbnails, tasks, engine=engine, processes=processes, title="thumbnails")
-    at = {(name, i): picture for (name, _), pictures in zip(tasks, made) for i, picture in pictures.items()}
-    thumbs = {ref: at[ref.shard, ref.sample] for ref in wanted if (ref.shard, ref.sample) in at}
+    results = engines.run(thumbnails, tasks, engine=engine, processes=processes, title="thumbnails")
+    by_place = {(name, i): picture for (name, _), pictures in zip(tasks, results) for i, picture in pictures.items()}
+    thumbs = {ref: by_place[ref.shard, ref.sample] for ref in wanted if (ref.shard, ref.sample) in by_place}
     labels = data["labels"]["counts"]
 
     def named(label: str | None) -> str:
@@ -211,18 +213,18 @@ def render(s: Summary, data: dict[str, Any], duplicates: Duplicates, *, engine: 
     )  # fmt: skip
     environment.filters |= {"n": lambda value: "–" if value is None else f"{value:,}", "size": size, "ratio": aspect_label}
     environment.globals["percent"] = percent
-    # A lone surrogate in a key or caption cannot be written: a question mark in its place.
+    # Lone surrogates in keys or captions cannot be written and become question marks.
     return environment.get_template("stats.html.jinja").render(context).encode("utf-8", "replace").decode()
 
 
 def _report_file(name: str) -> str | None:
-    """The colours and type of the pages that runs write."""
+    """Loads a template of the reports of training runs, whose colours and fonts the page shares."""
     place = resources("mmpretrain").joinpath("report", name)
     return place.read_text(encoding="utf-8") if place.is_file() else None
 
 
 def percent(part: float, whole: float) -> str:
-    """A few are never rounded to none, and most never to all."""
+    """Formats a percentage, never rounded to 0 or 100."""
     if not whole:
         return "–"
     share = 100 * part / whole
@@ -234,6 +236,7 @@ def percent(part: float, whole: float) -> str:
 
 
 def size(value: float | None) -> str:
+    """Formats a number of bytes."""
     if value is None:
         return "–"
     for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
@@ -243,62 +246,64 @@ def size(value: float | None) -> str:
 
 
 def aspect_label(ratio: float | None) -> str:
+    """Formats width / height, as in 1.5:1 or 1:2."""
     if ratio is None:
         return "–"
     return f"{ratio:.3g}:1" if ratio >= 1 else f"1:{1 / ratio:.3g}"
 
 
 def notes(d: dict[str, Any]) -> list[str]:
-    found = []
+    """Returns sentences on what a reader of the report should notice."""
+    notes = []
     n, images, captions, labels = d["looked_at"], d["images"], d["captions"], d["labels"]
     if not d["samples"]:
-        found.append("There is no sample in these shards.")
+        notes.append("There is no sample in these shards.")
     if d["unreadable"]:
         lost = f", with about {d['lost_about']:,} samples lost behind them" if d["lost_about"] else ""
-        found.append(f"{len(d['unreadable'])} shards or places in shards cannot be read{lost}: they are listed under “Problems”.")
+        notes.append(f"{len(d['unreadable'])} shards or places in shards cannot be read{lost}: they are listed under “Problems”.")
     if bad := sum(count for reason, count in d["problems"].items() if not reason.startswith("shard: ")):
-        found.append(f"{bad:,} of {n:,} samples have a member that training would refuse; the reasons are under “Problems”.")
+        notes.append(f"{bad:,} of {n:,} samples have a member that training would refuse; the reasons are under “Problems”.")
     if d["repeated_keys"]:
-        found.append(f"{d['repeated_keys']:,} keys come more than once within a shard: each is a sample of its own.")
+        notes.append(f"{d['repeated_keys']:,} keys come more than once within a shard: each is a sample of its own.")
     if n and not images["found"]:
-        found.append("No sample has an image.")
+        notes.append("No sample has an image.")
     elif images["found"] < n:
-        found.append(f"{n - images['found']:,} of {n:,} samples have no image.")
+        notes.append(f"{n - images['found']:,} of {n:,} samples have no image.")
     if captions["samples"] and captions["samples"] < n:
-        found.append(f"{n - captions['samples']:,} of {n:,} samples have no usable caption in {captions['member']}.")
+        notes.append(f"{n - captions['samples']:,} of {n:,} samples have no usable caption in {captions['member']}.")
     if captions["over_context"] > 0.001 * captions["captions"]:
-        found.append(
+        notes.append(
             f"{percent(captions['over_context'], captions['captions'])} of the captions are longer than the {captions['context']} tokens "
             "that CLIP reads: their ends are never seen."
         )
     if captions["captions"] and captions["in_repeats"] > 0.05 * captions["captions"]:
-        found.append(
+        notes.append(
             f"{percent(captions['in_repeats'], captions['captions'])} of the captions are shared by several samples. In one batch these "
             "are counted as wrong answers for one another by contrastive losses."
         )
     if captions["json_captions"] > 0.5 * n:
-        found.append("The json members also hold “captions”: with --caption json:captions the page describes those.")
+        notes.append("The json members also hold “captions”: with --caption json:captions the page describes those.")
     superfluous = d["duplicates"]["superfluous"]
     if superfluous > 0.001 * max(images["found"], 1):
-        found.append(f"{superfluous:,} images are copies of others, of equal pixels or nearly. The command dedup removes them.")
+        notes.append(f"{superfluous:,} images are copies of others, of equal pixels or nearly. The command dedup removes them.")
     if images["blank"] > 0.001 * max(images["found"], 1):
-        found.append(f"{images['blank']:,} images are blank, or nearly.")
+        notes.append(f"{images['blank']:,} images are blank, or nearly.")
     if images["misnamed"]:
-        found.append(f"{images['misnamed']:,} images are of another format than their extension says; training goes by the content.")
+        notes.append(f"{images['misnamed']:,} images are of another format than their extension says; training goes by the content.")
     filled = [count for _, count in labels["counts"] if count]
     if labels["samples"] and filled and filled[0] >= 10 * filled[-1] and len(filled) <= 1000:
-        found.append(f"Classes are unbalanced: the largest has {filled[0]:,} samples, the smallest {filled[-1]:,}.")
+        notes.append(f"Classes are unbalanced: the largest has {filled[0]:,} samples, the smallest {filled[-1]:,}.")
     if labels["empty"]:
-        found.append(f"{len(labels['empty']):,} classes of classnames.txt have no sample here, such as {labels['empty'][0]}.")
+        notes.append(f"{len(labels['empty']):,} classes of classnames.txt have no sample here, such as {labels['empty'][0]}.")
     for line in d["licences"]:
         if not line["licence"]:
-            found.append(
+            notes.append(
                 f"{line['folder']}: "
                 + ("its manifest.json names no licence." if line["manifest"] else "there is no manifest.json, hence no known licence.")
             )
     if d["share"] < 1:
-        found.append(
+        notes.append(
             f"{n:,} of {d['samples']:,} samples were read, chosen by hashes of their keys and sizes; "
             "only the counts of samples, members and bytes are of all."
         )
-    return found
+    return notes

@@ -1,7 +1,7 @@
-"""Summaries that merge: whatever the grouping of the samples into shards, the merged summary is the same, and its size is bounded.
+"""Mergeable summaries of bounded size, which do not depend on how samples are divided into shards.
 
-Two samples are told apart by the hash of their keys and members' sizes, so
-"a sample of the samples" and "the first of equals" do not depend on the sharding.
+Samples are ordered by a hash of their keys and the sizes of their members, so that neither random samples nor ties depend
+on the sharding.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ MAX_ITEMS = 200_000  # distinct words, captions or images that are counted exact
 
 
 def hashed(text: str | bytes) -> int:
-    """64 bits, the same on every machine."""
+    """Hashes to 64 bits, the same on every machine."""
     data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())
 
 
 class Ref(NamedTuple):
-    """Where a sample lies."""
+    """Location of a sample."""
 
     shard: str
     sample: int
@@ -30,13 +30,13 @@ class Ref(NamedTuple):
 
 
 class Histogram(Counter[int]):
-    """How often each whole number occurs."""
+    """Counts of integers."""
 
     def merge(self, other: Histogram) -> None:
         self.update(other)
 
     def quantile(self, share: float) -> int | None:
-        """The smallest value with at least `share` of the numbers at or below it."""
+        """Returns the smallest value with at least `share` of the numbers at or below it; None for an empty histogram."""
         need, seen = share * self.total(), 0
         for value in sorted(self):
             seen += self[value]
@@ -45,11 +45,12 @@ class Histogram(Counter[int]):
         return None
 
     def mean(self) -> float | None:
+        """Returns the mean; None for an empty histogram."""
         return sum(value * count for value, count in self.items()) / self.total() if self else None
 
 
 class Names(Counter[str]):
-    """Counts by a name of which there are few: reasons, formats, extensions."""
+    """Counts of a few names: reasons, formats, extensions."""
 
     def merge(self, other: Names) -> None:
         self.update(other)
@@ -57,7 +58,7 @@ class Names(Counter[str]):
 
 @dataclass
 class Lowest:
-    """The `keep` items of lowest rank. Ranks end in the sample's hash, so ties fall alike in any order."""
+    """The `keep` items of lowest rank. Ranks end in the hash of the sample, so ties do not depend on the order."""
 
     keep: int
     items: list[tuple[tuple[float, ...], Any]] = field(default_factory=list)
@@ -81,11 +82,13 @@ class Lowest:
 
 @dataclass
 class Frequent:
-    """Counts by an item of which there may be very many. Exact up to `cap` distinct items.
+    """Counts of very many items, exact up to `cap` distinct ones.
 
-    Beyond, the rarest are let go whenever there are twice as many as `cap`, and `missed` bounds how much too low any count may be
-    (Misra & Gries 1982, in the mergeable form of Agarwal et al. 2012). `first` is the lowest hash of a sample that holds the item: how
-    the number of distinct items grows with the samples, in an order that no sharding changes, can be read off it.
+    Beyond that, the rarest are dropped whenever there are twice as many as `cap`; `missed` bounds how much too low a count
+    may be. `first` is the lowest hash of a sample with the item: it gives the number of distinct items as samples
+    accumulate, in an order independent of the sharding.
+
+    Source: Misra & Gries 1982, in the mergeable form of Agarwal et al. 2012.
     """
 
     cap: int = MAX_ITEMS
@@ -115,7 +118,7 @@ class Frequent:
             self._cut()
 
     def top(self, number: int) -> list[tuple[Any, int, str]]:
-        """(item, count, text), the most frequent first; equals in the order of their samples' hashes."""
+        """Returns (item, count, text), the most frequent first; ties by the hashes of their samples."""
         ranked = heapq.nsmallest(number, self.items.items(), key=lambda entry: (-entry[1][0], entry[1][1], str(entry[0])))
         return [(item, count, text) for item, (count, _, text) in ranked]
 
@@ -124,10 +127,10 @@ class Picture(NamedTuple):
     """Images with equal pixels."""
 
     count: int
-    refs: list[tuple[int, Ref]]  # (rank, sample) of the few with the lowest ranks, ascending
-    first: Ref  # by shard and number
+    refs: list[tuple[int, Ref]]  # (rank, sample) of the lowest ranks, ascending
+    first: Ref  # in the order of shards and samples
     hash: int  # 64 bits, see `perceptual.signature`
-    colour: bytes  # 27, likewise
+    colour: bytes  # 27 bytes, likewise
 
     def joined(self, other: Picture, keep: int) -> Picture:
         refs = sorted([*self.refs, *other.refs], key=lambda entry: (entry[0], entry[1].key))[:keep]
@@ -136,7 +139,7 @@ class Picture(NamedTuple):
 
 @dataclass
 class Pictures:
-    """Images by their pixels. Exact up to `cap` distinct ones; beyond, those of the `cap` lowest digests, a fair sample."""
+    """Images by their pixels: exact up to `cap` distinct ones, beyond that those with the `cap` lowest digests, a fair sample."""
 
     cap: int = MAX_ITEMS
     keep: int = 6  # samples remembered of each picture
@@ -163,14 +166,14 @@ class Pictures:
         self.cut |= other.cut
 
     def distinct(self) -> dict[int, Picture]:
-        """Digest -> picture, at most `cap` of them."""
+        """Returns digest -> picture, at most `cap` of them."""
         self._cut()
         return self.of_digest
 
 
 @dataclass
 class Summary:
-    """All that the report says of a shard set."""
+    """The contents of the report of a shard set."""
 
     shards: int = 0
     samples: int = 0  # by the indexes
@@ -210,7 +213,7 @@ class Summary:
     languages: Names = field(default_factory=Names)
     shortest: Lowest = field(default_factory=lambda: Lowest(12))  # (Ref, caption)
     longest: Lowest = field(default_factory=lambda: Lowest(12))
-    json_captions: int = 0  # samples whose json holds `captions` that were not asked for
+    json_captions: int = 0  # samples with unused `captions` in their json
 
     labelled: int = 0
     labels: Frequent = field(default_factory=lambda: Frequent(100_000))
@@ -218,7 +221,7 @@ class Summary:
     examples: Lowest = field(default_factory=lambda: Lowest(24))  # (Ref, caption, label)
 
     def merge(self, other: Summary) -> Summary:
-        """Take in another summary, in place."""
+        """Merges another summary in place."""
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             if isinstance(mine, int):

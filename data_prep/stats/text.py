@@ -1,4 +1,4 @@
-"""What is counted of a caption: words, script."""
+"""Words and script of captions."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ _SCRIPTS = {
 
 
 def words(text: str) -> list[str]:
+    """Splits a text into lower-case words."""
     return _WORD.findall(text.casefold())
 
 
@@ -34,10 +35,10 @@ def _script_of(letter: str) -> str:
 
 
 def script(text: str) -> str:
-    """The script of most of the letters; kana anywhere means Japanese, and "none" that there are no letters."""
-    found = Counter(_script_of(c) for c in text[:2000] if c.isalpha())
-    if not found:
+    """Returns the most frequent script of the letters; kana beside Han means Japanese."""
+    counts = Counter(_script_of(c) for c in text[:2000] if c.isalpha())
+    if not counts:
         return "none (no letters)"
-    if found["Japanese kana"] and found["Han"]:
+    if counts["Japanese kana"] and counts["Han"]:
         return "Japanese kana"
-    return max(found.items(), key=lambda item: (item[1], item[0]))[0]
+    return max(counts.items(), key=lambda item: (item[1], item[0]))[0]

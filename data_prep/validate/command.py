@@ -1,4 +1,4 @@
-"""`validate`: everything that is wrong with shards, whoever made them, and with --repair what is sound of them in new ones."""
+"""The command `validate`: problems of shards of any origin and, with --repair, their good samples in new shards."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mmpretrain.data.decode import ImageLimits
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, ShardError
 from mmpretrain.data.shard_names import is_remote
 
-_LOOKED_AT, _LOOKED_AT_REMOTE = 16, 2  # shards from which is told what most samples have
+MAX_PROBED, MAX_PROBED_REMOTE = 16, 2  # shards read to determine the usual members
 
 
 def usual(names: list[str]) -> list[str]:
-    """The members that most samples have: of a few shards, evenly spread."""
-    most = _LOOKED_AT_REMOTE if any(map(is_remote, names)) else _LOOKED_AT
-    chosen = [names[i * len(names) // min(most, len(names))] for i in range(min(most, len(names)))]
+    """Determines the members that most samples have, from a few shards, evenly spread."""
+    max_shards = MAX_PROBED_REMOTE if any(map(is_remote, names)) else MAX_PROBED
+    probed = [names[i * len(names) // min(max_shards, len(names))] for i in range(min(max_shards, len(names)))]
     samples, images, counts = 0, 0, {}
-    for name in chosen:
+    for name in probed:
         try:
             with Shard(name) as shard:
                 samples += len(shard)
@@ -30,14 +30,14 @@ def usual(names: list[str]) -> list[str]:
                 for extension, number in shard.index.counts().items():
                     counts[extension] = counts.get(extension, 0) + number
         except (ShardError, OSError):
-            continue  # it will be reported
-    found = ["image"] if images * 2 > samples else []
-    return found + sorted(e for e, n in counts.items() if n * 2 > samples and image_member([e]) is None and "." not in e)
+            continue  # `Examine` reports it
+    image = ["image"] if images * 2 > samples else []
+    return image + sorted(e for e, n in counts.items() if n * 2 > samples and image_member([e]) is None and "." not in e)
 
 
 def validate(
     shards: Annotated[list[str], typer.Argument(help="shards: paths, URLs, globs, brace ranges, folders")],
-    decode: Annotated[bool, typer.Option(help="decode every image; without, only formats and sizes are looked at")] = True,
+    decode: Annotated[bool, typer.Option(help="decode every image; without, only formats and sizes are checked")] = True,
     checksums: Annotated[bool, typer.Option(help="compare members with the checksums of their index, where it has them")] = True,
     need: Annotated[
         str | None, typer.Option(help="members that every sample must have, e.g. image,txt; default: those that most have; none: ''")
@@ -52,7 +52,7 @@ def validate(
     engine: Engine = "local",
     processes: Processes = None,
 ) -> None:
-    """Check shards. Exit status 0: clean; 1: something loses or spoils samples; 2: it could not be told."""
+    """Check shards. Exit status 0: clean; 1: samples are lost or corrupt; 2: the check failed."""
     from rich.console import Console
 
     from data_prep.validate.members import Checks

@@ -1,4 +1,4 @@
-"""The counts that lie beside shards, against what was found: sizes.json, __len__, _info.json, manifest.json, img2dataset's _stats.json."""
+"""Sample counts in files beside shards: sizes.json, __len__, _info.json, manifest.json, img2dataset's _stats.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmpretrain.data.schema import ShardError
 
 @dataclass(frozen=True)
 class Stated:
-    """`count` samples in `shard` ("" for the whole folder), says `file`."""
+    """The sample count that `file` states of `shard` ("" for the whole folder)."""
 
     file: str
     shard: str
@@ -30,12 +30,12 @@ def _manifest(data: bytes) -> dict[str, int]:
 
 
 def _info(data: bytes) -> dict[str, int]:
-    """timm's: {"splits": {"train": {"filenames": [...], "shard_lengths": [...], "num_samples": n}}}."""
-    found = {}
+    """Parses the format of timm: {"splits": {"train": {"filenames": [...], "shard_lengths": [...], "num_samples": n}}}."""
+    counts = {}
     for split in json.loads(data)["splits"].values():
         if "filenames" in split and "shard_lengths" in split:
-            found |= dict(zip(split["filenames"], map(_count, split["shard_lengths"]), strict=True))
-    return found
+            counts |= dict(zip(split["filenames"], map(_count, split["shard_lengths"]), strict=True))
+    return counts
 
 
 def _total(data: bytes) -> dict[str, int]:
@@ -44,7 +44,7 @@ def _total(data: bytes) -> dict[str, int]:
 
 def _count(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is not a count")
     return value
 
 
@@ -57,41 +57,49 @@ FILES: dict[str, Callable[[bytes], dict[str, int]]] = {
 
 
 def stated(folder: str, shards: list[str]) -> tuple[list[Stated], list[Finding]]:
-    """What the files of a folder say of its shards (their base names), and what of that cannot be read."""
-    found: list[Stated] = []
-    wrong: list[Finding] = []
+    """Reads the counts that the files of a folder state of its shards (base names), and the findings of unreadable files."""
+    counts: list[Stated] = []
+    findings: list[Finding] = []
 
     def read(name: str, parse: Callable[[bytes], dict[str, int]]) -> None:
         place = files.join(folder, name)
         try:
-            found.extend(Stated(place, shard, count) for shard, count in parse(files.read_bytes(place)).items())
+            counts.extend(Stated(place, shard, count) for shard, count in parse(files.read_bytes(place)).items())
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-            wrong.append(Finding(place, "", -1, "bad_count_file", f"{type(error).__name__}: {error}"[:300]))
+            findings.append(Finding(place, "", -1, "bad_count_file", f"{type(error).__name__}: {error}"[:300]))
 
     for name, parse in FILES.items():
         read(name, parse)
     for shard in shards:
         stats = shard.removesuffix(".tar") + "_stats.json"
         read(stats, lambda data, shard=shard: {shard: _count(json.loads(data)["successes"])})
-    return found, wrong
+    return counts, findings
 
 
 def compare(folder: str, counts: dict[str, int]) -> tuple[dict[str, int], Iterator[Finding]]:
-    """(the counts that are known otherwise, what disagrees) for the shards of a folder, base name -> samples found."""
-    said, wrong = stated(folder, list(counts))
+    """Compares the samples of a folder's shards with the stated counts.
+
+    Args:
+        folder: of the shards.
+        counts: base name -> samples in the shard.
+
+    Returns:
+        (stated counts by base name, findings of disagreements).
+    """
+    entries, unreadable = stated(folder, list(counts))
     known = {}
-    for entry in said:
+    for entry in entries:
         known.setdefault(entry.shard, entry.count)
 
     def findings() -> Iterator[Finding]:
-        yield from wrong
+        yield from unreadable
         try:
             tars = {name.rpartition("/")[2] for name in files.listing(folder) if name.endswith(".tar")}
         except (ShardError, OSError):
             tars = set(counts)
-        for entry in said:
+        for entry in entries:
             shard = files.join(folder, entry.shard) if entry.shard else folder
             if entry.shard in counts and counts[entry.shard] != entry.count:
                 detail = f"{entry.file} says {entry.count} samples, there are {counts[entry.shard]}"

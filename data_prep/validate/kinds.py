@@ -1,4 +1,4 @@
-"""What can be wrong with a shard set: each kind, how much it matters, and what to do."""
+"""Kinds of findings in shards, each with its severity and remedy."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from mmpretrain.data.schema import IMAGE_EXTENSIONS
 
-Severity = Literal["bad", "mend", "note"]  # bad: samples are lost; mend: some readers lose them, --repair mends it; note: no harm by itself
+# bad: samples are lost; mend: some readers lose them, --repair corrects it; note: harmless by itself
+Severity = Literal["bad", "mend", "note"]
 
 _AGAIN = "fetch or build the shard again; --repair saves what can be read"
-_DROP = "mend the source, or leave it out with --repair"
+_DROP = "repair the source, or leave it out with --repair"
 KINDS: dict[str, tuple[Severity, str]] = {
     "unreachable": ("bad", "check the path, the network and the rights; then run again"),
     "no_tar": ("bad", "fetch or build the shard again"),
@@ -20,7 +21,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "zeros": ("bad", _AGAIN),
     "unreadable": ("bad", "the disk fails here: copy the shard from elsewhere"),
     "checksum": ("bad", _AGAIN),
-    "missing_member": ("bad", "add it, leave the sample out with --repair, or say what is needed with --need"),
+    "missing_member": ("bad", "add it, leave the sample out with --repair, or state what is needed with --need"),
     "too_many_bytes": ("bad", "leave it out with --repair; a member of this size is a mistake or an attack"),
     "unknown_format": ("bad", _DROP),
     "undecodable_image": ("bad", _DROP),
@@ -38,14 +39,14 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "dotted_key": ("mend", "--repair replaces the dots: the extension begins at a name's first dot"),
     "interleaved": ("mend", "--repair writes a sample's members side by side"),
     "unsafe_key": ("mend", "--repair sanitises the key"),
-    "executable_member": ("mend", "never decode it: some readers run what it holds. --repair leaves the member out"),
+    "executable_member": ("mend", "never decode it: some readers run its content. --repair leaves the member out"),
     "odd_extension": ("mend", "--repair leaves the member out"),
-    "count_disagrees": ("mend", "find out which is right; `python -m data_prep index` writes sizes.json anew"),
-    "bad_count_file": ("mend", "correct or delete the file; `python -m data_prep index` writes sizes.json anew"),
+    "count_disagrees": ("mend", "find out which is right; `python -m data_prep index` rewrites sizes.json"),
+    "bad_count_file": ("mend", "correct or delete the file; `python -m data_prep index` rewrites sizes.json"),
     "index_disagrees": ("mend", "fetch the shard that the index was written for, or run `python -m data_prep index --replace`"),
     "bad_index": ("mend", "delete the index, and run `python -m data_prep index`"),
-    "index_outdated": ("note", "`python -m data_prep index` writes it anew"),
-    "duplicate_across_shards": ("note", "harmless where it is another sample; `python -m data_prep dedup` tells"),
+    "index_outdated": ("note", "`python -m data_prep index` rewrites it"),
+    "duplicate_across_shards": ("note", "harmless where it is another sample; `python -m data_prep dedup` finds copies"),
     "unusual_key": ("note", "quote it in shells; --repair sanitises it"),
     "control_characters": ("note", "clean the text if it will be shown"),
     "stray_member": ("note", "it belongs to no sample (no extension, or a dot file); readers skip it"),
@@ -55,12 +56,13 @@ KINDS: dict[str, tuple[Severity, str]] = {
 
 
 def severity(kind: str) -> Severity:
+    """Returns the severity of a kind."""
     return KINDS[kind][0]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong. `key` is "" and `offset` -1 where it concerns a whole shard or file."""
+    """One problem. `key` is "" and `offset` -1 where it concerns a whole shard or file."""
 
     shard: str
     key: str
@@ -72,7 +74,7 @@ class Finding:
         return asdict(self) | {"severity": severity(self.kind), "remedy": KINDS[self.kind][1]}
 
 
-Found = tuple[str, int, str]  # kind, offset, detail
+Problem = tuple[str, int, str]  # of a sample: kind, offset, detail
 
 
 def is_image(extension: str) -> bool:

@@ -1,4 +1,4 @@
-"""Where a shard's samples lie, and how readers would take their names: units with keys that anything takes."""
+"""Layout of a shard: the members of its samples, and samples with portable keys, as readers group them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.shards.read import LocalCopy
-from data_prep.validate.kinds import Finding, Found, is_image
+from data_prep.validate.kinds import Finding, Problem, is_image
 from mmpretrain.data import index as shard_index
 from mmpretrain.data.index import Member, ShardIndex
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, SAFE_KEY, ShardError, split_name
@@ -32,7 +32,7 @@ class Unit:
 
     key: str
     places: dict[str, Member]
-    found: list[Found]  # of the key and the order of members; `examine` adds what the members hold
+    problems: list[Problem]  # of the key and the order of members; `examine` adds those of the content
     name: str = ""  # its key in the shard, where `key` has been sanitised
 
     @property
@@ -41,7 +41,7 @@ class Unit:
 
 
 def clean(key: str) -> str:
-    """A key that every reader and file system takes."""
+    """Converts a key to one that every reader and file system accepts."""
     key = "/".join(part for part in re.sub(r"[^\w/-]+", "_", key).split("/") if part.strip("_")) or "sample"
     if len(key) > MAX_KEY:
         key = f"{key[: MAX_KEY - 13].rstrip('/')}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
@@ -53,12 +53,12 @@ def _same_layout(a: ShardIndex, b: ShardIndex) -> bool:
 
 
 def read_ahead(file: int) -> None:
-    """The kernel fetches the file from end to end, ahead of what follows: the disk does not wait for what is done with each sample."""
+    """Prefetches the whole file into the page cache, so that reading overlaps with the work on samples."""
     if hasattr(os, "posix_fadvise"):
         copy = os.dup(file)
 
         def fetch() -> None:
-            with suppress(OSError):  # a wish: reading tells what is wrong with the file
+            with suppress(OSError):  # only a hint: reading reports problems of the file
                 os.posix_fadvise(copy, 0, 0, os.POSIX_FADV_WILLNEED)
             os.close(copy)
 
@@ -66,13 +66,13 @@ def read_ahead(file: int) -> None:
 
 
 class Layout:
-    """Where a shard's samples lie, by its headers, or by an index with checksums where the headers are damaged."""
+    """Locations of a shard's samples, from its headers, or from an index with checksums where the headers are damaged."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.found: list[Finding] = []
+        self.findings: list[Finding] = []
         self.lost, self.estimated = 0, False
-        self.trusted = True  # the places are those of sound headers
+        self.trusted = True  # the locations are those of intact headers
         self.index = shard_index.from_headers(NO_HEADERS, None, 0)
         self.size, self.file = 0, -1
         self._copy: LocalCopy | None = None
@@ -92,7 +92,7 @@ class Layout:
             raise
 
     def _add(self, kind: str, offset: int, detail: str, key: str = "") -> None:
-        self.found.append(Finding(self.name, key, offset, kind, detail))
+        self.findings.append(Finding(self.name, key, offset, kind, detail))
 
     def _read(self, path: Path) -> None:
         assert self._copy is not None
@@ -107,38 +107,38 @@ class Layout:
             headers, stop = read_headers(mmap.mmap(self.file, 0, access=mmap.ACCESS_READ) if self.size else b"", str(path))
             scanned = shard_index.from_headers(headers, stop, self.size)
             if len(headers.names) > len(scanned.offset):
-                for member, at in zip(headers.names, headers.header.tolist()):
+                for member, offset in zip(headers.names, headers.header.tolist()):
                     if split_name(member) is None and not re.fullmatch(r"(.*/)?__\w+__", member):
-                        self._add("stray_member", at, repr(member)[:200])
+                        self._add("stray_member", offset, repr(member)[:200])
         except ShardError as error:
             self._add("no_tar", 0, self._copy.explain(error).removeprefix(f"{self.name}: "))
             self.lost, self.estimated = 1, True
-        for damage in () if scanned is None else scanned.damage:  # one without samples is false
+        for damage in () if scanned is None else scanned.damage:  # an index without samples is falsy
             self._add(damage.reason, damage.offset, damage.detail)
             self.lost, self.estimated = damage.lost, True
         self._choose(saved, scanned)
 
     def _choose(self, saved: ShardIndex | None, scanned: ShardIndex | None) -> None:
-        """An index with checksums knows what a damaged shard held, sample by sample, and finds what is sound behind the damage."""
+        """Chooses the layout: of a damaged shard, a saved index with checksums also locates the samples behind the damage."""
         if scanned is not None:
             self.index = scanned
         if saved is None:
             return
         if saved.checksum is None:
             if scanned is None or not _same_layout(saved, scanned):
-                self._add("index_outdated", -1, f"the index says {len(saved)} samples in {saved.tar_bytes} bytes")
+                self._add("index_outdated", -1, f"the index lists {len(saved)} samples in {saved.tar_bytes} bytes")
             return
         if scanned is not None and saved.tar_bytes == self.size and _same_layout(saved, scanned):
             self.index = saved
             return
-        here = f"{len(scanned)} samples in {self.size} bytes" if scanned is not None else f"no tar, {self.size} bytes"
-        self._add("index_disagrees", -1, f"{here}, its index says {len(saved)} samples in {saved.tar_bytes} bytes")
+        here = f"{len(scanned)} samples in {self.size} bytes" if scanned is not None else f"not a tar, {self.size} bytes"
+        self._add("index_disagrees", -1, f"{here}, its index lists {len(saved)} samples in {saved.tar_bytes} bytes")
         if scanned is None or scanned.damage or self.size < saved.tar_bytes:
             self.index, self.trusted = saved, False
             self.lost, self.estimated = 0, False
 
     def units(self) -> Iterator[Unit]:
-        """The samples in order, dotted keys split into those they hide."""
+        """Yields the samples in order, with those of dotted keys split."""
         return (unit for i in range(len(self.index)) for unit in self.units_of(i))
 
     @cached_property
@@ -146,7 +146,7 @@ class Layout:
         return _interleaved(self.index)
 
     @cached_property
-    def _again(self) -> set[str]:
+    def _repeated(self) -> set[str]:
         return set(self.index.keys) if self.index.duplicates else set()
 
     @cached_property
@@ -155,14 +155,14 @@ class Layout:
 
     def units_of(self, i: int) -> Iterator[Unit]:
         key, places = self.index.keys[i], self.index.members(i)
-        found: list[Found] = []
+        problems: list[Problem] = []
         base = key.rpartition("~")[0]
-        if self._again and base in self._again and key[len(base) + 1 :].isdecimal():
-            found.append(("duplicate_key", -1, f"{base} came before"))
+        if self._repeated and base in self._repeated and key[len(base) + 1 :].isdecimal():
+            problems.append(("duplicate_key", -1, f"an earlier sample has {base}"))
             key = base
         if self.crossed is not None and self.crossed[i]:
-            found.append(("interleaved", -1, "other samples' members lie between its own"))
-        yield from _split(Unit(key, places, found), self._rare_extensions)
+            problems.append(("interleaved", -1, "other samples' members lie between its own"))
+        yield from _split(Unit(key, places, problems), self._rare_extensions)
 
     def close(self) -> None:
         if self.file >= 0:
@@ -179,7 +179,7 @@ class Layout:
 
 
 def _interleaved(index: ShardIndex) -> np.ndarray | None:
-    """bool [S]: samples between whose members other samples' members lie; None where there are none."""
+    """Marks samples interleaved with others, bool [S]; None for none."""
     if not len(index.offset) or (np.diff(index.offset) >= 0).all():
         return None
     rank = np.argsort(np.argsort(index.offset, kind="stable"), kind="stable")
@@ -192,13 +192,13 @@ def _known(extension: str) -> bool:
 
 
 def _rare(index: ShardIndex) -> set[str]:
-    """Extensions with dots that look like the end of a dotted key: few samples have them."""
+    """Returns dotted extensions of few samples, which look like the end of a dotted key."""
     counts = index.counts()
     return {e for e, n in counts.items() if "." in e and _known(e.rpartition(".")[2]) and n * 10 < len(index)}
 
 
 def _split(unit: Unit, rare: set[str]) -> Iterator[Unit]:
-    """`photo.1.jpg` and `photo.2.jpg` are two samples for people and one for readers; `x.jpg` with `x.seg.png` is one for both."""
+    """Splits `photo.1.jpg` and `photo.2.jpg`, which readers merge into one sample; `x.jpg` with `x.seg.png` stays one."""
     hidden: dict[str, dict[str, Member]] = {}
     for extension, member in unit.places.items():
         middle, dot, last = extension.rpartition(".")
@@ -210,22 +210,24 @@ def _split(unit: Unit, rare: set[str]) -> Iterator[Unit]:
     moved = {member.offset for places in hidden.values() for member in places.values()}
     rest = {extension: member for extension, member in unit.places.items() if member.offset not in moved}
     if rest or not hidden:
-        yield _judged(Unit(unit.key, rest, unit.found))
+        yield _with_checked_key(Unit(unit.key, rest, unit.problems))
     for key, places in hidden.items():
-        yield _judged(Unit(key, places, [*unit.found, ("dotted_key", -1, f"readers take it for {unit.key}, with other members")]))
+        yield _with_checked_key(
+            Unit(key, places, [*unit.problems, ("dotted_key", -1, f"readers merge it with other members into {unit.key}")])
+        )
 
 
-def _judged(unit: Unit) -> Unit:
+def _with_checked_key(unit: Unit) -> Unit:
     key = unit.key.removeprefix("./")
     if _HOSTILE.search(key):
-        unit.found.append(("unsafe_key", -1, repr(unit.key)[:250]))
-    elif len(key) > MAX_KEY or not (SAFE_KEY.fullmatch(key) or any(kind == "dotted_key" for kind, _, _ in unit.found)):
-        unit.found.append(("unusual_key", -1, repr(unit.key)[:250]))
+        unit.problems.append(("unsafe_key", -1, repr(unit.key)[:250]))
+    elif len(key) > MAX_KEY or not (SAFE_KEY.fullmatch(key) or any(kind == "dotted_key" for kind, _, _ in unit.problems)):
+        unit.problems.append(("unusual_key", -1, repr(unit.key)[:250]))
     return unit
 
 
 def unique(units: Iterator[Unit], used: set[str]) -> Iterator[Unit]:
-    """Sanitised keys, each once within the shard: a repeated one gets -2, -3 ... `used` are those that are taken, and grows."""
+    """Yields units with sanitised keys, unique within the shard by suffixes -2, -3 ...; adds the keys to `used`."""
     for unit in units:
         key = name = unit.key if len(unit.key) <= MAX_KEY and SAFE_KEY.fullmatch(unit.key) else clean(unit.key)
         number = 1
@@ -233,4 +235,4 @@ def unique(units: Iterator[Unit], used: set[str]) -> Iterator[Unit]:
             number += 1
             name = f"{key[: MAX_KEY - 8]}-{number}"
         used.add(name)
-        yield Unit(name, unit.places, unit.found, unit.key)
+        yield Unit(name, unit.places, unit.problems, unit.key)

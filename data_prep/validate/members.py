@@ -1,4 +1,4 @@
-"""What one sample's members hold: can training use them?"""
+"""Checks of the members of one sample: whether training can use them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image, UnidentifiedImageError
 
-from data_prep.validate.kinds import Found
+from data_prep.validate.kinds import Problem
 from data_prep.validate.layout import MAX_KEY, Layout
 from mmpretrain.data import decode
 from mmpretrain.data.decode import ImageLimits
@@ -20,19 +20,19 @@ from mmpretrain.data.index import BYTES, Member, checksum
 from mmpretrain.data.schema import LABEL_EXTENSION, METADATA_EXTENSION, SAFE_KEY, BadSample, image_extension
 from mmpretrain.data.tar import read_at
 
-# Members that readers' default decoders run as code (pickles), and those that have no business in a data set.
+# Members that default decoders of readers execute (pickles), and programs, which do not belong in a data set.
 EXECUTABLE = frozenset(
     ["pyd", "pickle", "pkl", "pth", "pt", "dill", "joblib", "py", "pyc", "so", "dll", "exe", "sh", "bat", "com", "cmd", "ps1", "jar"]
 )
 COMPRESSED = frozenset(["gz", "bz2", "xz", "zst", "zip"])
 EXTENSION = re.compile(r"[a-z0-9_+-]+(\.[a-z0-9_+-]+)*")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
-_HEAD = 2048  # bytes in which an image's format, and mostly its size, can be seen
+_HEAD = 2048  # first bytes, which show the format of an image and usually its size
 
 
 @dataclass(frozen=True)
 class Checks:
-    """What is asked of every sample."""
+    """The requirements on every sample."""
 
     need: tuple[str, ...] = ()  # extensions; "image" stands for any image
     caption: str = "txt"  # the member that holds it, or json:FIELD
@@ -49,13 +49,14 @@ class Members:
         self.places, self._file, self._read = places, file, {}
 
     def __call__(self, extension: str) -> bytes:
-        """Raises BadSample where the bytes are not there or the disk fails."""
+        """Reads a member once. Raises BadSample where the bytes are missing or the disk fails."""
         if extension not in self._read:
             member = self.places[extension]
             self._read[extension] = self.head(extension, member.size)
         return self._read[extension]
 
     def head(self, extension: str, size: int) -> bytes:
+        """Reads the first `size` bytes of a member, or all that are read already. Raises BadSample."""
         if extension in self._read:
             return self._read[extension]
         member = self.places[extension]
@@ -66,7 +67,7 @@ class Members:
 
 
 def _seen(kind: str, head: bytes) -> tuple[int, int] | None:
-    """(width, height) where the first bytes show them."""
+    """Reads (width, height) from the first bytes; None where they do not contain them."""
     if kind == "jpeg" and (header := decode.jpeg_header(head)) is not None:
         return header.width, header.height
     if kind == "png" and len(head) >= 24:
@@ -75,7 +76,7 @@ def _seen(kind: str, head: bytes) -> tuple[int, int] | None:
 
 
 def _dimensions(kind: str, data: bytes) -> tuple[int, int]:
-    """(width, height) without decoding a pixel."""
+    """Reads (width, height) without decoding pixels. Raises BadSample."""
     if (seen := _seen(kind, data)) is not None:
         return seen
     try:
@@ -83,26 +84,35 @@ def _dimensions(kind: str, data: bytes) -> tuple[int, int]:
             return image.size
     except Image.DecompressionBombError as error:
         raise BadSample("too_many_pixels", str(error)) from error
-    except UnidentifiedImageError as error:  # it would name an object in memory
+    except UnidentifiedImageError as error:  # its message would name an object in memory
         raise BadSample("undecodable_image", f"{kind}: its header cannot be read") from error
-    except (Exception, MemoryError) as error:  # decoders raise all sorts over hostile bytes
+    except (Exception, MemoryError) as error:  # decoders raise various errors for hostile bytes
         raise BadSample("undecodable_image", f"{kind}: {' '.join(str(error).split())[:200]}") from error
 
 
 def image(data: Callable[[int], bytes], size: int, checks: Checks) -> None:
-    """An image of `size` bytes; data(n) gives the first n of them. Raises BadSample."""
+    """Checks an image.
+
+    Args:
+        data: n -> the first n bytes.
+        size: of the image, in bytes.
+        checks: the requirements.
+
+    Raises:
+        BadSample: the image violates them or cannot be decoded.
+    """
     if checks.decode:
         decode.decode_image(data(size), checks.limits)
         return
     head = data(min(_HEAD, size))
     kind = decode.sniff(head)
     if kind is None:
-        raise BadSample("unknown_format", f"begins with {head[:12]!r}; decoded are {', '.join(decode.PILLOW_FORMATS)}")
+        raise BadSample("unknown_format", f"begins with {head[:12]!r}; supported are {', '.join(decode.PILLOW_FORMATS)}")
     checks.limits.check(*(_seen(kind, head) or _dimensions(kind, data(size))))
 
 
 def text(data: bytes, role: str, checks: Checks) -> str | None:
-    """A member that is read as text, in its role: caption | json | label. Gives a caption's control character. Raises BadSample."""
+    """Checks a text member by its role (caption, json or label). Returns a control character of a caption. Raises BadSample."""
     if role == "json":
         decode_json(data)
     elif role == "label":
@@ -118,17 +128,17 @@ def text(data: bytes, role: str, checks: Checks) -> str | None:
 
 
 def role_of(extension: str, checks: Checks, image: str | None) -> str:
-    """What is asked of a member: caption | json | label | image, or "" for nothing but its checksum."""
+    """Returns the role of a member (caption, json, label or image); "" for one of which only the checksum is verified."""
     roles = {image: "image", LABEL_EXTENSION: "label", METADATA_EXTENSION: "json", member_of(checks.caption): "caption"}
     return roles.get(extension, "")
 
 
-def most_bytes(role: str, checks: Checks) -> int:
-    """How large a member may be."""
+def max_bytes(role: str, checks: Checks) -> int:
+    """Returns the maximum size of a member."""
     return MAX_CAPTION_BYTES if role == "caption" and FieldName.parse(checks.caption).key is None else checks.max_member_bytes
 
 
-def _content(members: Members, extension: str, checks: Checks, role: str) -> Iterator[Found]:
+def _content(members: Members, extension: str, checks: Checks, role: str) -> Iterator[Problem]:
     member = members.places[extension]
     if checks.checksums and member.checksum is not None and not member.holds(members(extension)):
         raise BadSample("checksum", f"{extension}: the {member.size} bytes at {member.offset} are not those that the index was written for")
@@ -138,8 +148,8 @@ def _content(members: Members, extension: str, checks: Checks, role: str) -> Ite
         yield "control_characters", member.offset, f"{extension} holds U+{ord(control):04X}"
 
 
-def examine(members: Members, checks: Checks, size: int) -> Iterator[Found]:
-    """Everything wrong with a sample's members, of a shard of `size` bytes."""
+def examine(members: Members, checks: Checks, size: int) -> Iterator[Problem]:
+    """Yields the problems of a sample's members, in a shard of `size` bytes."""
     places = members.places
     picture = image_extension(list(places))
     for wanted in checks.need:
@@ -162,20 +172,20 @@ def examine(members: Members, checks: Checks, size: int) -> Iterator[Found]:
             if member.offset + member.size > size:
                 raise BadSample("cut", f"{extension}: {member.size} bytes at {member.offset}, the shard has {size}")
             role = role_of(extension, checks, picture)
-            if member.size > (most := most_bytes(role, checks)):
-                raise BadSample("too_many_bytes", f"{extension} has {member.size} bytes, the limit is {most}")
+            if member.size > (limit := max_bytes(role, checks)):
+                raise BadSample("too_many_bytes", f"{extension} has {member.size} bytes, the limit is {limit}")
             yield from _content(members, extension, checks, role)
         except BadSample as error:
             yield error.reason, member.offset, error.detail or extension
 
 
 def kept(places: dict[str, Member]) -> list[str]:
-    """The members that --repair keeps."""
+    """Returns the members that --repair keeps."""
     return [e for e in places if e.rpartition(".")[2] not in EXECUTABLE and EXTENSION.fullmatch(e)]
 
 
 class Sound:
-    """Is sample i sound beyond doubt? It then has one plain key, nothing odd among its members, and passes every check."""
+    """A fast test whether a sample has no problem at all: a safe key, regular members, and every check passed."""
 
     def __init__(self, layout: Layout, checks: Checks) -> None:
         index = layout.index
@@ -185,7 +195,7 @@ class Sound:
         self._offsets, self._sizes = index.offset.tolist(), index.size.tolist()
         known = index.checksum is not None and index.checksum.shape[1] == BYTES
         self._checksums = memoryview(index.checksum.tobytes()) if known and checks.checksums else None
-        # Behind damage, and where the checksums are of another kind, everything is examined in full.
+        # Behind damage, and with checksums of another kind, all samples are examined in full.
         self._any = layout.trusted and (index.checksum is None or known or not checks.checksums)
         self._times: Counter[tuple[int, ...]] = Counter()
         self._roles: dict[tuple[int, ...], list[str] | None] = {}  # by the kinds of a sample's members
@@ -209,14 +219,14 @@ class Sound:
 
     @property
     def members(self) -> Counter[str]:
-        """Extension -> how many of the sound samples have it."""
-        found: Counter[str] = Counter()
+        """Extension -> number of sound samples with it."""
+        counts: Counter[str] = Counter()
         for kinds, times in self._times.items():
-            found.update({self._names[kind]: times for kind in kinds})
-        return found
+            counts.update({self._names[kind]: times for kind in kinds})
+        return counts
 
     def _plan(self, extensions: list[str]) -> list[str] | None:
-        """The members' roles; None where some of them, or their absence, must be reported."""
+        """Returns the roles of the members; None where one must be reported, or one is missing."""
         picture = image_extension(extensions)
         for wanted in self._checks.need:
             if (picture is None) if wanted == "image" else (wanted not in extensions):
@@ -227,7 +237,7 @@ class Sound:
 
     def _member(self, m: int, role: str) -> bool:
         offset, size = self._offsets[m], self._sizes[m]
-        if offset + size > self._size or size > most_bytes(role, self._checks):
+        if offset + size > self._size or size > max_bytes(role, self._checks):
             return False
         whole = None
         if self._checksums is not None:

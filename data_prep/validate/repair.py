@@ -1,4 +1,4 @@
-"""`validate --repair`: the good samples of a shard as records, the bad ones as lines of skipped.jsonl."""
+"""Repair of shards: good samples are written as records, bad ones listed in skipped.jsonl."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmpretrain.data.shards import shard_label
 
 @dataclass(frozen=True)
 class ToRepair:
-    """One shard. `clashes` are its samples, by number, whose sanitised keys an earlier shard has too."""
+    """One shard. `clashes`: numbers of its samples whose sanitised keys occur in an earlier shard."""
 
     number: int
     name: str
@@ -27,7 +27,7 @@ class ToRepair:
 
 @dataclass(frozen=True)
 class Repair:
-    """Shard -> records and skipped samples; together as many as validation counted."""
+    """The task of a worker: yields the records and skipped samples of a shard, as many as validation counted."""
 
     checks: Checks
 
@@ -35,16 +35,16 @@ class Repair:
         clashes = set(task.clashes)
         with Layout(task.name) as layout:
             where = shard_label(task.name)
-            for finding in layout.found:
+            for finding in layout.findings:
                 if severity(finding.kind) == "bad":
                     yield Skipped(where, finding.kind, f"byte {finding.offset}: {finding.detail}"[:500])
             for i, unit in enumerate(unique(layout.units(), set())):
-                bad = [found for found in judge(unit, layout, self.checks) if severity(found[0]) == "bad"]
+                bad = [problem for problem in judge(unit, layout, self.checks) if severity(problem[0]) == "bad"]
                 members = Members(layout.file, unit.places)
                 data = {}
                 try:
                     data = {} if bad else {extension: members(extension) for extension in kept(unit.places)}
-                except BadSample as error:  # the disk failed since
+                except BadSample as error:  # the disk has failed since
                     bad = [(error.reason, unit.offset, error.detail)]
                 if bad:
                     kind, offset, detail = bad[0]
@@ -54,5 +54,5 @@ class Repair:
 
 
 def repair(out: str, checks: Checks, tasks: list[ToRepair], **options: Any) -> dict[str, Any]:
-    """Write the good samples of `tasks` to `out`; returns the manifest."""
+    """Writes the good samples of `tasks` to `out`; returns the manifest. See `shards.build` for the options and errors."""
     return build(out, Repair(checks), tasks, plan={"command": "validate --repair", "checks": repr(checks)}, **options)

@@ -1,4 +1,4 @@
-"""What validation came to: totals over shards, findings across them, and how that is shown."""
+"""Aggregation of per-shard reports into a verdict, and its printing."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mmpretrain.data.schema import ShardError
 
 _ORDER = {"bad": 0, "mend": 1, "note": 2}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-_NAMED = 20  # samples whose key comes in several shards, that are looked up by name
+MAX_NAMED = 20  # samples with a key of another shard whose keys are looked up
 
 
 @dataclass
 class Verdict:
-    """`good` + `mendable` + `bad` + `lost` = `total`. `estimated`: `lost` is a guess from the bytes behind the damage."""
+    """Totals over shards: `good` + `mendable` + `bad` + `lost` = `total`. `estimated`: `lost` is extrapolated from bytes."""
 
     need: list[str]
     shards: int = 0
@@ -48,9 +48,10 @@ class Verdict:
     def clean(self) -> bool:
         return all(severity(kind) == "note" for kind in self.counts)
 
-    def add(self, finding: Finding, most: int) -> None:
+    def add(self, finding: Finding, max_findings: int) -> None:
+        """Counts a finding, and keeps at most `max_findings` of a kind."""
         self.counts[finding.kind] += 1
-        if self.counts[finding.kind] <= most:
+        if self.counts[finding.kind] <= max_findings:
             self.findings.append(finding)
 
     def as_json(self) -> dict[str, Any]:
@@ -71,10 +72,19 @@ class Verdict:
         }
 
 
-def summarise(reports: list[ShardReport], need: list[str], most: int) -> tuple[Verdict, list[tuple[int, ...]]]:
-    """(the verdict, for each shard the samples whose keys an earlier shard has)."""
+def summarise(reports: list[ShardReport], need: list[str], max_findings: int) -> tuple[Verdict, list[tuple[int, ...]]]:
+    """Aggregates per-shard reports.
+
+    Args:
+        reports: in the order of the shards.
+        need: the required members.
+        max_findings: findings kept of each kind.
+
+    Returns:
+        (the verdict, and for each shard the numbers of samples whose keys occur in an earlier shard).
+    """
     verdict = Verdict(need)
-    _against_counts(reports, verdict, most)
+    _against_counts(reports, verdict, max_findings)
     for report in reports:
         verdict.shards += 1
         for name in ("samples", "good", "mendable", "bad", "lost", "verified", "bytes"):
@@ -83,28 +93,28 @@ def summarise(reports: list[ShardReport], need: list[str], most: int) -> tuple[V
         left_out = report.counts.copy()
         for finding in report.findings:
             left_out[finding.kind] -= 1
-            verdict.add(finding, most)
+            verdict.add(finding, max_findings)
         verdict.counts += left_out
         verdict.members += report.members
     clashes = _across(reports)
-    room = _NAMED
-    for report, again in zip(reports, clashes):
-        verdict.findings += _name(report.name, again[:room])
-        room -= len(again[:room])
+    room = MAX_NAMED
+    for report, clashing in zip(reports, clashes):
+        verdict.findings += _name(report.name, clashing[:room])
+        room -= len(clashing[:room])
     verdict.counts["duplicate_across_shards"] = sum(map(len, clashes))
     verdict.counts = +verdict.counts
     return verdict, clashes
 
 
-def _against_counts(reports: list[ShardReport], verdict: Verdict, most: int) -> None:
-    """Count files: what disagrees, and how many samples a damaged shard lost."""
+def _against_counts(reports: list[ShardReport], verdict: Verdict, max_findings: int) -> None:
+    """Adds findings of count files, and corrects the estimated losses of damaged shards by them."""
     folders: dict[str, list[ShardReport]] = {}
     for report in reports:
         folders.setdefault(report.name.rpartition("/")[0] or ("/" if report.name.startswith("/") else "."), []).append(report)
     for folder, inside in folders.items():
         known, findings = compare(folder, {report.name.rpartition("/")[2]: report.samples for report in inside})
         for finding in findings:
-            verdict.add(finding, most)
+            verdict.add(finding, max_findings)
         for report in inside:
             count = known.get(report.name.rpartition("/")[2])
             if report.estimated and count is not None:
@@ -112,12 +122,12 @@ def _against_counts(reports: list[ShardReport], verdict: Verdict, most: int) -> 
 
 
 def _across(reports: list[ShardReport]) -> list[tuple[int, ...]]:
-    every = np.concatenate([np.zeros(0, np.uint64), *(report.digests for report in reports)])
-    _, first = np.unique(every, return_index=True)
-    again = np.ones(len(every), bool)
-    again[first] = False
+    digests = np.concatenate([np.zeros(0, np.uint64), *(report.digests for report in reports)])
+    _, first = np.unique(digests, return_index=True)
+    repeated = np.ones(len(digests), bool)
+    repeated[first] = False
     ends = np.cumsum([len(report.digests) for report in reports])
-    return [tuple(np.flatnonzero(again[end - len(r.digests) : end]).tolist()) for r, end in zip(reports, ends)]
+    return [tuple(np.flatnonzero(repeated[end - len(r.digests) : end]).tolist()) for r, end in zip(reports, ends)]
 
 
 def _name(shard: str, numbers: tuple[int, ...]) -> list[Finding]:
@@ -134,12 +144,12 @@ def _name(shard: str, numbers: tuple[int, ...]) -> list[Finding]:
 
 
 def _plain(text: str) -> str:
-    """Without what a terminal would obey."""
+    """Replaces control characters."""
     return _CONTROL.sub("\ufffd", text)
 
 
 def show(verdict: Verdict, console: Any) -> None:
-    """A table of kinds with an example and the remedy of each, and the verdict in one line."""
+    """Prints a table of kinds, each with an example and its remedy, and the verdict in one line."""
     from rich.table import Table
     from rich.text import Text
 
@@ -150,8 +160,8 @@ def show(verdict: Verdict, console: Any) -> None:
             example = next((f for f in verdict.findings if f.kind == kind), None)
             text = ""
             if example is not None:
-                at = f" at byte {example.offset}" if example.offset >= 0 else ""
-                text = f"{example.shard}{'/' if example.key else ''}{example.key}{at}: {example.detail}"
+                location = f" at byte {example.offset}" if example.offset >= 0 else ""
+                text = f"{example.shard}{'/' if example.key else ''}{example.key}{location}: {example.detail}"
             cells = [severity(kind), kind, str(verdict.counts[kind]), _plain(text)[:400], KINDS[kind][1]]
             table.add_row(*(Text(cell) for cell in cells), style=style[severity(kind)])
         console.print(table)
@@ -159,9 +169,10 @@ def show(verdict: Verdict, console: Any) -> None:
 
 
 def sentence(verdict: Verdict) -> str:
+    """Formats the verdict in one line."""
     parts = [f"{verdict.good} good"]
     if verdict.mendable:
-        parts.append(f"{verdict.mendable} to mend")
+        parts.append(f"{verdict.mendable} to repair")
     if verdict.bad:
         parts.append(f"{verdict.bad} bad")
     if verdict.lost:
@@ -178,11 +189,11 @@ def sentence(verdict: Verdict) -> str:
 
 
 def repaired(verdict: Verdict, out: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    """What --repair wrote, against what was counted. Raises ShardError where samples went missing between the two."""
+    """Compares the repaired shards with the verdict. Raises ShardError where the numbers of good samples differ."""
     good, bad = manifest["num_samples"], verdict.samples - manifest["num_samples"]
     if good != verdict.good + verdict.mendable:
         raise ShardError(
-            f"{out}: {good} samples were written, {verdict.good + verdict.mendable} had been found good. Did the shards change meanwhile?"
+            f"{out}: {good} samples were written, {verdict.good + verdict.mendable} were found good. Did the shards change meanwhile?"
         )
     skipped = files.join(out, "skipped.jsonl") if bad or verdict.lost else None
     return {"out": out, "good": good, "bad": bad + verdict.lost, "total": verdict.total, "listed_in": skipped}

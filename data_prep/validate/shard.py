@@ -1,4 +1,4 @@
-"""One shard, examined: what is wrong with each of its samples, and what is lost."""
+"""Examination of one shard: the problems of each sample, and lost samples."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data_prep.shards.task import key_digest
-from data_prep.validate.kinds import Finding, Found, severity
+from data_prep.validate.kinds import Finding, Problem, severity
 from data_prep.validate.layout import Layout, Unit, unique
 from data_prep.validate.members import Checks, Members, Sound, examine
 
 
 @dataclass
 class ShardReport:
-    """What one shard came to. `good` + `mendable` + `bad` = `samples`; `lost` ones beyond that cannot even be named."""
+    """Report of one shard: `good` + `mendable` + `bad` = `samples`; `lost` samples come on top and have no names."""
 
     name: str
     samples: int = 0
@@ -23,23 +23,24 @@ class ShardReport:
     mendable: int = 0
     bad: int = 0
     lost: int = 0
-    estimated: bool = False  # `lost` is a guess from the bytes that follow the damage
+    estimated: bool = False  # `lost` is extrapolated from the bytes behind the damage
     verified: int = 0  # samples whose checksums were compared
     bytes: int = 0
-    counts: Counter[str] = field(default_factory=Counter)  # kind -> how often
+    counts: Counter[str] = field(default_factory=Counter)  # kind -> findings
     findings: list[Finding] = field(default_factory=list)  # at most `max_findings` of a kind
     members: Counter[str] = field(default_factory=Counter)  # extension -> samples
     digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))  # [samples] of the sanitised keys
 
-    def add(self, finding: Finding, most: int) -> None:
+    def add(self, finding: Finding, max_findings: int) -> None:
+        """Counts a finding, and keeps at most `max_findings` of a kind."""
         self.counts[finding.kind] += 1
-        if self.counts[finding.kind] <= most:
+        if self.counts[finding.kind] <= max_findings:
             self.findings.append(finding)
 
 
 @dataclass(frozen=True)
 class Examine:
-    """A shard's name -> its report. Pure, so that any process may do it."""
+    """The task of a worker: examines a shard."""
 
     checks: Checks
     max_findings: int = 100
@@ -47,7 +48,7 @@ class Examine:
     def __call__(self, name: str) -> ShardReport:
         with Layout(name) as layout:
             report = ShardReport(name, lost=layout.lost, estimated=layout.estimated, bytes=layout.size)
-            for finding in layout.found:
+            for finding in layout.findings:
                 report.add(finding, self.max_findings)
             digests = bytearray()
             sound = Sound(layout, self.checks)
@@ -62,15 +63,15 @@ class Examine:
                     continue
                 for unit in unique(layout.units_of(i), used):
                     digests += key_digest(unit.key)
-                    found = judge(unit, layout, self.checks)
-                    for kind, offset, detail in found:
+                    problems = judge(unit, layout, self.checks)
+                    for kind, offset, detail in problems:
                         report.add(Finding(name, unit.name, offset if offset >= 0 else unit.offset, kind, detail), self.max_findings)
-                    worst = {severity(kind) for kind, _, _ in found}
+                    severities = {severity(kind) for kind, _, _ in problems}
                     report.samples += 1
-                    report.bad += "bad" in worst
-                    report.mendable += "mend" in worst and "bad" not in worst
+                    report.bad += "bad" in severities
+                    report.mendable += "mend" in severities and "bad" not in severities
                     report.members.update(list(unit.places))
-                    incomplete = any(kind == "missing_member" for kind, _, _ in found)
+                    incomplete = any(kind == "missing_member" for kind, _, _ in problems)
             report.members += sound.members
             if report.counts["cut"] and report.samples and incomplete and layout.estimated:
                 report.lost -= 1  # the cut went through the last sample, which has been counted
@@ -83,8 +84,8 @@ class Examine:
         return report
 
 
-def judge(unit: Unit, layout: Layout, checks: Checks) -> list[Found]:
-    """Everything wrong with a unit. Behind damage only checksums tell samples from debris."""
+def judge(unit: Unit, layout: Layout, checks: Checks) -> list[Problem]:
+    """Returns the problems of a unit. Behind damage, checksums are always verified: only they identify intact samples."""
     if not layout.trusted and not checks.checksums:
         checks = Checks(**{**vars(checks), "checksums": True})
-    return unit.found + list(examine(Members(layout.file, unit.places), checks, layout.size))
+    return unit.problems + list(examine(Members(layout.file, unit.places), checks, layout.size))

@@ -33,9 +33,10 @@ def result_line(kind: str, name: str, config: Any, model: Model, result: Result)
     """A line of results.jsonl, but for its step.
 
     Args:
-        kind: of the evaluator; name: what its result is called.
-        config: the evaluator's. The line's `seed` is this one's, which alone decides what is drawn; null where it has none. The run's seed is in
-            the run's config.yaml.
+        kind: the evaluator's kind.
+        name: the name of its result.
+        config: the evaluator's. `seed` is taken from it, since it alone decides what is drawn (null where it has none); the run's seed is
+            in the run's config.yaml.
     """
     return {
         "evaluator": kind,

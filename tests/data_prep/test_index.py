@@ -65,7 +65,7 @@ def test_a_builders_checksums_are_not_replaced_by_those_of_a_corrupt_shard(tmp_p
     path.write_bytes(data)
     result = run(path)
     assert result.exit_code == 1
-    assert "of sample 1, are not those that its index was written for" in result.output
+    assert "of sample 1, do not match its checksum" in result.output
     assert run(path, "--replace").exit_code == 0
 
 
@@ -110,7 +110,7 @@ def test_remote_shards_get_their_index_beside_them(foreign: Path) -> None:
     memory.pipe_file("/theirs/1.tar", bytes(data))
     refused = run("memory://theirs/1.tar")
     assert refused.exit_code == 1
-    assert "memory://theirs/1.tar: the bytes at 512, of sample 0, are not those" in refused.output
+    assert "memory://theirs/1.tar: the bytes at 512, of sample 0, do not match its checksum" in refused.output
     assert run("memory://theirs/2.tar").exit_code == 1
     memory.store.clear()
 

@@ -465,7 +465,7 @@ def test_an_input_that_changed_under_its_name_is_noticed(tmp_path: Path, kind: s
         assert manifest["num_samples"] >= 1
         shutil.rmtree(out)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(writer, "_check_alone", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+            patch.setattr(writer, "_check_no_other_shards", lambda *_: (_ for _ in ()).throw(OSError("killed")))
             assert given_command().exit_code == 1
         assert (out / "unfinished" / "00000.json").exists()
     os.utime(changed, ns=(1, 1))

@@ -203,7 +203,7 @@ def test_a_predicate_of_the_user(shards: str, tmp_path: Path) -> None:
     ("where", "message"),
     [
         ("{file}:broken", "line 8: AttributeError"),
-        ("{file}:vague", "gave 'yes'"),
+        ("{file}:vague", "returned 'yes'"),
         ("{file}:absent", "no function 'absent'; it has all_members, broken, vague"),
         ("{file}", "FILE.py:function"),
         ("/none.py:f", "No such file"),
@@ -294,7 +294,7 @@ def test_a_corrupt_member_that_no_rule_reads_is_listed(shards: str, tmp_path: Pa
 
 
 def test_a_shard_that_changes_between_judging_and_writing_is_refused(shards: str) -> None:
-    with pytest.raises(ShardError, match="4 samples, but 5 when they were judged"):
+    with pytest.raises(ShardError, match="4 samples, but 5 when it was judged"):
         list(keep(Part(os.path.join(shards, "00000.tar"), 5)))
 
 

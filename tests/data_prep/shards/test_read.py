@@ -84,7 +84,7 @@ def test_a_remote_shard_cut_since_it_was_indexed_is_named_by_its_url(bucket: str
 
 
 def test_a_remote_folder_without_shards_is_named(bucket: str) -> None:
-    with pytest.raises(ShardError, match=r"/none: no \*\.tar there"):
+    with pytest.raises(ShardError, match=r"/none: no \*\.tar found"):
         samples.expand([bucket + "/none"])
     with pytest.raises(ShardError, match="no shards were named"):
         samples.expand([])

@@ -85,7 +85,7 @@ def test_parts_of_an_indexed_shard_fetch_only_their_bytes(remote: str, tmp_path:
     fetched = []
     system = type(fsspec.filesystem("memory"))
     cat, get = system.cat_file, system.get_file
-    monkeypatch.setattr(read, "PIECE", 10_000)
+    monkeypatch.setattr(read, "PIECE_BYTES", 10_000)
     monkeypatch.setattr(system, "get_file", lambda self, *given, **more: (fetched.append(len(data)), get(self, *given, **more))[1])
 
     def counted(self: object, path: str, start: int | None = None, end: int | None = None, **more: object) -> bytes:
