@@ -149,7 +149,7 @@ def signature(image: np.ndarray, caption: int = 0) -> np.ndarray:
     height, width = image.shape[:2]
     image = np.ascontiguousarray(image)
     digest = hashlib.blake2b(f"{width} {height} ".encode(), digest_size=16)
-    digest.update(image)
+    digest.update(image.data)
     found["digest"] = np.frombuffer(digest.digest(), "<u8")
     thumbnail = small(image)  # the hash shrinks to this side itself; from the thumbnail it costs one pass over the image less
     picture = Image.fromarray(thumbnail)
