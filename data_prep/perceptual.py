@@ -190,7 +190,7 @@ def signature(image: np.ndarray, caption: int = 0) -> np.ndarray:
     height, width = image.shape[:2]
     image = np.ascontiguousarray(image)
     digest = hashlib.blake2b(f"{width} {height} ".encode(), digest_size=16)
-    digest.update(image)
+    digest.update(image.data)
     result["digest"] = np.frombuffer(digest.digest(), "<u8")
     thumbnail = small(image)  # phash shrinks to this side itself; passing the thumbnail saves a pass over the image
     picture = Image.fromarray(thumbnail)

@@ -50,6 +50,7 @@ def slice_of(whole: Encoded, i: int, chunks: int, rows: Rows, encode: Encode) ->
 
 def surrogate(encoded: Encoded, leaf: Encoded, i: int, chunks: int) -> Tensor:
     """A scalar whose gradient sends the cached gradients of chunk `i` into the encoder."""
+    assert leaf.rows is not None  # `join` gives every leaf its rows
     total = torch.zeros((), device=leaf.rows.seeds.device)
     for name in OUTPUTS:
         cached, value = getattr(leaf, name), getattr(encoded, name)

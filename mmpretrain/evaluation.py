@@ -102,11 +102,13 @@ class Evaluations:
             if wait := self.data.wait(path):
                 wait()
         towers = self.teacher.module if evaluation.weights == "teacher" and self.teacher is not None else self.model.towers
+        precision = self.config.precision
+        assert precision != "auto"  # settled when the Accelerator was made
         with torch.random.fork_rng():  # an evaluator that draws does not move this run
             training = towers.training
             towers.eval()
             joint = any("features" in encode.outputs for encode in self.model.plan)
-            model = TowerModel(towers, self.accelerator.device, self.config.precision, joint=joint)
+            model = TowerModel(towers, self.accelerator.device, precision, joint=joint)
             result = self.evaluators[name](model, self.accelerator)
             towers.train(training)
         line = result_line(evaluation.kind, name, evaluation.options, model, result)

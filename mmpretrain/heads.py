@@ -50,6 +50,10 @@ class GlobalBatchNorm(nn.Module):
 class _GlobalStatistics(nn.modules.batchnorm._BatchNorm):
     """A torch BatchNorm that takes its mean and variance over all ranks' rows; same parameters and buffers."""
 
+    running_mean: Tensor  # there: `use_global_statistics` refuses a BatchNorm that does not track them
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         y = self._normalise(x)
         for name in ("drop", "act"):  # timm's BatchNormAct2d ends with its activation

@@ -22,7 +22,7 @@ from mmpretrain.objectives.base import Objective, source_encodes
 from mmpretrain.towers.base import Tokens, Tower, merge
 from mmpretrain.towers.dual import DualEncoder
 from mmpretrain.towers.masking import draw_mask
-from mmpretrain.types import OUTPUTS, Batch, Encode, Encoded, ViewSpec
+from mmpretrain.types import OUTPUTS, Batch, Encode, Encoded, Requested, TypedModuleDict, ViewSpec
 
 
 class PretrainModel(nn.Module):
@@ -57,8 +57,8 @@ class PretrainModel(nn.Module):
         super().__init__()
         self.towers = towers
         self.teacher = teacher  # moved by the trainer, never by a gradient
-        self.networks = nn.ModuleDict(dict(networks or {})).requires_grad_(False)
-        self.objectives = nn.ModuleDict(objectives)
+        self.networks: TypedModuleDict[DualEncoder] = TypedModuleDict(dict(networks or {})).requires_grad_(False)
+        self.objectives: TypedModuleDict[Objective] = TypedModuleDict(objectives)
         self.weights = weights
         self.spans = {name: (spans or {}).get(name, (0.0, 1.0)) for name in objectives}
         self.teacher_statistics = teacher_statistics
@@ -263,7 +263,7 @@ class PretrainModel(nn.Module):
     def arguments(self, name: str, encoded: dict[Encode, Encoded]) -> dict[str, Any]:
         """What an objective's `forward` gets. Reading an output that its encode does not ask for is an error that says so."""
 
-        def one(key: str, encode: Encode) -> Encoded:
+        def one(key: str, encode: Encode) -> Requested:
             return asked(name, key, encode.outputs)(*encoded[bare(encode)])
 
         needs = self.objectives[name].needs
@@ -351,10 +351,10 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
 
 
 @functools.cache
-def asked(objective: str, argument: str, outputs: frozenset[str]) -> type[Encoded]:
-    """An Encoded whose outputs, where nobody asked for them, say so when they are read: None would fail far from the cause."""
+def asked(objective: str, argument: str, outputs: frozenset[str]) -> type[Requested]:
+    """A Requested whose outputs, where nobody asked for them, say so when they are read: None would fail far from the cause."""
 
-    class Asked(Encoded):
+    class Asked(Requested):
         __slots__ = ()
 
         def __getattribute__(self, field: str) -> Any:

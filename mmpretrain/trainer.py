@@ -9,10 +9,11 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
 
 from mmpretrain import checkpoint, distributed, launch, rng, run_folder
 from mmpretrain.assembly import build_model, build_sources, check_division, layers, schedule_views, total_steps
@@ -32,7 +33,7 @@ from mmpretrain.towers.teacher import Teacher
 from mmpretrain.tracking.grids import view_grid
 from mmpretrain.tracking.jsonl import latest_results, read_jsonl
 from mmpretrain.tracking.tracker import Tracker
-from mmpretrain.types import Batch
+from mmpretrain.types import Batch, ImageSpec
 
 
 class TrainingError(MMPretrainError, RuntimeError):
@@ -163,7 +164,7 @@ def fit(run: Run) -> str | None:
     steps, device = config.steps, accelerator.device
     parameters, buffers = [p for _, p in run.named], model.changing_buffers()
     samples_per_step = sum(source.batch_size for source in config.sources.values())
-    costs = CostProbe(model, config.cost_every, config.accumulate, accelerator.autocast, device)
+    costs = CostProbe(model, config.cost_every, config.accumulate, lambda: accelerator.autocast(), device)
     pending: deque[Outcome] = deque()
     stop, save_due = run.stop, False
 
@@ -205,7 +206,8 @@ def fit(run: Run) -> str | None:
             loss, logs = run.wrapped(batch)
             accelerator.backward(loss)
         else:
-            with run.wrapped.no_sync() if accelerator.num_processes > 1 else nullcontext(), accelerator.autocast():
+            apart = run.wrapped.no_sync() if isinstance(run.wrapped, DistributedDataParallel) else nullcontext()
+            with apart, accelerator.autocast():
                 loss, logs = model.backward_in_chunks(batch, config.accumulate, accelerator.backward)
             distributed.average_gradients(parameters)
         model.drop_frozen(progress)
@@ -332,14 +334,15 @@ def show(tracker: Tracker, model: PretrainModel, accelerator: Accelerator, batch
     for name, rows in few.items():
         specs = sorted((s for s in rows.views if s.modality == "image"), key=repr)
         if specs:
-            tracker.images(step, f"views/{name}", view_grid([rows.views[s].data for s in specs], specs[0].mean, specs[0].std))
+            shown = cast(ImageSpec, specs[0])
+            tracker.images(step, f"views/{name}", view_grid([rows.views[s].data for s in specs], shown.mean, shown.std))
     model.eval()
     with accelerator.autocast(), model.preserved():
         encoded = model.encode(few, model.plan)
         for name in model.active:
             objective = model.objectives[name]
             for title, images in objective.pictures(**model.arguments(name, encoded)).items():
-                spec = next(e.view for e in source_encodes(objective.needs))
+                spec = cast(ImageSpec, next(e.view for e in source_encodes(objective.needs)))
                 tracker.images(step, f"{title}/{name}", view_grid(images, spec.mean, spec.std))
     model.train()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import ItemsView, Sequence, ValuesView
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
+Part = TypeVar("Part", bound=nn.Module)
 Params = dict[str, Tensor]  # what a view drew, one row per sample: name -> [B, ...]
 
 
@@ -71,6 +72,21 @@ class ViewSpec(ABC):
         """The whole batch: photometric operations and normalisation, or corruption of text, on any device."""
 
 
+class ImageSpec(Protocol):
+    """What is known of every view of modality image beside its ViewSpec."""
+
+    @property
+    def size(self) -> int:
+        """Pixels a side."""
+        ...
+
+    @property
+    def mean(self) -> tuple[float, float, float]: ...
+
+    @property
+    def std(self) -> tuple[float, float, float]: ...
+
+
 @dataclass(frozen=True)
 class MaskSpec:
     """Which tokens an encode hides; every row hides exactly round(ratio * N) of them.
@@ -127,6 +143,22 @@ class Encoded(NamedTuple):
     mix: Tensor | None = None  # float32 [B], the share of a row's own picture; the rest is its partner's, row i ^ 1
 
 
+class Requested(Encoded):
+    """The outputs of one encode as an objective reads them: those that it asked for are there, and so are rows and view.
+
+    `PretrainModel.arguments` makes it; reading an output that was not asked for raises ValueError.
+    """
+
+    __slots__ = ()
+    if TYPE_CHECKING:
+        features: Tensor
+        pooled: Tensor
+        tokens: Tensor
+        attention: Tensor
+        rows: Rows
+        view: View
+
+
 OUTPUTS = frozenset({"features", "pooled", "tokens", "attention"})  # the fields of Encoded that a tower computes
 
 
@@ -156,8 +188,15 @@ class Preprocess:
 class Model(Protocol):
     """All that an evaluator may use: our runs, open_clip folders, timm and transformers towers."""
 
-    fingerprint: str  # names the weights, for caching
-    preprocess: Preprocess
+    @property
+    def fingerprint(self) -> str:
+        """Names the weights, for caching."""
+        ...
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How an image becomes input of `images`."""
+        ...
 
     def images(self, pixels: Tensor) -> Encoded:
         """[B,3,H,W] normalised, on the model's device -> features, pooled, tokens. No gradient."""
@@ -170,3 +209,15 @@ class Model(Protocol):
     def copy(self, random: bool = False) -> nn.Module:
         """A fresh image tower to fine-tune; `random` gives it new weights drawn as at the start of training."""
         ...
+
+
+class TypedModuleDict(nn.ModuleDict, Generic[Part]):
+    """torch's ModuleDict with the type of its modules."""
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> Part: ...
+
+        def values(self) -> ValuesView[Part]: ...
+
+        def items(self) -> ItemsView[str, Part]: ...

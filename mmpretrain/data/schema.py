@@ -47,6 +47,6 @@ def split_name(name: str) -> tuple[str, str] | None:
     return name[:dot], name[dot + 1 :].lower()
 
 
-def image_extension(extensions: dict[str, object] | list[str]) -> str | None:
+def image_extension(extensions: Container[str]) -> str | None:
     """Which of a sample's members is its image; only the name is judged here, the format is sniffed from the content."""
     return next((extension for extension in IMAGE_EXTENSIONS if extension in extensions), None)

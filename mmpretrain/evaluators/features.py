@@ -105,7 +105,7 @@ def render(view: ViewSpec, batch: Images, device: torch.device) -> Tensor:
 def center_view(model: Model) -> CenterView:
     """The model's own evaluation preprocessing."""
     p = model.preprocess
-    return CenterView(size=p.size, mean=tuple(p.mean), std=tuple(p.std), interpolation=p.interpolation, resize_mode=p.resize_mode)
+    return CenterView(size=p.size, mean=p.mean, std=p.std, interpolation=p.interpolation, resize_mode=p.resize_mode)
 
 
 def part(n: int) -> range:

@@ -86,8 +86,8 @@ class Classifier(nn.Module):
 
     def __init__(self, tower: nn.Module, num_classes: int) -> None:
         super().__init__()
-        self.tower = tower
-        self.head = nn.Linear(tower.width, num_classes)
+        self.tower: Any = tower  # with the width and layer_ids of a Tower, as `Model.copy` gives it
+        self.head = nn.Linear(self.tower.width, num_classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 

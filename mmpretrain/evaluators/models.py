@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmpretrain.data.text import get_tokenizer, trim
 from mmpretrain.evaluators.base import OptionError
+from mmpretrain.towers.adapters import TimmTower
 from mmpretrain.towers.dual import DualEncoder
 from mmpretrain.towers.specs import build_towers
 from mmpretrain.towers.weights import load_weights, read_weights
@@ -39,7 +40,7 @@ class TowerModel:
         dual: DualEncoder,
         device: torch.device | str | None = None,
         precision: Precision = "fp32",
-        new_tower: Callable[[], nn.Module] | None = None,
+        new_tower: Callable[[], nn.Module | None] | None = None,
         joint: bool = True,
     ) -> None:
         """`device` moves the towers. `new_tower` makes an image tower with new weights, by default from `dual.model_cfg`.
@@ -54,13 +55,17 @@ class TowerModel:
         self.outputs = frozenset({"pooled", "features"} if joint else {"pooled"})
         self._new_tower = new_tower or (lambda: build_towers(dual.model_cfg, text=False).visual)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """sha256 over names, types, shapes and values of the weights. Taken once: wrap live towers anew after they change."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         for name, value in sorted(self.dual.weights().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @contextlib.contextmanager
@@ -100,8 +105,9 @@ class TowerModel:
         if self.dual.visual is None:
             raise TypeError("this model has no image tower to fine-tune")
         device = next(self.dual.visual.parameters()).device
-        tower = self._new_tower().to(device) if random else copy.deepcopy(self.dual.visual)
-        return tower.requires_grad_(True)
+        tower = self._new_tower() if random else copy.deepcopy(self.dual.visual)
+        assert tower is not None  # `model_cfg` has vision_cfg while there is an image tower
+        return tower.to(device).requires_grad_(True)
 
 
 class Untrained:
@@ -212,6 +218,7 @@ def _pretrained_timm(spec: str) -> DualEncoder:
 
     with _bad_argument():
         dual = build_towers(spec)
+    assert isinstance(dual.visual, TimmTower)
     trunk = dual.visual.module.trunk
     trunk.load_state_dict(timm.create_model(spec.removeprefix("timm:"), pretrained=True, num_classes=0).state_dict())
     return dual

@@ -160,8 +160,9 @@ class Objective(nn.Module):
     def count(self, **encoded: Any) -> Tensor:
         """Number of terms that a per-row loss averages: known before encoding, so only rows, views and masks may be read."""
         first = next(iter(encoded.values()))
-        first = first if isinstance(first, Encoded) else first[0]
-        return torch.tensor(float(len(first.rows.seeds)))
+        rows = (first if isinstance(first, Encoded) else first[0]).rows
+        assert rows is not None  # of what an encode gives, only a tower's own outputs lack them
+        return torch.tensor(float(len(rows.seeds)))
 
     def frozen(self, progress: float) -> Iterable[nn.Parameter]:
         """Parameters that take no step at `progress` in [0, 1]: SwAV's prototypes, DINO's last layer."""

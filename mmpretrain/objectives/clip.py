@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmpretrain.config.build import Range
 from mmpretrain.functional import info_nce, unit
 from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig
-from mmpretrain.types import Encode, Encoded, MaskSpec
+from mmpretrain.types import Encode, MaskSpec, Requested
 
 
 @dataclass
@@ -51,7 +51,7 @@ class CLIP(Objective):
         mask = None if progress >= 1 - self.tail else self.mask
         self.needs["image"] = replace(self.needs["image"], mask=mask)
 
-    def forward(self, image: Encoded, text: Encoded) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, image: Requested, text: Requested) -> dict[str, Tensor]:  # type: ignore[override]
         a, b = unit(image.features), unit(text.features)
         scale = self.logit_scale.exp()
         return {"loss": info_nce(a, b, scale), "logit_scale": scale.detach()[0]}

@@ -14,7 +14,7 @@ from mmpretrain.distributed import all_reduce_sum, world_size
 from mmpretrain.functional import exact
 from mmpretrain.heads import PrototypeHead
 from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig, require
-from mmpretrain.types import Encode, Encoded
+from mmpretrain.types import Encode, Requested
 
 
 @dataclass
@@ -73,7 +73,7 @@ class DINO(Objective):
     def frozen(self, progress: float) -> Iterable[nn.Parameter]:
         return self.head.last.parameters() if progress < self.config.freeze_last_layer else ()
 
-    def forward(self, student: tuple[Encoded, ...], teacher_views: tuple[Encoded, ...]) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, student: tuple[Requested, ...], teacher_views: tuple[Requested, ...]) -> dict[str, Tensor]:  # type: ignore[override]
         with torch.no_grad():
             targets = exact(self.teacher["head"](torch.cat([view.pooled for view in teacher_views])))  # [2B,K]
             probabilities = ((targets - self.centre) / self.teacher_temperature).softmax(-1).chunk(2)

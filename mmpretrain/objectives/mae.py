@@ -15,7 +15,7 @@ from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveCon
 from mmpretrain.towers.base import Tokens
 from mmpretrain.towers.transformer import LayerNorm, Transformer
 from mmpretrain.towers.vision import sin_cos_2d
-from mmpretrain.types import Encode, Encoded, MaskSpec
+from mmpretrain.types import Encode, MaskSpec, Requested
 
 
 @dataclass
@@ -40,6 +40,7 @@ class MAE(Objective):
 
     Config = MAEConfig
     per_row = True  # every row hides equally many patches
+    positions: Tensor
 
     def __init__(self, config: MAEConfig, context: Context) -> None:
         super().__init__()
@@ -68,25 +69,27 @@ class MAE(Objective):
             return patches
         return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
-    def _decode(self, image: Encoded) -> Tensor:
+    def _decode(self, image: Requested) -> Tensor:
         """-> what the decoder says of every patch, [B,N,W]."""
         seen = self.embed(image.tokens)  # [B,visible,W], in raster order
+        assert image.mask is not None  # the encode has a MaskSpec
         full = self.mask_token.to(seen.dtype).expand(*image.mask.shape, -1)
         full = full.masked_scatter(~image.mask[..., None], seen) + self.positions.to(seen.dtype)
         return self.norm(self.decoder(Tokens(full), False, False)[0])
 
-    def forward(self, image: Encoded) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, image: Requested) -> dict[str, Tensor]:  # type: ignore[override]
         target = self._target(patchify(image.view.data, self.patch))[image.mask]  # [B * hidden, 3pp]
         predicted = self.pixels(self._decode(image)[image.mask])
         return {"loss": F.mse_loss(exact(predicted), exact(target))}
 
     @torch.no_grad()
-    def pictures(self, image: Encoded) -> dict[str, list[Tensor]]:  # type: ignore[override]
+    def pictures(self, image: Requested) -> dict[str, list[Tensor]]:  # type: ignore[override]
         pixels = image.view.data.float()
         patches = patchify(pixels, self.patch)
         predicted = self.pixels(self._decode(image)).float()
         if self.normalise_target:  # back to the patch's own scale, which the model was not asked for
             predicted = predicted * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
+        assert image.mask is not None and image.grid is not None  # the encode has a MaskSpec, the tower patches
         hidden = image.mask[..., None]
         grey, filled = patches.masked_fill(hidden, 0.0), torch.where(hidden, predicted, patches)
         return {"reconstruction": [pixels, unpatchify(grey, self.patch, image.grid), unpatchify(filled, self.patch, image.grid)]}

@@ -16,7 +16,7 @@ from mmpretrain.data.text import get_tokenizer
 from mmpretrain.data.views import TextView
 from mmpretrain.functional import exact
 from mmpretrain.objectives.base import Context, Objective, ObjectiveConfig, require
-from mmpretrain.types import Encode, Encoded, Params, Sample, View
+from mmpretrain.types import Encode, Params, Requested, Sample, View
 
 
 @dataclass
@@ -90,11 +90,12 @@ class MaskedText(Objective):
         nn.init.normal_(self.decoder.weight, std=0.02)
         nn.init.zeros_(self.decoder.bias)
 
-    def count(self, text: Encoded) -> Tensor:  # type: ignore[override]
+    def count(self, text: Requested) -> Tensor:  # type: ignore[override]
         return (text.view.target != -100).sum()
 
-    def forward(self, text: Encoded) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, text: Requested) -> dict[str, Tensor]:  # type: ignore[override]
         target = text.view.target
+        assert target is not None  # MaskedTextView always gives one
         chosen = target != -100
         logits = exact(self.decoder(text.tokens[chosen]))  # [chosen words, V]
         words = target[chosen]

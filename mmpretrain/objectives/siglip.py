@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmpretrain.config.build import Range
 from mmpretrain.functional import sigmoid_loss, unit
 from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig
-from mmpretrain.types import Encode, Encoded
+from mmpretrain.types import Encode, Requested
 
 
 @dataclass
@@ -43,7 +43,7 @@ class SigLIP(Objective):
         self.logit_scale = nn.Parameter(torch.tensor([math.log(config.init_scale)]))
         self.logit_bias = nn.Parameter(torch.tensor([config.init_bias]))
 
-    def forward(self, image: Encoded, text: Encoded) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, image: Requested, text: Requested) -> dict[str, Tensor]:  # type: ignore[override]
         a, b = unit(image.features), unit(text.features)
         scale = self.logit_scale.exp()
         loss = sigmoid_loss(a, b, scale, self.logit_bias)

@@ -12,7 +12,7 @@ from mmpretrain.config.build import Range
 from mmpretrain.functional import info_nce, nt_xent, unit
 from mmpretrain.heads import mlp
 from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig, require
-from mmpretrain.types import Encode, Encoded
+from mmpretrain.types import Encode, Requested
 
 
 @dataclass
@@ -45,7 +45,7 @@ class SimCLR(Objective):
         self.config = config
         self.projection_head = mlp(width, config.hidden or 2 * width, config.projection, config.layers, config.norm)
 
-    def forward(self, first: Encoded, second: Encoded) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, first: Requested, second: Requested) -> dict[str, Tensor]:  # type: ignore[override]
         # One pass of the head over both views: its BatchNorm sees all 2N of them.
         z = self.projection_head(torch.cat([first.pooled, second.pooled]))
         a, b = unit(z).chunk(2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmpretrain.config.build import Range
 from mmpretrain.functional import exact, patchify, unpatchify
 from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig, require
-from mmpretrain.types import Encode, Encoded, MaskSpec
+from mmpretrain.types import Encode, MaskSpec, Requested
 
 
 @dataclass
@@ -56,18 +56,19 @@ class SimMIM(Objective):
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
         return target
 
-    def forward(self, image: Encoded) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, image: Requested) -> dict[str, Tensor]:  # type: ignore[override]
         target = self._target(image.view.data)
         predicted = self.decoder(image.tokens[image.mask])  # only hidden patches: [B * hidden, 3pp]
         return {"loss": F.l1_loss(exact(predicted), target[image.mask])}
 
     @torch.no_grad()
-    def pictures(self, image: Encoded) -> dict[str, list[Tensor]]:  # type: ignore[override]
+    def pictures(self, image: Requested) -> dict[str, list[Tensor]]:  # type: ignore[override]
         pixels = image.view.data.float()
         patches = patchify(pixels, self.patch)
         predicted = self.decoder(image.tokens).float()
         if self.normalise_target:  # back to the patch's own scale, which the model was not asked for
             predicted = predicted * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
+        assert image.mask is not None and image.grid is not None  # the encode has a MaskSpec, the tower patches
         hidden = image.mask[..., None]
         grey, filled = patches.masked_fill(hidden, 0.0), torch.where(hidden, predicted, patches)
         return {"reconstruction": [pixels, unpatchify(grey, self.patch, image.grid), unpatchify(filled, self.patch, image.grid)]}

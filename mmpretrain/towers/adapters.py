@@ -95,9 +95,10 @@ class TimmTower(Adapter):
     """timm's trunk with open_clip's projection head."""
 
     def __init__(self, module: TimmModel, embed_dim: int):
-        super().__init__(module, module.trunk.num_features, embed_dim)
-        patch = getattr(getattr(module.trunk, "patch_embed", None), "patch_size", None)
-        if patch and getattr(module.trunk, "num_prefix_tokens", None) is not None:
+        trunk: Any = module.trunk  # timm's, whose attributes no type states
+        super().__init__(module, trunk.num_features, embed_dim)
+        patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", None)
+        if patch and getattr(trunk, "num_prefix_tokens", None) is not None:
             self.patch_size = patch[0]
 
     def run(self, data: Tensor) -> Tensor:
@@ -147,6 +148,7 @@ class OpenClipText(Adapter):
     """open_clip's own text Transformer. Attention over padding, hence never trimmed."""
 
     words = True
+    context_length: int
 
     def run(self, data: Tensor) -> Tensor:
         x, mask = self.module._embeds(data)
@@ -170,9 +172,11 @@ class OpenClipHFText(Adapter):
     """open_clip's wrapper of a transformers text encoder. The network runs in `read`: its pooler needs more than the tokens."""
 
     words = True
+    context_length: int
 
     def __init__(self, module: HFTextEncoder, embed_dim: int):
-        super().__init__(module, module.config.hidden_size, embed_dim)
+        config: Any = module.config  # each of transformers' has attributes of its own
+        super().__init__(module, config.hidden_size, embed_dim)
         self.mergeable = False
 
     def run(self, data: Tensor) -> Tensor:
@@ -189,18 +193,20 @@ def from_open_clip(part: str, cfg: dict) -> Adapter:
     """The adapter of one part ("vision_cfg" or "text_cfg") of an open_clip config, weights drawn as open_clip draws them."""
     quick_gelu, embed_dim, given = cfg.get("quick_gelu", False), cfg["embed_dim"], cfg[part]
     if part == "text_cfg":
-        module = _build_text_tower(embed_dim, given, quick_gelu)
-        if isinstance(module, HFTextEncoder):
-            tower: Adapter = OpenClipHFText(module, embed_dim)
+        text: Any = _build_text_tower(embed_dim, given, quick_gelu)
+        if isinstance(text, HFTextEncoder):
+            words: OpenClipHFText | OpenClipText = OpenClipHFText(text, embed_dim)
         else:
-            tower = OpenClipText(module, module.width, embed_dim)
-        tower.context_length = module.context_length
-        return tower
+            words = OpenClipText(text, text.width, embed_dim)
+        words.context_length = text.context_length
+        return words
     module: Any = _build_vision_tower(embed_dim, given, quick_gelu)
     if isinstance(module, TimmModel):
-        native = module.trunk.default_cfg.get("input_size", (3, 224, 224))[1:]
-        if tuple(native) != tuple(module.image_size):
-            module.set_input_size(module.image_size)
+        trunk: Any = module.trunk
+        native = trunk.default_cfg.get("input_size", (3, 224, 224))[1:]
+        size: Any = module.image_size
+        if tuple(native) != tuple(size):
+            module.set_input_size(size)
         return TimmTower(module, embed_dim)
     if isinstance(module, ModifiedResNet):
         return ResNetTower(module, given["width"] * 32, embed_dim)

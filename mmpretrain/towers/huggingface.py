@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,12 @@ class HFTower(Tower):
 
     mergeable = False  # transformers models come with any normalisation, and are run whole
 
+    model: Any  # transformers', whose configuration and attributes no type states
+
     def __init__(self, model: nn.Module, projection: nn.Module, embed_dim: int, words: bool):
         super().__init__()
         self.model, self.projection, self.words = model, projection, words
-        config = model.config
+        config = self.model.config
         self.width = getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
         self.embed_dim = embed_dim
         if words:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.towers.dual import DualEncoder
+
 
 class Teacher(nn.Module):
     """Exponential moving average of a module: w_t <- m w_t + (1 - m) w_s after every update (MoCo, He 2020, equation 2).
@@ -21,7 +23,7 @@ class Teacher(nn.Module):
 
     def __init__(
         self,
-        student: nn.Module,
+        student: DualEncoder,
         momentum: float = 0.996,
         final_momentum: float | None = 1.0,
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
@@ -36,7 +38,7 @@ class Teacher(nn.Module):
             raise ValueError(f"teacher.schedule {schedule!r}: choose cosine, linear or constant")
         self._student = (student,)  # in a tuple: the student is not a part of the teacher
         self.initial, self.final, self.schedule = momentum, final_momentum, schedule
-        self.module = copy.deepcopy(student).requires_grad_(False)
+        self.module: DualEncoder = copy.deepcopy(student).requires_grad_(False)
         self._heads = tuple(heads)  # not parts of the teacher: each objective holds its own
         self.train(False)
 
@@ -52,7 +54,7 @@ class Teacher(nn.Module):
         """One step towards the student; -> the momentum used. `skip`, bool [] on the device: leave all as it is where it is true."""
         momentum = self.momentum(progress)
         pairs = [(self._student[0], self.module), *self._heads]
-        mine = [p for _, copied in pairs for p in copied.parameters()]
+        mine: list[Tensor] = [p for _, copied in pairs for p in copied.parameters()]
         theirs = [p.detach() for module, _ in pairs for p in module.parameters()]
         if len(mine) != len(theirs):
             raise ValueError(f"the student has {len(theirs)} parameters, its teacher {len(mine)}: build the teacher last")

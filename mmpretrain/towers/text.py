@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,15 +57,16 @@ class TextTransformer(Tower):
 
     def init_parameters(self) -> None:
         """CLIP's initial draws, in open_clip's order."""
-        width, blocks = self.width, self.transformer.resblocks
+        width, blocks = self.width, self.transformer.blocks
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         out_std = width**-0.5 * (2 * len(blocks)) ** -0.5
         for block in blocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=out_std)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=out_std)
+            mlp: Any = block.mlp  # nn.Sequential does not type the parts it was given by name
+            nn.init.normal_(mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(mlp.c_proj.weight, std=out_std)
         if isinstance(self.text_projection, nn.Linear):
             nn.init.normal_(self.text_projection.weight, std=width**-0.5)
             nn.init.zeros_(self.text_projection.bias)
@@ -99,7 +100,7 @@ class TextTransformer(Tower):
         elif hidden is not None or (not data.is_cuda and bool((data < 0).any())):
             raise ValueError("masked words need a mask embedding: call add_mask_embedding() once the tower is built")
         x = self.token_embedding(data.clamp(min=0)).to(dtype)
-        if masked is not None:
+        if masked is not None and self.mask_embedding is not None:
             x = torch.where(masked[..., None], self.mask_embedding.to(dtype), x)
         x = x + self.positional_embedding[: data.shape[1]].to(dtype)
         valid = None

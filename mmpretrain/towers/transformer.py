@@ -5,7 +5,7 @@ Shapes: B rows, L positions of the trunk, N patch or word tokens, D width, H hea
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +141,11 @@ class Transformer(nn.Module):
         self.grad_checkpointing = False
         self.resblocks = nn.ModuleList(Block(width, heads, **block) for _ in range(layers))
 
+    @property
+    def blocks(self) -> list[Block]:
+        """`resblocks` with their type."""
+        return cast("list[Block]", list(self.resblocks))
+
     def forward(self, tokens: Tokens, attention: bool, pooled_only: bool) -> tuple[Tensor, Tensor | None]:
         x, causal = tokens.x, tokens.causal
         bias = key_bias = None
@@ -153,11 +158,12 @@ class Transformer(nn.Module):
                 seen = torch.arange(x.shape[1], device=x.device) <= tokens.pool_at[:, None]
                 key_bias = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -torch.inf)[:, None, None]
         weights = None
-        last = self.resblocks[-1]
-        for block in self.resblocks:
+        blocks = self.blocks
+        last = blocks[-1]
+        for block in blocks:
             if block is last and attention:
                 weights = block.attention(x, tokens.pool_at, key_bias)
-            args = (x, tokens.pool_at, key_bias) if block is last and pooled_only else (x, causal, bias)
+            args: tuple[Any, ...] = (x, tokens.pool_at, key_bias) if block is last and pooled_only else (x, causal, bias)
             run = block.pooled if block is last and pooled_only else block
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(run, *args, use_reentrant=False)

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 from open_clip.model import convert_to_custom_text_state_dict
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from mmpretrain.towers.dual import DualEncoder
 from mmpretrain.towers.vision import resize_grid
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else load_pickled(path)
+        state: Any = load_file(path) if path.suffix == ".safetensors" else load_pickled(path)
     except Exception as error:
         raise ValueError(
             f"{path} is not a readable checkpoint ({error}): expected safetensors, or a torch file of tensors alone"
@@ -58,7 +59,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if key not in _STALE}
 
 
-def load_weights(dual: nn.Module, path: str | Path, absent: Literal["error", "keep"] = "error") -> dict[str, Tensor]:
+def load_weights(dual: DualEncoder, path: str | Path, absent: Literal["error", "keep"] = "error") -> dict[str, Tensor]:
     """Load a checkpoint into the towers of a DualEncoder; -> what is not theirs, such as logit_scale and logit_bias.
 
     Position embeddings of another image size or context length are resized. A tower of which the checkpoint holds nothing is an
@@ -92,7 +93,7 @@ def load_weights(dual: nn.Module, path: str | Path, absent: Literal["error", "ke
     return {key: value for key, value in state.items() if key.split(".")[0] not in ("visual", "text")}
 
 
-def _resize(dual: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+def _resize(dual: DualEncoder, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     key = "visual.positional_embedding"
     grid = getattr(dual.visual, "grid", None)
     if key in state and key in own and grid and len(state[key]) != len(own[key]):
