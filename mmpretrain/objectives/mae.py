@@ -89,7 +89,8 @@ class MAE(Objective):
         predicted = self.pixels(self._decode(image)).float()
         if self.normalise_target:  # back to the patch's own scale, which the model was not asked for
             predicted = predicted * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
-        assert image.mask is not None and image.grid is not None  # the encode has a MaskSpec, the tower patches
+        assert image.mask is not None  # the encode has a MaskSpec
+        assert image.grid is not None  # the tower has patches
         hidden = image.mask[..., None]
         grey, filled = patches.masked_fill(hidden, 0.0), torch.where(hidden, predicted, patches)
         return {"reconstruction": [pixels, unpatchify(grey, self.patch, image.grid), unpatchify(filled, self.patch, image.grid)]}

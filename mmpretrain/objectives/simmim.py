@@ -68,7 +68,8 @@ class SimMIM(Objective):
         predicted = self.decoder(image.tokens).float()
         if self.normalise_target:  # back to the patch's own scale, which the model was not asked for
             predicted = predicted * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
-        assert image.mask is not None and image.grid is not None  # the encode has a MaskSpec, the tower patches
+        assert image.mask is not None
+        assert image.grid is not None
         hidden = image.mask[..., None]
         grey, filled = patches.masked_fill(hidden, 0.0), torch.where(hidden, predicted, patches)
         return {"reconstruction": [pixels, unpatchify(grey, self.patch, image.grid), unpatchify(filled, self.patch, image.grid)]}
