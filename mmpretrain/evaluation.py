@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from mmpretrain import distributed
 from mmpretrain.config.build import OptionError
 from mmpretrain.config.recipe import Config, EvaluationConfig
+from mmpretrain.errors import MMPretrainError, file_errors
 from mmpretrain.evaluators import EVALUATORS
 from mmpretrain.evaluators.base import result_line
 from mmpretrain.evaluators.models import TowerModel
@@ -51,10 +52,11 @@ def build_evaluators(config: Config, data: DataInProgress = DataInProgress()) ->
     evaluators = {}
     for name, evaluation in config.evaluators.items():
         try:
-            evaluators[name] = EVALUATORS[evaluation.kind](evaluation.options)
-            if not any(data.wait(path) for path in _data(evaluation.options)) and hasattr(evaluators[name], "preflight"):
-                evaluators[name].preflight()
-        except (ValueError, OSError) as error:
+            with file_errors():
+                evaluators[name] = EVALUATORS[evaluation.kind](evaluation.options)
+                if not any(data.wait(path) for path in _data(evaluation.options)) and hasattr(evaluators[name], "preflight"):
+                    evaluators[name].preflight()
+        except MMPretrainError as error:
             raise OptionError(f"evaluators.{name}: {error}") from error
     return evaluators
 

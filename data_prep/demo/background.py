@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from data_prep.demo.command import ensure_demo, module_command, unwritten
 from data_prep.demo.scenes import SPLITS
-from mmpretrain.errors import MMPretrainError
+from data_prep.records import OutputError
+from mmpretrain.errors import MMPretrainError, file_errors
 from mmpretrain.system import hold
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Writing:
         try:
             if missing := unwritten(self.root, splits=self.splits):
                 self._process = self._start(missing, quiet)
-        except FileExistsError as error:
+        except OutputError as error:
             self._refused = str(error)
 
     def _start(self, splits: Sequence[str], quiet: bool) -> subprocess.Popen:
@@ -90,11 +91,11 @@ def main(arguments: list[str]) -> int:
     if quiet and hasattr(os, "nice"):
         os.nice(QUIETLY)
     try:
-        with hold(lock_path(root)):  # one process writes them; the others of this machine wait, and find them
+        with file_errors(), hold(lock_path(root)):  # one process writes them; the others of this machine wait, and find them
             ensure_demo(root, splits=splits)
-    except (OSError, RuntimeError) as error:
+    except MMPretrainError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.status
     return 0
 
 

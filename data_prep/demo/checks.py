@@ -17,6 +17,7 @@ from data_prep.demo.scenes import GENERATOR_VERSION, SIDE
 from data_prep.perceptual import DIFFERENCE, HASH_DISTANCE, alike_in_colour, differences, signature, small
 from mmpretrain.atomic import write_atomically
 from mmpretrain.data import index as shard_index
+from mmpretrain.errors import MissingFileError
 from mmpretrain.system import cores
 
 LIMIT = 0.25
@@ -25,10 +26,10 @@ CACHE = "baselines.json"
 
 
 def read_split(folder: Path | str) -> tuple[np.ndarray, np.ndarray]:
-    """-> (images uint8 [n, S, S, 3], class int64 [n], -1 where there is none), in shard order. Raises FileNotFoundError."""
+    """-> (images uint8 [n, S, S, 3], class int64 [n], -1 where there is none), in shard order. Raises MissingFileError."""
     paths = sorted(Path(folder).glob("*.tar"))
     if not paths:
-        raise FileNotFoundError(f"no .tar in {folder}: write the demo shards first (python -m data_prep demo {Path(folder).parent})")
+        raise MissingFileError(f"no .tar in {folder}: write the demo shards first (python -m data_prep demo {Path(folder).parent})")
     images, labels = [], []
 
     def decode(data: bytes) -> np.ndarray:
@@ -131,5 +132,5 @@ def duplicates(root: Path | str) -> dict[str, int]:
     root = Path(root)
     train, test = ([read_split(root / name)[0] for name in names if (root / name).exists()] for names in (TRAIN, TEST))
     if not train or not test:
-        raise FileNotFoundError(f"{root} needs a training split ({', '.join(TRAIN)}) and a test split ({', '.join(TEST)})")
+        raise MissingFileError(f"{root} needs a training split ({', '.join(TRAIN)}) and a test split ({', '.join(TEST)})")
     return count_duplicates(np.concatenate(train), np.concatenate(test))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mmpretrain import distributed
+from mmpretrain.data.schema import BadSampleBudgetError
 from mmpretrain.data.views import ImageView
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.data.datasets import EvalSet, check_budget
@@ -164,7 +165,9 @@ def train_classifier(
         bad |= dict(batch.bad)
         count = distributed.all_reduce_sum(torch.tensor(float(len(batch.rows)), device=device))
         if not batch.rows:
-            raise RuntimeError(f"{dataset.name}: no image of an update's part can be used, first {dataset.items[batch.bad[0][0]].key}")
+            raise BadSampleBudgetError(
+                f"{dataset.name}: no image of an update's part can be used, first {dataset.items[batch.bad[0][0]].key}"
+            )
         set_learning_rate(optimizer, optim, step, steps)
         pixels, labels = render(view, batch, device), dataset.labels[batch.rows].to(device)
         with autocast(model, device):

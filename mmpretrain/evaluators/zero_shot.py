@@ -16,6 +16,7 @@ from torchvision.io import encode_png
 from torchvision.transforms.v2.functional import resize
 
 from mmpretrain.data.decode import ImageLimits, decode_image
+from mmpretrain.errors import UnsuitableModelError
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.data.datasets import DataConfig, EvalSet, first_items, kind_of, open_dataset
 from mmpretrain.evaluators.data.items import Item, lines_of
@@ -55,7 +56,7 @@ class ZeroShot:
         prompts = self._prompts(dataset)
         found = encode_images(model, dataset, accelerator, config)
         if "features" not in found.values:
-            raise TypeError(NO_FEATURES.format("zero_shot"))
+            raise UnsuitableModelError(NO_FEATURES.format("zero_shot"))
         weights = class_embeddings(model, dataset.classes, prompts, accelerator, config.batch_size * 4)
         scores = normalize(found.values["features"], dim=-1) @ weights.T  # [m,C]
         labels = dataset.labels[found.rows]
