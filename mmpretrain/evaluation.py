@@ -30,7 +30,6 @@ class DataInProgress:
     """Data of evaluators that another process still writes while training begins."""
 
     pending: Mapping[Path, Callable[[], object]] = field(default_factory=dict)  # absolute folder -> waits until it is whole
-    baselines: Mapping[str, Callable[[], dict[str, float]]] = field(default_factory=dict)  # evaluator -> accuracies without learning
 
     def wait(self, data: str) -> Callable[[], object] | None:
         """What to wait with for data in a folder that is still being written."""
@@ -115,7 +114,7 @@ class Evaluations:
             towers.train(training)
         line = result_line(evaluation.kind, name, evaluation.options, model, result)
         if self.accelerator.is_main_process:
-            if baselines := evaluation.baselines | self.data.baselines.get(name, dict)():
+            if baselines := evaluation.reference | result.baselines:
                 line["baselines"] = baselines
             save_result_extras(Path(self.config.run_dir), name, step, result)
         self.tracker.result(step, line)

@@ -75,6 +75,8 @@ def show(line: dict[str, Any], messages: list[str]) -> None:
     table.add_column("value", justify="right")
     for name, value in line["metrics"].items():
         table.add_row(Text(name), f"{value:.4f}")
+    for name, value in line.get("baselines", {}).items():
+        table.add_row(Text(f"baseline {name}"), f"{value:.4f}")
     console = Console()
     console.print(Text(plain(f"{line['name']} on {line['dataset']}, {line['n']} samples")))
     console.print(table)

@@ -123,18 +123,7 @@ class DemoData:
         self._evaluation = later = Writing(self.root, EVALUATION, quiet=True)
         if any(str(self.root / split) in repr(source.shards) for split in EVALUATION for source in config.sources.values()):
             later.wait()
-        pending = {(self.root / split).absolute(): later.wait for split in EVALUATION}
-        test = config.evaluators.get("test")
-        if test is not None and Path(str(getattr(test.options, "data", ""))) == self.root / "test":
-            return DataInProgress(pending, {"test": self._baselines})
-        return DataInProgress(pending)
-
-    def _baselines(self) -> dict[str, float]:
-        from data_prep.demo.checks import nearest_neighbour_baselines
-
-        with hold(lock_path(self.root)):
-            found = nearest_neighbour_baselines(self.root)
-        return {name: found[name] for name in ("colour_histogram_knn", "raw_pixel_knn")}
+        return DataInProgress({(self.root / split).absolute(): later.wait for split in EVALUATION})
 
     def stop(self) -> None:
         for writing in (self._training, self._evaluation):
