@@ -1,6 +1,6 @@
-"""What the demo's test set gives away without learning: chance, and nearest neighbours by colour histogram and by raw pixels.
+"""Checks of the demo: baselines without learning (chance, nearest neighbours by colour histogram and raw pixels), and duplicates.
 
-Each must stay at or below LIMIT, else the benchmark is too easy. Neighbours come from `pairs`, whose true labels they may use.
+Each baseline must be at most LIMIT, else the benchmark is too easy. The neighbours are images of `pairs`, with their true labels.
 """
 
 from __future__ import annotations
@@ -20,12 +20,22 @@ from mmpretrain.data import index as shard_index
 from mmpretrain.system import cores
 
 LIMIT = 0.25
-NEIGHBOURS = (1, 5, 20, 50)  # the best of these is reported: a baseline should be as strong as it can be
+NEIGHBOURS = (1, 5, 20, 50)  # the best is reported: a baseline should be as strong as possible
 CACHE = "baselines.json"
 
 
 def read_split(folder: Path | str) -> tuple[np.ndarray, np.ndarray]:
-    """-> (images uint8 [n, S, S, 3], class int64 [n], -1 where there is none), in shard order. Raises FileNotFoundError."""
+    """Decodes the images and reads the labels of a split.
+
+    Args:
+        folder: of its shards.
+
+    Returns:
+        (images uint8 [n, S, S, 3], classes int64 [n], -1 without a label), in shard order.
+
+    Raises:
+        FileNotFoundError: the folder holds no shards.
+    """
     paths = sorted(Path(folder).glob("*.tar"))
     if not paths:
         raise FileNotFoundError(f"no .tar in {folder}: write the demo shards first (python -m data_prep demo {Path(folder).parent})")
@@ -45,27 +55,50 @@ def read_split(folder: Path | str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def colour_histogram(images: np.ndarray) -> np.ndarray:
-    """uint8 [n, S, S, 3] -> float32 [n, 512]: eight bins a channel, as square roots of frequencies, so that a dot product of two rows is
-    their Bhattacharyya coefficient."""
+    """Computes colour histograms with eight bins per channel.
+
+    Args:
+        images: uint8 [n, S, S, 3].
+
+    Returns:
+        float32 [n, 512]: square roots of frequencies; a dot product of two rows is their Bhattacharyya coefficient.
+    """
     high = images >> 5
     flat = (high[..., 0].astype(np.uint16) << 6 | high[..., 1] << 3 | high[..., 2]).reshape(len(images), -1)
     return np.sqrt(np.stack([np.bincount(row, minlength=512) for row in flat]) / flat.shape[1]).astype(np.float32)
 
 
 def raw_pixels(images: np.ndarray) -> np.ndarray:
-    """uint8 [n, S, S, 3] -> float32 [n, (S/2)**2 * 3] in 0..1: means of 2x2 pixels, which also averages the noise away."""
+    """Averages 2x2 pixels, which also averages the noise.
+
+    Args:
+        images: uint8 [n, S, S, 3].
+
+    Returns:
+        float32 [n, (S/2)**2 * 3] in 0..1.
+    """
     pairs = images[:, ::2].astype(np.uint16) + images[:, 1::2]
     return (pairs[:, :, ::2] + pairs[:, :, 1::2]).reshape(len(images), -1).astype(np.float32) / 1020
 
 
 def nearest_neighbours(train: np.ndarray, labels: np.ndarray, test: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Accuracy of majority vote among the k nearest by Euclidean distance, for each k of NEIGHBOURS; ties go to the nearer."""
+    """Classifies by majority vote among the k nearest by Euclidean distance; ties go to the nearer.
+
+    Args:
+        train: float32 [m, D].
+        labels: int64 [m], of `train`.
+        test: float32 [n, D].
+        truth: int64 [n], of `test`.
+
+    Returns:
+        "k=K" -> accuracy, for each K of NEIGHBOURS.
+    """
     square = (train**2).sum(1)
     correct = dict.fromkeys(NEIGHBOURS, 0)
-    most = min(max(NEIGHBOURS), len(train))
+    max_k = min(max(NEIGHBOURS), len(train))
     for low in range(0, len(test), 256):
         distance = square - 2 * test[low : low + 256] @ train.T
-        near = np.argpartition(distance, most - 1, axis=1)[:, :most]
+        near = np.argpartition(distance, max_k - 1, axis=1)[:, :max_k]
         near = np.take_along_axis(near, np.argsort(np.take_along_axis(distance, near, 1), 1, kind="stable"), 1)
         votes = labels[near]  # [b, most], nearest first
         for k in NEIGHBOURS:
@@ -77,15 +110,22 @@ def nearest_neighbours(train: np.ndarray, labels: np.ndarray, test: np.ndarray, 
 
 
 def nearest_neighbour_baselines(root: Path | str, split: str = "test") -> dict:
-    """Chance and both nearest-neighbour accuracies of `pairs` -> `split`, as fractions; `passed` says whether all are within LIMIT.
+    """Computes the baselines of a split, with `pairs` as training images.
 
-    Kept in `root`/baselines.json for as long as generator, seed and sizes are the same.
+    The result is cached in `root`/baselines.json for the same generator, seed and sizes.
+
+    Args:
+        root: folder of the demo.
+        split: to classify.
+
+    Returns:
+        Chance and both accuracies, as fractions, with details; "passed": all are at most LIMIT.
     """
     root = Path(root)
     key = {"generator_version": GENERATOR_VERSION, "of": [json.loads((root / name / "demo.json").read_text()) for name in ("pairs", split)]}
     cache = root / CACHE
-    if cache.exists() and (kept := json.loads(cache.read_text()))["key"] == key:
-        return kept["result"]
+    if cache.exists() and (cached := json.loads(cache.read_text()))["key"] == key:
+        return cached["result"]
     (train, labels), (test, truth) = read_split(root / "pairs"), read_split(root / split)
     histogram = nearest_neighbours(colour_histogram(train), labels, colour_histogram(test), truth)
     pixels = nearest_neighbours(raw_pixels(train), labels, raw_pixels(test), truth)
@@ -107,10 +147,16 @@ TRAIN, TEST = ("pairs", "photos"), ("val", "test", "heldout", "shifted", "bindin
 
 
 def count_duplicates(train: np.ndarray, test: np.ndarray) -> dict[str, int]:
-    """Count the test images [n, S, S, 3] that have an equal, or a nearly equal, image among the training ones [m, S, S, 3]; all uint8.
+    """Counts the test images with an equal or nearly equal training image.
 
-    same_pixels: equal digests. same_hash: perceptual hashes within HASH_DISTANCE bits, which ignore colour. perceptual: same_hash, and the
-    pictures differ by at most DIFFERENCE from one of those, as `dedup` compares them.
+    Args:
+        train: uint8 [m, S, S, 3].
+        test: uint8 [n, S, S, 3].
+
+    Returns:
+        "same_pixels": equal digests; "same_hash": perceptual hashes, which ignore colour, within HASH_DISTANCE bits;
+        "perceptual":
+        same_hash, and a difference of at most DIFFERENCE from one of those images, as `dedup` compares them.
     """
     train_signs, test_signs = (np.array([signature(image) for image in images]) for images in (train, test))
     seen = set(map(tuple, train_signs["digest"].tolist()))
@@ -127,7 +173,7 @@ def count_duplicates(train: np.ndarray, test: np.ndarray) -> dict[str, int]:
 
 
 def duplicates(root: Path | str) -> dict[str, int]:
-    """`count_duplicates` of all the test splits against both training splits found under `root`."""
+    """Counts the duplicates of all test splits under `root` in the training splits; see `count_duplicates`."""
     root = Path(root)
     train, test = ([read_split(root / name)[0] for name in names if (root / name).exists()] for names in (TRAIN, TEST))
     if not train or not test:
