@@ -136,6 +136,7 @@ def load(name: str, config: str | None, split: str | None, stream: bool, data_di
     """
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise InputError("reading Hugging Face sets needs datasets: pip install datasets") from error
     saved = any(files.exists(files.join(name, mark)) for mark in ("state.json", "dataset_dict.json"))
@@ -146,14 +147,13 @@ def load(name: str, config: str | None, split: str | None, stream: bool, data_di
             loaded = datasets.load_from_disk(name)
         else:
             loaded = datasets.load_dataset(name, config, split=split, streaming=stream, data_dir=data_dir, data_files=data_files)
-    except (datasets.exceptions.DatasetsError, OSError) as error:
+    except (DatasetsError, OSError) as error:
         raise InputError(f"{name}: {error}") from error
     if isinstance(loaded, dict):
         chosen = split or (next(iter(loaded)) if len(loaded) == 1 else None)
-        if chosen not in loaded:
-            raise InputError(
-                f"{name} has the splits {', '.join(loaded)}, and not {split}." if split else f"{name}: --split one of {', '.join(loaded)}."
-            )
+        if chosen is None or chosen not in loaded:
+            names = ", ".join(map(str, loaded))
+            raise InputError(f"{name} has the splits {names}, and not {split}." if split else f"{name}: --split one of {names}.")
         return loaded[chosen]
     if split and saved and str(getattr(loaded, "split", None) or split) != split:
         raise InputError(f"{name} is the split {loaded.split}, not {split}.")
@@ -181,7 +181,7 @@ def from_dataset(dataset: Any, columns: Columns, name: str) -> Hub:
 
 def _classes(dataset: Any, label: str, stream: bool) -> tuple[str, ...] | None:
     feature = (dataset.features or {}).get(label)
-    if hasattr(feature, "names"):
+    if feature is not None and hasattr(feature, "names"):
         return tuple(feature.names)
     if stream:
         if class_names((lookup(row, label) for row in dataset.take(100)), f"column {label}") is None:
