@@ -1,4 +1,4 @@
-"""A CSV or TSV table with image paths, read as a stream: of many million rows only those under way are held."""
+"""The reader of CSV and TSV tables with image paths, as a stream: only the rows in progress are held in memory."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from data_prep.build.readers.members import attempt, class_names, some
 from data_prep.records import InputError, Record, Skipped
 from mmpretrain.data.schema import BadSample
 
-MAX_FIELD = 16 << 20  # characters; a field that nothing closes would go on to the end of the table
+MAX_FIELD = 16 << 20  # characters; an unclosed field would extend to the end of the table
 MAX_LINE = 256 << 20
 csv.field_size_limit(MAX_FIELD)
 
 
 class Row(NamedTuple):
-    """A row's number in the table, its first line, and the values of `used`; or `problem`: why it is none."""
+    """A row's number in the table, its first line, and the values of `used`; or the `problem` of a malformed row."""
 
     number: int
     line: int
@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """One record a row, in the table's order."""
+    """Reader of a table: one record per row, in order."""
 
     file: str
     separator: str
@@ -50,9 +50,17 @@ class Table:
         exclude: Mapping[str, str] | None = None,
         separator: str = ",",
     ) -> Table:
-        """Checks the columns; where there is a label reads the table once for its classes. `columns.root` "": the table's folder.
+        """Opens a table and checks its columns; where there is a label without classes, reads the table once for them.
 
-        Raises InputError.
+        Args:
+            file: a path or URL.
+            columns: the columns to use; its root "" means the folder of the table.
+            where: column -> value that kept rows hold.
+            exclude: column -> regular expression of dropped rows.
+            separator: one character, or "tab".
+
+        Raises:
+            InputError: a missing column, or an option that cannot be used.
         """
         separator = "\t" if separator in ("\\t", "tab") else separator
         if len(separator) != 1:
@@ -70,8 +78,8 @@ class Table:
                 raise InputError(f"--exclude-regex {column}={pattern}: {error}") from error
         chosen = tuple(where.items()), tuple(exclude.items())
         if columns.label is not None and columns.classes is None:
-            at = header.index(columns.label)
-            labels = (row[at] for _, _, row in _chosen(file, separator, header, *chosen) if not isinstance(row, str))
+            position = header.index(columns.label)
+            labels = (row[position] for _, _, row in _chosen(file, separator, header, *chosen) if not isinstance(row, str))
             columns = replace(columns, classes=class_names(labels, f"column {columns.label}"))
         return Table(file, separator, columns, tuple(columns.top(header)), *chosen)
 
@@ -81,11 +89,11 @@ class Table:
 
     def tasks(self, max_count: int) -> Iterator[tuple[Row, ...]]:
         header = _header(self.file, self.separator)
-        at = [header.index(column) for column in self.used]
+        positions = [header.index(column) for column in self.used]
         rows = _chosen(self.file, self.separator, header, self.where, self.exclude)
         yield from chunks(
             (
-                Row(number, line, (), row) if isinstance(row, str) else Row(number, line, tuple([row[i] for i in at]))
+                Row(number, line, (), row) if isinstance(row, str) else Row(number, line, tuple([row[i] for i in positions]))
                 for number, line, row in rows
             ),
             max_count,
@@ -97,13 +105,13 @@ class Table:
             yield attempt(f"{name}, line {row.line}", lambda row=row: self._record(row))
 
     def _record(self, row: Row) -> Record:
-        """Raises BadSample."""
+        """Makes the record of a row. Raises BadSample."""
         if row.problem:
             raise BadSample("bad_row", row.problem)
         return self.columns.record(row.number, dict(zip(self.used, row.values)))
 
     def sources(self, task: tuple[Row, ...]) -> Iterator[str | None]:
-        """The images; the rows themselves are in the task."""
+        """Yields the images; the rows themselves are part of the task."""
         return (self.columns.source(dict(zip(self.used, row.values))) for row in task if not row.problem)
 
 
@@ -112,14 +120,16 @@ def _folder(file: str) -> str:
 
 
 def _rows(file: str, separator: str) -> Iterator[tuple[int, list[str] | str]]:
-    """(first line, fields), the header's first; in place of fields, what is wrong with that line.
+    """Yields (first line, fields) of every row, the header first.
 
-    A quote that nothing closes swallows the lines below: these are read again as rows of their own. Bytes that are not UTF-8 stay apart as
-    surrogates, and are found when they are used.
+    A malformed row has a description of its problem in place of fields. An unclosed quote swallows the lines below it:
+    these are
+    read again as rows of their own. Bytes that are not UTF-8 remain as surrogates, and are reported when they are
+    used.
     """
     with files.open_text(file) as handle:
         again: deque[str] = deque()  # lines to read before those of the file
-        taken: list[str] = []  # the lines of the row under way
+        taken: list[str] = []  # the lines of the current row
         line = 1
         while True:
             try:
@@ -138,7 +148,7 @@ def _rows(file: str, separator: str) -> Iterator[tuple[int, list[str] | str]]:
 
 
 def _lines(handle: IO[str], again: deque[str], taken: list[str]) -> Iterator[str]:
-    """Raises csv.Error for a line that is too long to hold, once it is passed."""
+    """Yields lines; raises csv.Error after a line that is too long to hold."""
     while line := again.popleft() if again else handle.readline(MAX_LINE):
         taken.append(line)
         if len(line) == MAX_LINE and not line.endswith("\n"):
@@ -162,7 +172,7 @@ def _header(file: str, separator: str) -> list[str]:
 def _chosen(
     file: str, separator: str, header: list[str], where: tuple[tuple[str, str], ...], exclude: tuple[tuple[str, str], ...]
 ) -> Iterator[tuple[int, int, list[str] | str]]:
-    """(number in the table, line, fields) of the rows that --where and --exclude-regex leave, and of those that are none (see `_rows`)."""
+    """Yields (number in the table, line, fields) of the rows that --where and --exclude-regex keep, and of malformed ones."""
     wanted = [(header.index(column), value) for column, value in where]
     excluded = [(header.index(column), re.compile(pattern)) for column, pattern in exclude]
     rows = _rows(file, separator)

@@ -1,4 +1,4 @@
-"""What every reader makes samples of: image bytes, captions, metadata, keys; each refuses what cannot be used with a BadSample."""
+"""Members and keys of samples, for all readers: images, captions, labels, metadata. Unusable input raises BadSample."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from data_prep.records import InputError, Record, Skipped
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, SAFE_KEY, BadSample, ShardError
 from mmpretrain.data.shard_names import is_remote
 
-IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS) - {".avif", ".img"}  # of files that are taken for images
+IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS) - {".avif", ".img"}  # of files that are read as images
 
 
 def attempt(where: str, make: Callable[[], Record]) -> Record | Skipped:
-    """The record, or why there is none."""
+    """Returns the record that `make` makes, or for a BadSample a Skipped with its reason; `where` is the input."""
     try:
         return make()
     except BadSample as error:
@@ -29,27 +29,27 @@ def attempt(where: str, make: Callable[[], Record]) -> Record | Skipped:
 
 
 def printable(text: str) -> str:
-    """File names that are not UTF-8 are written as such nowhere."""
+    """Replaces bytes of a file name that are not UTF-8."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def some(names: Iterable[object], most: int = 50) -> str:
-    """Names for a message, which stays one that can be read; what is not UTF-8 in them is replaced."""
+def some(names: Iterable[object], max_names: int = 50) -> str:
+    """Lists names for a message, at most `max_names` of them; bytes that are not UTF-8 are replaced."""
     given = [printable(str(name)) for name in names]
-    return ", ".join(given[:most]) + (f" and {len(given) - most} more" if len(given) > most else "")
+    return ", ".join(given[:max_names]) + (f" and {len(given) - max_names} more" if len(given) > max_names else "")
 
 
 def image_member(data: bytes, what: str) -> tuple[str, bytes]:
-    """(extension by content, the bytes as they are). Raises BadSample: unknown_format."""
+    """Returns (extension by content, data). Raises BadSample: unknown_format; `what` names the image."""
     extension = extension_of(data)
     if extension is None:
-        found = f"it begins with {bytes(data[:12])!r}" if data else "it is empty"
-        raise BadSample("unknown_format", f"{what} is no image that is read: {found}")
+        begin = f"it begins with {bytes(data[:12])!r}" if data else "it is empty"
+        raise BadSample("unknown_format", f"{what} is not an image of a known format: {begin}")
     return extension, data
 
 
 def read(url: str, reason: str = "missing_image") -> bytes:
-    """A file's bytes. Raises BadSample: `reason`, also for a pipe or a device, which inputs may name and which has no end."""
+    """Reads a file. Raises BadSample: `reason`, also for a pipe or device, which inputs may name and which has no end."""
     try:
         if (path := files.local_path(url)) is not None:
             mode = os.stat(path).st_mode
@@ -63,11 +63,12 @@ def read(url: str, reason: str = "missing_image") -> bytes:
 
 
 def read_image(url: str) -> tuple[str, bytes]:
+    """Reads an image file; returns (extension by content, data). Raises BadSample."""
     return image_member(read(url), url)
 
 
 def inside(base: str, name: str) -> str:
-    """`base`/`name`, which an annotation file names: never a place outside `base`. Raises BadSample: bad_path."""
+    """Returns `base`/`name` for a name from an annotation file. Raises BadSample: bad_path outside `base`."""
     name = name.replace("\\", "/")
     plain = posixpath.normpath(name)
     if not name or "\0" in name or is_remote(name) or plain.startswith(("/", "../")) or plain in ("..", "."):
@@ -76,7 +77,7 @@ def inside(base: str, name: str) -> str:
 
 
 def text_member(text: str, what: str) -> bytes:
-    """A caption as UTF-8 in NFC without outer white space. Raises BadSample: empty_caption, not_utf8."""
+    """Encodes a caption: UTF-8 in NFC without outer white space. Raises BadSample: empty_caption, not_utf8."""
     try:
         return caption_text(text).encode()
     except BadSample as error:
@@ -84,9 +85,16 @@ def text_member(text: str, what: str) -> bytes:
 
 
 def caption_members(texts: Iterable[str], several: bool, metadata: dict[str, Any], what: str) -> dict[str, bytes]:
-    """`txt` is the first caption; where `several`, all different ones are in the json's `captions`. Empty ones are left out.
+    """Makes the txt member of captions: the first one. Empty captions are ignored.
 
-    Raises BadSample: empty_caption where all are, not_utf8 for lone surrogates.
+    Args:
+        texts: the captions.
+        several: also add all different captions to the metadata, as `captions`.
+        metadata: the content of the json member; changed in place.
+        what: names the captions in errors.
+
+    Raises:
+        BadSample: empty_caption where all are empty, not_utf8 for lone surrogates.
     """
     kept = list(dict.fromkeys(text_member(text, what) for text in texts if text.strip()))
     if not kept:
@@ -97,7 +105,7 @@ def caption_members(texts: Iterable[str], several: bool, metadata: dict[str, Any
 
 
 def json_member(value: dict[str, Any]) -> bytes:
-    """Raises BadSample: bad_metadata for what JSON in UTF-8 cannot hold, not_utf8 for text that is none."""
+    """Encodes the json member. Raises BadSample: bad_metadata for values that JSON cannot hold, not_utf8 for lone surrogates."""
     try:
         return json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
     except UnicodeEncodeError as error:
@@ -107,7 +115,15 @@ def json_member(value: dict[str, Any]) -> bytes:
 
 
 def path_key(relative: str, shared: bool = False) -> str:
-    """A key from a file's path without its suffix. One that had to be changed, or is `shared`, gets its digest, which keeps keys apart."""
+    """Makes a key from the path of a file, without its suffix.
+
+    Args:
+        relative: the path in its folder.
+        shared: another file has the same key.
+
+    Returns:
+        The path where it is a safe key and not shared; else a safe form with a digest, which keeps keys different.
+    """
     stem = str(PurePosixPath(relative).with_suffix(""))
     if not shared and len(stem.encode("utf-8", "surrogateescape")) <= 100 and SAFE_KEY.fullmatch(stem):
         return stem
@@ -116,7 +132,7 @@ def path_key(relative: str, shared: bool = False) -> str:
 
 
 def class_names(labels: Iterable[Any], what: str) -> tuple[str, ...] | None:
-    """The sorted names among labels, or None where all are numbers or digits. Raises InputError where they are mixed."""
+    """Returns the sorted names among labels; None where all are numbers or digits. Raises InputError where they are mixed."""
     names: set[str] = set()
     numbers = 0
     for label in labels:
@@ -130,7 +146,16 @@ def class_names(labels: Iterable[Any], what: str) -> tuple[str, ...] | None:
 
 
 def label_member(value: Any, classes: Mapping[str, int] | None, what: str) -> bytes:
-    """The class index as digits. Raises BadSample: missing_label, bad_label."""
+    """Encodes a label as the digits of its class index.
+
+    Args:
+        value: a class name or index.
+        classes: name -> index; None: there are only indices.
+        what: names the label in errors.
+
+    Raises:
+        BadSample: missing_label, bad_label.
+    """
     if value is None or value == "":
         raise BadSample("missing_label", what)
     if isinstance(value, str) and classes is not None:
