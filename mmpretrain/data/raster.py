@@ -9,7 +9,7 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from mmpretrain.data import pnm, tiff, tiff_tags
 from mmpretrain.data.levels import eight_bit
@@ -118,7 +118,7 @@ def _without_exif(data: bytes) -> bytes:
     return data
 
 
-def _opened(data: bytes, kind: str) -> Image.Image:
+def _opened(data: bytes, kind: str) -> ImageFile.ImageFile:
     """Raises BadSample where Pillow does not know the header."""
     try:
         return Image.open(io.BytesIO(data), formats=[PILLOW_FORMATS[kind]])
@@ -219,7 +219,7 @@ def _eight_bit_mode(image: Image.Image) -> Image.Image:
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 
-def _png_of_16_bits(data: bytes, opened: Image.Image) -> Image.Image:
+def _png_of_16_bits(data: bytes, opened: ImageFile.ImageFile) -> Image.Image:
     """Pillow keeps the high bytes of colours alone: decoded twice, for either half, they are exact, and a transparent colour is too."""
     transparent = opened.info.get("transparency")
     (tile,) = opened.tile

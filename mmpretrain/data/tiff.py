@@ -116,12 +116,10 @@ class Tags:
         for tag in tiff_tags.tags(self._data):
             if tag.number in (tiff_tags.ORIENTATION, tiff_tags.XMP):
                 patched = patched or bytearray(self._data)
-                count, value = ("QQ", 1) if big else ("II", 1)
-                if not big and order == ">":
-                    value <<= 16  # a short is stored first
-                elif big and order == ">":
-                    value <<= 48
-                struct.pack_into(order + "HH" + count, patched, tag.entry, tag.number, 3, 1, value)
+                short = tag.number == tiff_tags.ORIENTATION  # 1; else one byte of no meaning
+                field = struct.pack(order + "H", 1) if short else b"\0"
+                entry = struct.pack(order + ("HHQ" if big else "HHI"), tag.number, 3 if short else 7, 1) + field.ljust(8 if big else 4, b"\0")
+                patched[tag.entry : tag.entry + len(entry)] = entry
         return self._data if patched is None else bytes(patched)
 
 
