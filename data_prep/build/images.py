@@ -60,13 +60,12 @@ def encode(data: bytes, resize: int | None, form: str | None, quality: int) -> E
     out = io.BytesIO()
     space = b"GRAY" if image.mode == "L" else b"RGB "
     profile = decoded.profile if decoded.profile and decoded.profile[16:20] == space else None  # CMYK's does not describe RGB
-    options: dict[str, Any] = {"icc_profile": profile} if profile else {}
     if extension == "jpg":
-        image.save(out, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2, **options)
+        image.save(out, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2, icc_profile=profile)
     elif extension == "webp":
-        image.save(out, "WEBP", quality=quality, method=4, **options)
+        image.save(out, "WEBP", quality=quality, method=4, icc_profile=profile)
     else:
-        image.save(out, "PNG", **options)
+        image.save(out, "PNG", icc_profile=profile)
     return Encoded(extension, out.getvalue(), (width, height), image.size)
 
 

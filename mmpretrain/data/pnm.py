@@ -75,7 +75,7 @@ def _plain(text: bytes, count: int, head: Header) -> np.ndarray:
     elif re.search(rb"[0-9]{11}", text):
         raise BadSample("undecodable_image", "ppm: a number of more than 10 digits among its pixels")
     else:
-        values = np.fromstring(text.decode("ascii"), np.int64, sep=" ", count=min(count, len(text))) if text.strip() else np.zeros(0)
+        values = np.fromstring(text.decode("ascii"), np.int64, sep=" ") if text.strip() else np.zeros(0, np.int64)
     if len(values) < count:
         raise BadSample("undecodable_image", f"ppm: truncated, {len(values)} of {count} values of pixels")
     values = values[:count]

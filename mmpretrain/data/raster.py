@@ -200,6 +200,8 @@ def _decoded(data: bytes, kind: str, check: Callable[[int, int], None], draft: t
         if draft is not None:
             opened.draft(None, draft)
         orientation, profile = _orientation(data, kind, opened), opened.info.get("icc_profile")
+        if kind == "tiff":
+            profile = tiff.Tags(data).content(tiff_tags.ICC_PROFILE) or None
         if kind == "png" and data[24] == 16:
             return Raster(_png_of_16_bits(data, opened), stored_orientation(data, kind), size, profile)
         opened.load()

@@ -26,6 +26,9 @@ PREDICTED = (5, 8, 32946, 34925, 50000)
 NO_PREDICTOR, HORIZONTAL, FLOATING_POINT = 1, 2, 3
 FLOATS, INTEGERS = (16, 32, 64), (8, 16, 32)  # bits; unsigned integers may also have 9 to 15
 PREMULTIPLIED, UNRELATED = 1, 0  # tag ExtraSamples: colours are multiplied by alpha; not alpha
+PIXEL_TAGS = frozenset(
+    [256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 338, 339, 347, 529, 530, 531, 532]
+)  # what a decoder of pixels needs
 _SAMPLES = 64  # more than any image has; a tag may claim 2**32
 
 
@@ -110,17 +113,37 @@ class Tags:
         )
 
     def upright(self) -> bytes:
-        """The file without an orientation, in EXIF as in XMP: Pillow turns TIFFs by itself, and has done so by different rules."""
+        """The file without an orientation, in EXIF as in XMP: Pillow turns TIFFs by itself, and has done so by different rules.
+
+        BigTIFF, which Pillow reads in one byte order only, becomes TIFF. Raises BadSample where that cannot hold it.
+        """
         order, big, _ = self.head
+        if big:
+            return _described(self._data, order, {tag.number: self._field(tag) for tag in self.tags.values() if tag.number in PIXEL_TAGS})
         patched = None
         for tag in tiff_tags.tags(self._data):
             if tag.number in (tiff_tags.ORIENTATION, tiff_tags.XMP):
                 patched = patched or bytearray(self._data)
                 short = tag.number == tiff_tags.ORIENTATION  # 1; else one byte of no meaning
-                field = struct.pack(order + "H", 1) if short else b"\0"
-                entry = struct.pack(order + ("HHQ" if big else "HHI"), tag.number, 3 if short else 7, 1) + field.ljust(8 if big else 4, b"\0")
-                patched[tag.entry : tag.entry + len(entry)] = entry
+                kind, value = (3, struct.pack(order + "H", 1)) if short else (7, b"\0")
+                patched[tag.entry : tag.entry + 12] = struct.pack(order + "HHI", tag.number, kind, 1) + value.ljust(4, b"\0")
         return self._data if patched is None else bytes(patched)
+
+    def _field(self, tag: tiff_tags.Tag) -> Field:
+        """The tag as TIFF holds it, without integers of 64 bits."""
+        if tag.kind in (16, 17):
+            return _field(self.head.order, tiff_tags.integers(self._data, tag, self.head.order))
+        return tag.kind, tag.count, self._data[tag.start : tag.end]
+
+
+Field = tuple[int, int, bytes]  # kind, count, values
+
+
+def _field(order: str, values: tuple[int, ...]) -> Field:
+    """Raises BadSample for values of more than 32 bits."""
+    if values and not 0 <= min(values) <= max(values) < 1 << 32:
+        raise BadSample("undecodable_image", f"tiff: a value of {max(values)} in its first directory, where a file of 4 GB ends")
+    return 4, len(values), struct.pack(f"{order}{len(values)}I", *values)
 
 
 def decode_deep(data: bytes, tags: Tags, layout: Layout) -> Image.Image:
@@ -276,26 +299,27 @@ def _bytes(data: bytes, tags: Tags, layout: Layout, samples: int, plane: int, wi
         fields |= {tiff_tags.TILE_WIDTH: (block // group,), tiff_tags.TILE_HEIGHT: (layout.tile[1],)}
     else:
         fields[tiff_tags.ROWS_PER_STRIP] = (layout.rows,)
-    with Image.open(io.BytesIO(_described(data, tags.head, fields)), formats=["TIFF"]) as opened:
+    described = _described(data, tags.head.order, {number: _field(tags.head.order, values) for number, values in fields.items()})
+    with Image.open(io.BytesIO(described), formats=["TIFF"]) as opened:
         opened.load()
         return np.ascontiguousarray(np.asarray(opened)).reshape(layout.height, row)
 
 
-def _described(data: bytes, head: tiff_tags.Header, fields: dict[int, tuple[int, ...]]) -> bytes:
-    """The file with another first directory, behind its end."""
-    order, big, _ = head
-    word, size = ("Q", 8) if big else ("I", 4)
+def _described(data: bytes, order: str, fields: dict[int, Field]) -> bytes:
+    """The file as TIFF with another first directory, behind its end."""
     start = len(data) + len(data) % 2
-    values = start + (8 + 20 * len(fields) + 8 if big else 2 + 12 * len(fields) + 4)  # what does not fit into the entries
-    directory, more = struct.pack(order + ("Q" if big else "H"), len(fields)), b""
-    for number, field in sorted(fields.items()):
-        packed = struct.pack(f"{order}{len(field)}{word}", *field)
-        entry = packed if len(packed) <= size else struct.pack(order + word, values + len(more))
-        directory += struct.pack(order + "HH" + word, number, 16 if big else 4, len(field)) + entry
-        more += packed if len(packed) > size else b""
-    first = struct.pack(order + word, start)
-    opening = data[:8] + first + data[16:] if big else data[:4] + first + data[8:]
-    return opening + bytes(start - len(data)) + directory + bytes(size) + more
+    if start >= 1 << 31:
+        raise BadSample("undecodable_image", f"tiff: {len(data)} bytes, expected at most 2 GB")
+    values = start + 2 + 12 * len(fields) + 4  # what does not fit into the entries
+    directory, more = struct.pack(order + "H", len(fields)), b""
+    for number, (kind, count, content) in sorted(fields.items()):
+        inline = content.ljust(4, b"\0")
+        if len(content) > 4:
+            inline = struct.pack(order + "I", values + len(more))
+            more += content + bytes(len(content) % 2)
+        directory += struct.pack(order + "HHI", number, kind, count) + inline
+    opening = data[:2] + struct.pack(order + "HI", 42, start)
+    return opening + data[8:] + bytes(start - len(data)) + directory + bytes(4) + more
 
 
 def refuse_uninterpreted(tags: Tags, layout: Layout) -> None:
