@@ -68,7 +68,7 @@ def check_resume(config: Config, checkpoint: Path | None, skipped: list[str]) ->
 
 
 def as_read_now(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Resolve the recipe of a run begun with an earlier version: options that did not exist count as their defaults, and spellings are current.
+    """Resolve the recipe of a run begun with an earlier version: missing options count as their defaults, and spellings are current.
 
     A recipe that this version does not accept is returned as it is, so that its comparison names the option.
     """

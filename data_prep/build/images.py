@@ -41,7 +41,7 @@ def encode(data: bytes, resize: int | None, form: str | None, quality: int) -> E
     Args:
         data: the file.
         resize: limit of the shorter side in pixels; None: keep the size.
-        form: a key of ENCODERS; None: keep the format, but write PNG for other lossless ones, and WebP for AVIF, whose writing takes seconds.
+        form: a key of ENCODERS; None: keep the format, but write PNG for other lossless ones, and WebP for AVIF, which is slow to write.
         quality: of JPEG and WebP, 0 to 100.
 
     Raises:
