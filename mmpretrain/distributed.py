@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mmpretrain.picklable import picklable
 
 T = TypeVar("T")
 
@@ -172,14 +173,7 @@ def on_main(action: Callable[[], T]) -> T | None:
             result = action()
         except Exception as found:
             error = found
-    failed = broadcast_object(_sendable(error))
+    failed = broadcast_object(None if error is None else picklable(error, "on the main rank"))
     if failed is not None:
         raise error or failed
     return result
-
-
-def _sendable(error: Exception | None) -> Exception | None:
-    try:
-        return pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")

@@ -22,7 +22,8 @@ FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BM
 MAX_PIXELS = 200_000_000  # width times height; checked from the header, before decoding
 BACKGROUND = (255, 255, 255)  # what shows through transparency that the new format cannot hold; training's default
 
-_ORIENTATION = 0x0112  # EXIF
+# EXIF orientation, as `mmpretrain.data.decode` turns tensors: here Pillow images, without torch, and only after they are shrunk.
+_ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
