@@ -16,6 +16,7 @@ from typing import IO, Any, BinaryIO
 
 from mmpretrain.atomic import write_atomically
 from mmpretrain.config.build import OptionError
+from mmpretrain.data import folders
 from mmpretrain.data.cache import filesystem, retried
 from mmpretrain.data.shard_names import is_remote
 
@@ -142,27 +143,12 @@ def walk(url: str | Path) -> Iterator[str]:
     """
     where = place(url)
     if isinstance(where, Path):
-        yield from _walk_local(str(where), "", {os.path.realpath(where)})
+        yield from folders.walk(where)
         return
     system, path = filesystem(where)
     below = path.strip("/") + "/"
     names = [name.lstrip("/").removeprefix(below) for name in retried(lambda: system.find(path), where)]
     yield from sorted((name for name in names if not name.startswith(".") and "/." not in name), key=lambda name: name.replace("/", "\0"))
-
-
-def _walk_local(folder: str, before: str, above: set[str]) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        names, folders = [], set()
-        for entry in entries:
-            if not entry.name.startswith("."):
-                names.append(entry.name)
-                if entry.is_dir():
-                    folders.add(entry.name)
-    for name in sorted(names):
-        if name not in folders:
-            yield before + name
-        elif (real := os.path.realpath(os.path.join(folder, name))) not in above:
-            yield from _walk_local(os.path.join(folder, name), f"{before}{name}/", above | {real})
 
 
 @contextmanager
