@@ -82,7 +82,8 @@ class IndexShard:
             result.damage.append(f"{name}: {damage.reason} at byte {damage.offset}: {damage.detail}; {len(scanned)} samples before it")
         known = None if self.replace else _known(name)
         if self.checksums:
-            shard_index.add_checksums(scanned, path, BYTES if known is None else known.checksum.shape[1])
+            checksum = None if known is None else known.checksum
+            shard_index.add_checksums(scanned, path, BYTES if checksum is None else checksum.shape[1])
         if known is not None:
             _check_known(name, scanned, known)
         place = shard_index.index_path(path)

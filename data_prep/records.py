@@ -60,6 +60,7 @@ class Skipped:
 class Split(Protocol):
     """Assigns records to the parts of OUT, a folder each. Picklable; its repr identifies the split in build digests."""
 
-    parts: tuple[str, ...]
+    @property
+    def parts(self) -> tuple[str, ...]: ...
 
     def __call__(self, record: Record) -> str: ...

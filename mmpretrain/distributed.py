@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from mmpretrain.picklable import picklable
 
@@ -121,10 +122,10 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
         size += grad.numel() * grad.element_size()
         last = i + 1 == len(grads) or grads[i + 1].dtype != grad.dtype
         if size >= 25 << 20 or last:
-            flat = torch._utils._flatten_dense_tensors(bucket)
+            flat = _flatten_dense_tensors(bucket)
             dist.all_reduce(flat)
             flat /= world_size()
-            for target, value in zip(bucket, torch._utils._unflatten_dense_tensors(flat, bucket)):
+            for target, value in zip(bucket, _unflatten_dense_tensors(flat, bucket)):
                 target.copy_(value)
             bucket, size = [], 0
 

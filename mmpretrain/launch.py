@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from mmpretrain.cpu import cpu_kind, waiting
 from mmpretrain.system import cores
 
 
-def start(config: Config) -> tuple[Accelerator, Choice]:
-    """The Accelerator of this process, and the choice of precision.
+def start(config: Config) -> tuple[Config, Accelerator, Choice]:
+    """The recipe as it runs here, the Accelerator of this process, and the choice of precision.
 
     Settles `precision`, `threads` and `loader_threads`, which plain `accelerate launch` leaves slow.
     """
@@ -37,19 +38,20 @@ def start(config: Config) -> tuple[Accelerator, Choice]:
             "launch with bf16 or no, or leave it to precision: auto"
         )
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if config.threads is None:
+    threads = config.threads
+    if threads is None:
         # `accelerate launch` and torchrun set one OpenMP thread; any other number is the user's wish.
         wish = os.environ.get("OMP_NUM_THREADS", "1")
-        config.threads = int(wish) if wish.isdigit() and int(wish) > 1 else max(1, cores() // local_ranks)
+        threads = int(wish) if wish.isdigit() and int(wish) > 1 else max(1, cores() // local_ranks)
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    config.loader_threads = config.loader_threads or (2 if cpu else max(2, min(16, cores() // local_ranks)))
-    torch.set_num_threads(config.threads)
+    loader_threads = config.loader_threads or (2 if cpu else max(2, min(16, cores() // local_ranks)))
+    torch.set_num_threads(threads)
     keep_freed_memory()
     choice = Choice("fp32" if config.precision == "fp32" else "bf16", "")  # the recipe's own wish needs no reason
     if config.precision == "auto":
         PartialState(cpu=cpu)  # connects the processes: they must agree before the Accelerator fixes the precision
         choice = distributed.broadcast_object(distributed.on_main(lambda: precision(config)))
-        config.precision = choice.precision
+    config = replace(config, precision=choice.precision, threads=threads, loader_threads=loader_threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -67,7 +69,7 @@ def start(config: Config) -> tuple[Accelerator, Choice]:
         raise OptionError(
             f"launched as {accelerator.distributed_type.value}: this trainer runs on one device or under DDP; launch without it"
         )
-    return accelerator, choice
+    return config, accelerator, choice
 
 
 def keep_freed_memory() -> None:

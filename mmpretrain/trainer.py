@@ -94,8 +94,7 @@ def train(config: Config, data: DataInProgress | None = None) -> int:
 
 def setup(config: Config, closing: ExitStack, data: DataInProgress) -> Run:
     """Everything up to the first step. What must be closed is left to `closing`."""
-    config = replace(config)
-    accelerator, precision = launch.start(config)
+    config, accelerator, precision = launch.start(config)
     device, processes = accelerator.device, accelerator.num_processes
     check_division(config, processes)
     evaluators = build_evaluators(config, data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import ItemsView, Sequence, ValuesView
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -85,6 +85,30 @@ class ImageSpec(Protocol):
 
     @property
     def std(self) -> tuple[float, float, float]: ...
+
+
+class TextSpec(Protocol):
+    """What is known of every view of modality text beside its ViewSpec."""
+
+    @property
+    def tokenizer(self) -> str:
+        """Name of the tokenizer, as `get_tokenizer` takes it."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a caption, padding included."""
+        ...
+
+
+def is_image(view: ViewSpec) -> TypeGuard[ImageSpec]:
+    """Whether a view is of modality image, and hence has the attributes of an ImageSpec."""
+    return view.modality == "image"
+
+
+def is_text(view: ViewSpec) -> TypeGuard[TextSpec]:
+    """Whether a view is of modality text, and hence has the attributes of a TextSpec."""
+    return view.modality == "text"
 
 
 @dataclass(frozen=True)

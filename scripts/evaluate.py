@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 def options_help() -> str:
     """Every evaluator with its options, defaults and documentation."""
-    from mmpretrain.config.build import describe
+    from mmpretrain.config.documentation import describe
     from mmpretrain.evaluators import EVALUATORS
     from mmpretrain.evaluators.data.datasets import DataConfig
 

@@ -95,7 +95,7 @@ def encode(data: bytes, resize: int | None, form: str | None, quality: int) -> E
         turned = eight_bit is not opened  # by `decode_image`
         image = _plain(eight_bit, alpha=extension != "jpg")
         if shrink:
-            size = size[::-1] if turned and orientation in _QUARTER_TURNS else size
+            size = (size[1], size[0]) if turned and orientation in _QUARTER_TURNS else size
             image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
         if not turned and orientation in _TURNS:
             image = image.transpose(_TURNS[orientation])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -98,11 +99,12 @@ def _told(scenes: Scenes, seen: list[Description], draws: list[random.Random]) -
     return told
 
 
-def _data(scenes: Scenes, i: int, scene: Description, told: Description, draw: random.Random) -> dict[str, object]:
+def _data(scenes: Scenes, i: int, scene: Description, told: Description, draw: random.Random) -> dict[str, Any]:
     """The json member of scene i: what is seen, and captions of what is told."""
-    data: dict[str, object] = {"background": scene.background, "boxes": _boxes(scene), "objects": [_attributes(t) for t in scene.things]}
+    data: dict[str, Any] = {"background": scene.background, "boxes": _boxes(scene), "objects": [_attributes(t) for t in scene.things]}
     if scenes.split == "binding":
-        sentences = captions.binding(*scene.things[:2], draw)
+        left, right = scene.things[:2]
+        sentences = captions.binding(left, right, draw)
         return data | sentences | {"captions": [sentences["caption"]]}
     label = int(scenes.label[i])
     return data | {

@@ -55,14 +55,17 @@ class _Worker:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
         command = [sys.executable, "-c", "from data_prep.engine.local import work; work()"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        assert self.process.stdin is not None  # both are pipes
+        assert self.process.stdout is not None
+        self._tasks, self._results = self.process.stdin, self.process.stdout
         with suppress(BrokenPipeError):
-            _send(self.process.stdin, (sys.path, self._function))
+            _send(self._tasks, (sys.path, self._function))
 
     def __call__(self, task: Any) -> Any:
         for attempt in range(REPEATS + 1):
             try:
-                _send(self.process.stdin, task)
-                succeeded, value = pickle.loads(_receive(self.process.stdout))
+                _send(self._tasks, task)
+                succeeded, value = pickle.loads(_receive(self._results))
             except (EOFError, BrokenPipeError, ConnectionResetError):
                 status = self.process.wait()
                 self.stop()
@@ -81,7 +84,7 @@ class _Worker:
     def stop(self) -> None:
         self.process.kill()  # safe: an unfinished task has no effects
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in (self._tasks, self._results):
             with suppress(BrokenPipeError, ValueError):  # unread tasks in the pipe
                 pipe.close()
 

@@ -13,6 +13,7 @@ from mmpretrain.data.fields import member_of
 from mmpretrain.data.schema import BadSample
 from mmpretrain.data.source import Source
 from mmpretrain.data.text import get_tokenizer
+from mmpretrain.types import is_image, is_text
 
 if TYPE_CHECKING:
     from mmpretrain.model import PretrainModel
@@ -36,12 +37,13 @@ def tokens(model: PretrainModel, name: str, source: Source, rows: int | None) ->
     for encode in model.plan:
         if encode.source != name:
             continue
-        if encode.view.modality == "text":
+        view = encode.view
+        if not is_image(view):
             texts += 1
             continue
         patch = model._tower(encode).patch_size
         known &= patch is not None
-        patches = (encode.view.size // patch) ** 2 if patch else 0
+        patches = (view.size // patch) ** 2 if patch else 0
         dropped = round(encode.mask.ratio * patches) if encode.mask is not None and encode.mask.mode == "drop" else 0
         images += patches - dropped
     result: dict[str, Any] = {
@@ -51,12 +53,12 @@ def tokens(model: PretrainModel, name: str, source: Source, rows: int | None) ->
     result["image_tokens_per_row"] = images if known else None
     result["text_tokens_per_row"] = 0.0
     if texts:
-        view = next(e.view for e in model.plan if e.source == name and e.view.modality == "text")
-        counts, result["unusable_captions"] = caption_tokens(source, view.tokenizer)
-        cut = [min(n, view.context_length) for n in counts]
+        text = next(e.view for e in model.plan if e.source == name and is_text(e.view))
+        counts, result["unusable_captions"] = caption_tokens(source, text.tokenizer)
+        cut = [min(n, text.context_length) for n in counts]
         result["captions_sampled"] = len(counts)
-        result["over_context"] = sum(n > view.context_length for n in counts) / max(len(counts), 1)
-        result["context_length"] = view.context_length
+        result["over_context"] = sum(n > text.context_length for n in counts) / max(len(counts), 1)
+        result["context_length"] = text.context_length
         result["text_tokens_per_row"] = texts * sum(cut) / len(cut) if cut else None
     for kind in ("image", "text"):
         each = result[f"{kind}_tokens_per_row"]

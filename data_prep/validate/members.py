@@ -193,10 +193,12 @@ class Sound:
         self._keys, self._names = index.keys, index.extensions
         self._starts, self._kinds = index.starts.tolist(), index.extension.tolist()
         self._offsets, self._sizes = index.offset.tolist(), index.size.tolist()
-        known = index.checksum is not None and index.checksum.shape[1] == BYTES
-        self._checksums = memoryview(index.checksum.tobytes()) if known and checks.checksums else None
+        checksum = index.checksum
+        known = checksum is not None and checksum.shape[1] == BYTES
+        usable = checksum if known and checks.checksums else None
+        self._checksums = None if usable is None else memoryview(usable.tobytes())
         # Behind damage, and with checksums of another kind, all samples are examined in full.
-        self._any = layout.trusted and (index.checksum is None or known or not checks.checksums)
+        self._any = layout.trusted and (checksum is None or known or not checks.checksums)
         self._times: Counter[tuple[int, ...]] = Counter()
         self._roles: dict[tuple[int, ...], list[str] | None] = {}  # by the kinds of a sample's members
 

@@ -12,7 +12,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mmpretrain.config.build import OptionError, Range, build, describe, nearest
+from mmpretrain.config.build import OptionError, Range, build, nearest
+from mmpretrain.config.documentation import describe
 from mmpretrain.data.source import SourceConfig
 from mmpretrain.data.source_config import MAX_IMAGE_SIZE
 from mmpretrain.evaluators import EVALUATORS

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import cv2
 import numpy as np
@@ -30,6 +29,7 @@ _FROM_YIQ = torch.linalg.inv(torch.tensor(_YIQ, dtype=torch.float64)).tolist()
 STRIP = 1 << 20  # bytes of float pixels at a time on CPU
 SIGMA = (0.1, 2.0)  # pixels; what blur draws from (SimCLR, appendix A)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+Bounds = tuple[tuple[float, ...], tuple[float, ...]]  # lowest and highest value of each channel, normalised
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def _coloured(pixels: Tensor, chain: Tensor) -> Iterator[np.ndarray]:
         yield from coloured[: len(strip)].reshape(-1, H, W, 3)
 
 
-def _one_by_one(pixels: Tensor, chain: Tensor, bounds: tuple[Any, Any] | None, sigma: Tensor | None) -> Tensor:
+def _one_by_one(pixels: Tensor, chain: Tensor, bounds: Bounds | None, sigma: Tensor | None) -> Tensor:
     """uint8 [B,3,H,W] on the CPU -> float32: through `chain` [B or 1,3,4], clamped to `bounds` per channel, blurred by `sigma` [B]."""
     out = buffers.empty(pixels.shape)
     sigmas = [0.0] * len(pixels) if sigma is None else sigma.tolist()
@@ -124,7 +124,8 @@ def _one_by_one(pixels: Tensor, chain: Tensor, bounds: tuple[Any, Any] | None, s
     for colour, s, planes in zip(_coloured(pixels, chain), sigmas, out.numpy()):
         if bounds is not None:
             low, high = ((*edge, 0.0) for edge in bounds)  # OpenCV's scalars have four values
-            cv2.max(cv2.min(colour, high, dst=colour), low, dst=colour)
+            cv2.min(colour, high, dst=colour)  # pyright: ignore[reportCallIssue, reportArgumentType] (stubs lack scalars)
+            cv2.max(colour, low, dst=colour)  # pyright: ignore[reportCallIssue, reportArgumentType]
         if s > 0:
             side = 2 * _reach(s, *colour.shape[:2]) + 1
             colour = cv2.GaussianBlur(colour, (side, side), s, dst=blurred, borderType=cv2.BORDER_REFLECT_101)
@@ -132,7 +133,7 @@ def _one_by_one(pixels: Tensor, chain: Tensor, bounds: tuple[Any, Any] | None, s
     return out
 
 
-def _together(pixels: Tensor, chain: Tensor, bounds: tuple[Any, Any] | None, sigma: Tensor | None) -> Tensor:
+def _together(pixels: Tensor, chain: Tensor, bounds: Bounds | None, sigma: Tensor | None) -> Tensor:
     """The same for all rows at once, on a device: nothing here waits for it.
 
     Plain arithmetic: a matrix product would round to TF32 on a GPU that is told to.
@@ -182,7 +183,8 @@ def photometric(pixels: Tensor, params: dict[str, Tensor], mean: tuple[float, ..
     matrix, offset = _colour(pixels, params)
     chain = torch.cat([matrix / (255 * std_[:, None]), ((offset - mean_) / std_)[:, :, None]], 2)
     changes = "factors" in params or "grey" in params
-    bounds = tuple(tuple((edge - m) / s for m, s in zip(mean, std)) for edge in (0, 1)) if changes else None
+    low, high = (tuple((edge - m) / s for m, s in zip(mean, std)) for edge in (0, 1))
+    bounds = (low, high) if changes else None
     apply = _one_by_one if pixels.device.type == "cpu" else _together
     out = apply(pixels, chain, bounds, params.get("sigma"))
     if "solarize" in params:

@@ -44,7 +44,7 @@ class Block(NamedTuple):
             {spec: move(pixels) for spec, pixels in self.pixels.items()},
             {spec: {name: move(value) for name, value in drawn.items()} for spec, drawn in self.params.items()},
             self.skipped,
-            {spec: View(*(None if t is None else move(t) for t in view)) for spec, view in self.views.items()},
+            {spec: View(move(view.data), None if view.target is None else move(view.target)) for spec, view in self.views.items()},
         )
 
 
@@ -56,7 +56,8 @@ def join(blocks: list[Block]) -> Block:
     views: dict[ViewSpec, View] = {}
     for spec in first.views:
         parts = [b.views[spec] for b in blocks]
-        target = None if parts[0].target is None else torch.cat([p.target for p in parts])
+        targets = [p.target for p in parts if p.target is not None]  # a spec gives one for all rows or for none
+        target = torch.cat(targets) if len(targets) == len(parts) else None
         views[spec] = View(buffers.cat([p.data for p in parts]), target)
     return Block(
         keys=[key for b in blocks for key in b.keys],

@@ -31,7 +31,7 @@ class ImageLimits:
     max_pixels: int = 64_000_000  # width times height
     min_side: int = 8  # pixels
     max_aspect: float = 20.0  # longer side over shorter side
-    background: tuple[int, int, int] = (255, 255, 255)  # what shows through transparency, RGB 0..255
+    background: tuple[int, ...] = (255, 255, 255)  # what shows through transparency, RGB 0..255
 
     def check(self, width: int, height: int) -> None:
         """Raises BadSample for an image too large, too small or too elongated."""
@@ -101,7 +101,7 @@ def upright(image: Tensor, turn: int) -> Tensor:
     return (image.transpose(1, 2) if transposed else image).flip(axes) if transposed or axes else image
 
 
-def composite(rgba: Tensor, background: tuple[int, int, int]) -> Tensor:
+def composite(rgba: Tensor, background: tuple[int, ...]) -> Tensor:
     """uint8 [4,H,W] -> uint8 [3,H,W]: colour over the background, by alpha."""
     alpha = rgba[3:].to(torch.int32)
     under = torch.tensor(background, dtype=torch.int32)[:, None, None]

@@ -76,7 +76,7 @@ class ProcessWorker:
         self._maps: dict[int, np.ndarray] = {}
         self._released: deque[int] = deque()
         context = multiprocessing.get_context("fork")
-        arguments = (ThreadWorker(sources, render), theirs, self._connection, self._place)
+        arguments = (ThreadWorker(sources, render), theirs, self._connection, self._place, os.getpid())
         self._process = context.Process(target=_serve, args=arguments, daemon=True, name="loader")
         with warnings.catch_warnings():  # Python 3.12 warns where other threads run; the locks that both need are `lock_across_forks`
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -255,12 +255,11 @@ class _Reader(pickle.Unpickler):
         return torch.from_numpy(self._lend(number)).view(dtype).as_strided(shape, stride, offset // dtype.itemsize)
 
 
-def _serve(worker: ThreadWorker, connection: Connection, parents: Connection, place: _Place) -> None:
+def _serve(worker: ThreadWorker, connection: Connection, parents: Connection, place: _Place, parent: int) -> None:
     """Make blocks until told to stop, or until the parent is gone, which nobody notices while its own end of the line is open here."""
     parents.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # the trainer's to answer: it still needs batches for its last step
         signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process().pid
     torch.set_num_threads(1)
     memory = _MemoryFiles()
     buffers.use(memory)

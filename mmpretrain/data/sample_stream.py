@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import IterableDataset
-from webdataset import reraise_exception
+from webdataset.handlers import reraise_exception
 from webdataset.utils import pytorch_worker_info
 
 from mmpretrain.data.schema import BadSample

@@ -43,7 +43,7 @@ def _build(name: str) -> Tokenizer:
     import open_clip
 
     inner = open_clip.get_tokenizer(name) if name in open_clip.list_models() or ":" in name else open_clip.tokenizer.HFTokenizer(name)
-    below = getattr(inner, "tokenizer", inner)
+    below: Any = getattr(inner, "tokenizer", inner)
 
     def first(*names: str) -> int | None:
         found = (getattr(below, attribute, None) for attribute in names)
@@ -51,8 +51,8 @@ def _build(name: str) -> Tokenizer:
 
     sot = first("sot_token_id", "bos_token_id", "cls_token_id")
     eot = first("eot_token_id", "eos_token_id", "sep_token_id")
-    size = getattr(below, "vocab_size", None)
-    return Tokenizer(name, inner, sot, eot, max(int(size), len(below)) if hasattr(below, "__len__") else int(size))
+    size = int(below.vocab_size)
+    return Tokenizer(name, inner, sot, eot, max(size, len(below)) if hasattr(below, "__len__") else size)
 
 
 def _clip() -> Any:
@@ -80,11 +80,14 @@ def _clip() -> Any:
     return Clip()
 
 
-def trim(ids: Tensor, eot: int) -> Tensor:
+def trim(ids: Tensor, eot: int | None) -> Tensor:
     """Cut int64 [B,L] to its longest caption, up to the first EOT, rounded up to a multiple of 8 so that few lengths occur.
 
-    Where a row holds no EOT nothing is cut. Exact for causal towers that pool at EOT: what follows EOT cannot reach it.
+    Where a row holds no EOT, or the tokenizer has none (`eot` None), nothing is cut. Exact for causal towers that pool
+    at EOT: what follows EOT cannot reach it.
     """
+    if eot is None:
+        return ids
     ended = ids == eot
     if not bool(ended.any(1).all()):
         return ids

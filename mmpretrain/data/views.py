@@ -35,13 +35,23 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0]
 
 
+def _image(sample: Sample) -> Tensor:
+    assert sample.image is not None  # a source decodes the image of every sample where it has an image view
+    return sample.image
+
+
+def _captions(sample: Sample) -> list[str]:
+    assert sample.captions is not None  # a source reads the captions of every sample where it has a text view
+    return sample.captions
+
+
 def crop_boxes(samples: Sequence[Sample], seeds: Tensor, name: object, scale: tuple, ratio: tuple) -> Tensor:
     """Random-resized-crop boxes, int64 [B,4] of top, left, height, width (Szegedy et al. 2015).
 
     As torchvision's RandomResizedCrop: ten draws of area share and of log aspect ratio, the first that fits counts, else the central crop
     nearest to the wanted ratios. Drawn for all rows at once.
     """
-    sides = torch.tensor([sample.image.shape[-2:] for sample in samples], dtype=torch.float64)  # [B,2] height, width
+    sides = torch.tensor([_image(sample).shape[-2:] for sample in samples], dtype=torch.float64)  # [B,2] height, width
     u = rng.uniform(seeds, ("crop", name), 22).double()  # [B,22]
     height, width = sides[:, :1], sides[:, 1:]
     area = height * width * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
@@ -178,12 +188,11 @@ class TextView(ViewSpec):
     trim: bool = True
 
     def draw(self, samples: Sequence[Sample], seeds: Tensor) -> Params:
-        number = torch.tensor([len(sample.captions) for sample in samples])
+        number = torch.tensor([len(_captions(sample)) for sample in samples])
         return {"caption": (rng.uniform(seeds, ("caption", self.stream)) * number).long()}
 
     def geometry(self, source: list[str], params: Params) -> Tensor:
         return get_tokenizer(self.tokenizer).encode([source[int(params["caption"])]], self.context_length)[0]
 
     def render(self, pixels: Tensor, params: Params) -> View:
-        eot = get_tokenizer(self.tokenizer).eot
-        return View(trim(pixels, eot) if self.trim and eot is not None else pixels)
+        return View(trim(pixels, get_tokenizer(self.tokenizer).eot) if self.trim else pixels)

@@ -96,7 +96,7 @@ class TowerModel:
             return None
         tokenizer = get_tokenizer(self.dual.tokenizer)
         ids = tokenizer.encode(texts, self.dual.context_length)
-        if tower.trimmable and tokenizer.eot is not None:
+        if tower.trimmable:
             ids = trim(ids, tokenizer.eot)
         with self._evaluating():
             return tower(ids.to(next(tower.parameters()).device), outputs=frozenset({"features"})).features

@@ -48,9 +48,9 @@ def load_extras(run_dir: str | Path) -> list[dict[str, Any]]:
         name = str(content.get("name", path.stem))
         if name in newest and _when(newest[name]) > _when(content):
             continue
-        files = content.get("figures") if isinstance(content.get("figures"), dict) else {}
+        files = content.get("figures")
         figures = {}
-        for title, file in files.items():
+        for title, file in files.items() if isinstance(files, dict) else ():
             figure = path.parent / Path(str(file)).name  # a name inside this folder, whatever the file says
             if figure.suffix == ".svg" and figure.is_file():
                 figures[title] = figure.read_bytes()

@@ -6,6 +6,7 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import matplotlib.colors
@@ -13,11 +14,14 @@ import matplotlib.ticker
 import numpy as np
 from matplotlib.figure import Figure
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 # Colours that no plot uses otherwise; each becomes a CSS colour in the finished SVG.
 _TEXT, _GRID, _BAD = "#010101", "#020202", "#030303"
 _SERIES = [f"#0{i}0404" for i in range(1, 7)]
 _CSS = {_TEXT: "currentColor", _GRID: "var(--grid)", _BAD: "var(--bad)"} | {c: f"var(--series{i})" for i, c in enumerate(_SERIES, 1)}
-_STYLE = {
+_STYLE: dict[RcKeyType, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mmpretrain",
     "text.parse_math": False,  # names come from recipes and shards: a "$" is a dollar
@@ -33,6 +37,7 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+Values = Sequence[float] | np.ndarray
 MAX_POINTS = 400  # what a chart of this width can show
 
 
@@ -57,14 +62,14 @@ def thin(x: np.ndarray, y: np.ndarray, points: int = MAX_POINTS) -> tuple[np.nda
     return x[keep], y[keep]
 
 
-def suits_log(values: Sequence[float]) -> bool:
+def suits_log(values: Values) -> bool:
     """Positive throughout and spanning more than a factor of 10."""
     y = np.asarray([v for v in values if np.isfinite(v)], dtype=float)
     return len(y) > 2 and bool(y.min() > 0) and y.max() / y.min() > 10
 
 
 def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Mapping[str, tuple[Values, Values]],
     label: str,
     log_y: bool = False,
     smoothed: bool = False,
@@ -145,7 +150,7 @@ def _svg(figure: Figure, label: str) -> str:
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    box = re.search(r'viewBox="([^"]+)"', text)[1]
+    box = text.partition('viewBox="')[2].partition('"')[0]
     title = label.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     text = re.sub(r"<svg[^>]*>", lambda _: f'<svg viewBox="{box}" role="img" aria-label="{title}">', text, count=1)
     text = re.sub(r"<style.*?</style>|font-family: [^;\"]*;?", "", text, flags=re.DOTALL)  # else it would style the whole page

@@ -15,7 +15,7 @@ import numpy as np
 import pictures
 import torch
 import views
-from common import Row, Spread, alternate, arguments, ratio, record
+from common import Row, alternate, arguments, formatted, ratio, record
 
 from mmpretrain.data import buffers
 from mmpretrain.launch import keep_freed_memory
@@ -67,7 +67,7 @@ def main() -> None:
         if not ((means["ours"] - means["PIL"]).abs() < allowed).all():
             raise RuntimeError(f"the views differ: [mean, deviation, grey] is {means['ours'].tolist()}, PIL's {means['PIL'].tolist()}")
         times = ratio(speeds["ours"], speeds["PIL"])
-        rates = [f"{Spread.of(speeds[name])} views/s" for name in speeds]
+        rates = formatted(speeds["ours"], speeds["PIL"], "views/s")
         figures = {name: value.tolist() for name, value in means.items()}
         record(parsed, Row(f"augment, {width}x{height} -> {size}", *rates, times, "at least 4x", times.median >= 4, figures))
 

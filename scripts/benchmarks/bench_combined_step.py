@@ -9,7 +9,7 @@ and the masked one. "SimCLR's view reused" takes SimCLR's first view as CLIP's i
 import tempfile
 from pathlib import Path
 
-from common import Row, Spread, alternate, arguments, capped, ratio, record
+from common import Row, Spread, alternate, arguments, capped, formatted, ratio, record
 from trainers import SMALL, TINY, Run, Setting, check_same_work, step_flops, train_ours, train_peer
 
 REST = {"simclr": {"weight": 0.3}, "simmim": {"weight": 0.3, "mask_ratio": 0.6}, "masked_text": {"weight": 0.1}}
@@ -41,16 +41,16 @@ def main() -> None:
         found = alternate({name: lambda name=name: train(name) for name in runs}, parsed.rounds)
     for name in OURS:
         times = ratio(found[name], found["peer"])
-        rates = [f"{Spread.of(values)} pairs/s" for values in (found[name], found["peer"])]
+        ours, peer = formatted(found[name], found["peer"], "pairs/s")
         reached = setting.share_of_peak(flops[name], Spread.of(found[name]).median)
-        rates[0] += f"; {reached}"
+        ours += f"; {reached}"
         counts = name == "all views apart"
         figures = {
             which: {"peak_mb": [r.peak_mb for r in runs[which]], "clip_loss": [r.last for r in runs[which]]} for which in (name, "peer")
         }
         figures |= {"precision": setting.precision, "peak_gflops": setting.peak_gflops, "step_gflop": flops[name] / 1e9}
         target, met = ("at least 1x", times.median >= 1) if counts else ("", None)
-        record(parsed, Row(f"combined_step, {name}, {setting.precision}{capped()}", *rates, times, target, met, figures))
+        record(parsed, Row(f"combined_step, {name}, {setting.precision}{capped()}", ours, peer, times, target, met, figures))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import time
 from types import SimpleNamespace
 
 from common import Row, Spread, alternate, arguments, ratio, record
+from trainers import model_config
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense bf16, SXM; NVIDIA's data sheets
 
@@ -47,7 +48,7 @@ def main() -> None:
 
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(0)
-    config = open_clip.get_model_config(parsed.model)
+    config = model_config(parsed.model)
     device, size = torch.device("cuda"), config["vision_cfg"]["image_size"]
     captions = [members["txt"].decode() for _, members in chunk((0, "pairs", 0, 256))]
     tokenizer = get_tokenizer()
@@ -125,7 +126,8 @@ def main() -> None:
         raise RuntimeError(f"the two do not compute the same first loss: {first}")
     if not parsed.quick:
         for tower in (ours.towers.visual, ours.towers.text):
-            tower.compile_trunk()
+            if tower is not None:
+                tower.compile_trunk()
         theirs = torch.compile(theirs)
 
     def largest(steps) -> int:
@@ -164,9 +166,13 @@ def main() -> None:
         "text_tokens": {"ours": ids.shape[1], "peer": padded.shape[1]},
         "gpu": title,
     }
-    rates = [f"{Spread.of(found[name])} samples/s, batch {batches[name]:,}, MFU {mfu[name]:.0%}" for name in sides]
+
+    def rate(name: str) -> str:
+        return f"{Spread.of(found[name])} samples/s, batch {batches[name]:,}, MFU {mfu[name]:.0%}"
+
     met = times.median >= 1.5 and mfu["ours"] >= 0.4
-    record(parsed, Row(f"gpu_train_step, {parsed.model} on {title}", *rates, times, "at least 1.5x, MFU at least 40%", met, figures))
+    row = f"gpu_train_step, {parsed.model} on {title}"
+    record(parsed, Row(row, rate("ours"), rate("peer"), times, "at least 1.5x, MFU at least 40%", met, figures))
 
 
 if __name__ == "__main__":

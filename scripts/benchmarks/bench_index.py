@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import webdataset
-from common import Row, Spread, alternate, arguments, ratio, record
+from common import Row, Spread, alternate, arguments, formatted, ratio, record
 
 from mmpretrain.data.index import scan
 
@@ -63,7 +63,7 @@ def main() -> None:
         found = alternate({read.__name__: lambda read=read: speed(read) for read in (ours, peer)}, parsed.rounds)
     rates = {name: Spread.of(values) for name, values in found.items()}
     met = rates["ours"].median >= REQUIRED
-    texts = (f"{rates[name]} samples/s" for name in ("ours", "peer"))
+    texts = formatted(found["ours"], found["peer"], "samples/s")
     goal = f"at least {REQUIRED:,} samples/s"
     record(parsed, Row("index, foreign shards in memory, one process", *texts, ratio(found["ours"], found["peer"]), goal, met))
 

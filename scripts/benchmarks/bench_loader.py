@@ -18,11 +18,10 @@ from typing import Any
 import pictures
 import torch
 import views
-import webdataset
-from common import Row, Spread, alternate, arguments, ratio, record, threads
+from common import Row, alternate, arguments, formatted, ratio, record, threads
 from PIL import Image
-from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
+from webdataset.compat import WebDataset, WebLoader
 
 from mmpretrain.data.loader import Loader
 from mmpretrain.data.source import Source, SourceConfig
@@ -50,9 +49,9 @@ def stack(samples: list[list[torch.Tensor]]) -> list[torch.Tensor]:
 def peer_batches(folder: Path, make: Callable[[bytes], list[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
     """As open_clip reads: shards, shuffle, decode, transform, batch, each in `WORKERS` processes."""
     pattern = str(folder / "{00000..00003}.tar")
-    data: Any = webdataset.WebDataset(pattern, shardshuffle=False, resampled=True)
+    data: Any = WebDataset(pattern, shardshuffle=False, resampled=True)
     data = data.shuffle(256, initial=64).to_tuple("jpg").map_tuple(make).map(lambda row: row[0]).batched(BATCH, collation_fn=stack)
-    return iter(webdataset.WebLoader(data, batch_size=None, num_workers=WORKERS))
+    return iter(WebLoader(data, batch_size=None, num_workers=WORKERS))
 
 
 def our_batches(folder: Path, specs: list) -> tuple[Iterator[list[torch.Tensor]], Callable[[], None]]:
@@ -83,14 +82,8 @@ def check_pictures(folder: Path, size: int) -> None:
     batches, close = our_batches(folder, [CenterView(size=size)])
     found = next(batches)[0]
     close()
-    steps = [
-        transforms.Resize(size, views.BICUBIC),
-        transforms.CenterCrop(size),
-        transforms.ToTensor(),
-        transforms.Normalize(views.MEAN, views.STD),
-    ]
-    plain = transforms.Compose(steps)
-    files = webdataset.WebDataset(str(folder / "00000.tar"), shardshuffle=False).to_tuple("jpg")
+    plain = views.central(size)
+    files: Any = WebDataset(str(folder / "00000.tar"), shardshuffle=False).to_tuple("jpg")
     theirs = torch.stack([plain(Image.open(io.BytesIO(data)).convert("RGB")) for (data,), _ in zip(files, range(64))])
     nearest = torch.stack([(theirs - image).abs().mean((1, 2, 3)).min() for image in found])
     if not nearest.max() < 0.05:  # in standard deviations of a pixel; 0.02 is one level of 255
@@ -131,7 +124,7 @@ def main() -> None:
                 what = f"{width}x{height} -> {size}" + (", two SimCLR views" if simclr else "")
                 for which, least in (("pil", 3.5), ("torchvision", 1.3)):
                     times = ratio(found["ours"], found[which])
-                    rates = [f"{Spread.of(found[name])} images/s" for name in ("ours", which)]
+                    rates = formatted(found["ours"], found[which], "images/s")
                     title = f"loader, {what}, against webdataset + {'PIL' if which == 'pil' else 'torchvision'}"
                     record(parsed, Row(title, *rates, times, f"at least {least:g}x", times.median >= least, {"jpeg_bytes": each}))
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import ROOT, Row, Spread, alternate, arguments, measured, ratio, record
+from common import ROOT, Row, Spread, alternate, arguments, formatted, measured, ratio, record
 from trainers import SMALL, TINY, Setting
 
 
@@ -66,7 +66,7 @@ def main() -> None:
         found = alternate(runs, parsed.rounds)
     for kind, title in (("weak", f"{batch} rows a process"), ("strong", f"{batch} rows a step")):
         efficiency = Spread.of([value / 2 for value in (r for r in (a / b for a, b in zip(found[kind], found["one"])))])
-        rates = [f"{Spread.of(found[which])} samples/s" for which in (kind, "one")]
+        rates = formatted(found[kind], found["one"], "samples/s")
         speedup = ratio(found[kind], found["one"])
         record(parsed, Row(f"scaling, 1 -> 2 processes, {title}", *rates, speedup, "measured", None, {"efficiency": efficiency.median}))
 

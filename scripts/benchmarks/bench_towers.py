@@ -10,8 +10,8 @@ import time
 
 import open_clip
 import torch
-from common import Row, Spread, alternate, arguments, ratio, record, threads
-from trainers import SMALL, TINY
+from common import Row, alternate, arguments, formatted, ratio, record, threads
+from trainers import SMALL, TINY, model_config
 
 from data_prep.demo.records import chunk
 from mmpretrain.compute import choose_precision, model_width
@@ -27,7 +27,7 @@ def main() -> None:
     torch.set_num_threads(threads())
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = open_clip.get_model_config(parsed.model) if parsed.model else TINY if parsed.quick else SMALL
+    config = model_config(parsed.model) if parsed.model else TINY if parsed.quick else SMALL
     theirs = open_clip.model.CustomTextCLIP(**config).to(device)
     ours = build_towers(config).to(device)
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("logit")})
@@ -39,7 +39,7 @@ def main() -> None:
     captions = [members["txt"].decode() for _, members in chunk((0, "pairs", 0, parsed.batch))]
     tokenizer = get_tokenizer(ours.tokenizer)
     padded = tokenizer.encode(captions, ours.context_length).to(device)
-    trimmed = padded if tokenizer.eot is None else trim(padded, tokenizer.eot)
+    trimmed = trim(padded, tokenizer.eot)
     scale = torch.tensor(1 / 0.07, device=device)
     peer_loss = open_clip.loss.ClipLoss()
     choice = choose_precision(model_width(config))
@@ -75,7 +75,7 @@ def main() -> None:
         return parsed.batch / (time.perf_counter() - started)
 
     found = alternate({name: lambda name=name: timed(name) for name in both}, parsed.rounds)
-    rates = [f"{Spread.of(values)} samples/s" for values in found.values()]
+    rates = formatted(found["ours"], found["open_clip"], "samples/s")
     model = parsed.model or ("a tiny model" if parsed.quick else "ViT-Ti/16 112 px")
     title = f"towers, {model}, {device}, {trimmed.shape[1]} of {padded.shape[1]} tokens"
     record(parsed, Row(title, *rates, ratio(found["ours"], found["open_clip"]), "", None, {"first_loss": first}))

@@ -14,7 +14,7 @@ and that of all with the loader's, pages that they share counted once.
 import tempfile
 from pathlib import Path
 
-from common import Row, Spread, alternate, arguments, capped, ratio, record
+from common import Row, Spread, alternate, arguments, capped, formatted, ratio, record
 from trainers import SMALL, TINY, Run, Setting, check_same_end, check_same_work, step_flops, train_ours, train_peer
 
 
@@ -57,13 +57,13 @@ def main() -> None:
             "same_batch": courses,
             "losses": {"ours": [r.losses for r in ours], "peer": [r.losses for r in runs[name]]},
         }
-        rates = [f"{Spread.of(values)} samples/s" for values in (found["ours"], found[name])]
-        rates[0] += f"; {reached}"
-        record(parsed, Row(f"train_step, {title}{kind}", *rates, times, f"at least {least:g}x", times.median >= least, figures))
+        our_rate, peer_rate = formatted(found["ours"], found[name], "samples/s")
+        row, target = f"train_step, {title}{kind}", f"at least {least:g}x"
+        record(parsed, Row(row, f"{our_rate}; {reached}", peer_rate, times, target, times.median >= least, figures))
     for title, of in (("", lambda run: run.peak_mb), (", all processes", lambda run: run.tree_mb)):
-        peaks = [[of(run) for run in runs[name]] for name in ("ours", "peer")]
-        memory = ratio(*peaks, less_is_better=True)
-        texts = [f"{Spread.of(values)} MB" for values in peaks]
+        our_peaks, peer_peaks = ([of(run) for run in runs[name]] for name in ("ours", "peer"))
+        memory = ratio(our_peaks, peer_peaks, less_is_better=True)
+        texts = formatted(our_peaks, peer_peaks, "MB")
         record(parsed, Row(f"train_step, peak memory{title}{kind}", *texts, memory, "not higher", memory.median >= 1))
 
 

@@ -48,6 +48,11 @@ class Spread:
         return short(self.median) + ("" if self.low == self.high else f" ({short(self.low)} to {short(self.high)})")
 
 
+def formatted(ours: Sequence[float], peer: Sequence[float], unit: str) -> tuple[str, str]:
+    """The rates (or sizes) of the two sides as a Row shows them, in `unit`."""
+    return f"{Spread.of(ours)} {unit}", f"{Spread.of(peer)} {unit}"
+
+
 @dataclass
 class Row:
     """One line of docs/benchmarks.md. `ratio` is written so that more is better; `met` is None where nothing was to be reached."""

@@ -19,12 +19,12 @@ from common import ROOT, machine, measured, threads
 
 from mmpretrain.cpu import SPINS
 
-SMALL = {  # ViT-Ti/16 at 112 px and a text tower of 12 layers
+SMALL: dict[str, Any] = {  # ViT-Ti/16 at 112 px and a text tower of 12 layers
     "embed_dim": 192,
     "vision_cfg": {"image_size": 112, "patch_size": 16, "width": 192, "layers": 12, "head_width": 64},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 12},
 }
-TINY = {
+TINY: dict[str, Any] = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
@@ -77,6 +77,16 @@ with FlopCounterMode(display=False) as counter:
 print(counter.get_total_flops() / len(batches))
 """
 LINE = re.compile(r"Contrastive_loss: ([0-9.naif]+) ")
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """The config of an open_clip model. Raises SystemExit for a name that open_clip does not know."""
+    import open_clip
+
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise SystemExit(f"--model {name}: open_clip has no such model; it has {', '.join(open_clip.list_models())}")
+    return config
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import torch
 from PIL import Image, ImageFilter
@@ -26,6 +27,12 @@ class Blur:
 def ours(size: int, simclr: bool) -> list[ImageView]:
     """What a batch carries: CLIP's view, or SimCLR's two."""
     return [ImageView(index=i, size=size, **PRESETS["simclr"]) for i in range(2)] if simclr else [ImageView(size=size, **PRESETS["weak"])]
+
+
+def central(size: int) -> Callable[[Image.Image], torch.Tensor]:
+    """The evaluation view of a PIL image: resized, the middle cut out, normalised float32 [3,H,W]."""
+    steps = [transforms.Resize(size, BICUBIC), transforms.CenterCrop(size), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    return transforms.Compose(steps)
 
 
 def pil(size: int, simclr: bool) -> transforms.Compose:

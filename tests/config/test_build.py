@@ -5,7 +5,8 @@ from typing import Literal
 
 import pytest
 
-from mmpretrain.config.build import OptionError, build, describe, documentation, hint, nearest
+from mmpretrain.config.build import OptionError, build, hint, nearest
+from mmpretrain.config.documentation import describe, documentation
 
 
 @dataclass

@@ -18,10 +18,10 @@ def rates(width: int) -> compute.Rates:
 def main() -> None:
     torch.cuda.is_available = lambda: False
     compute.product_rates = rates
-    accelerator, choice = launch.start(recipes.Config(run_dir=sys.argv[1], threads=1))
+    config, accelerator, choice = launch.start(recipes.Config(run_dir=sys.argv[1], threads=1))
     assert choice.precision == "bf16"
     assert choice.rates == compute.Rates(compute.DEFAULT_WIDTH, 100.0, 400.0)
-    assert accelerator.mixed_precision == "bf16"
+    assert (config.precision, accelerator.mixed_precision) == ("bf16", "bf16")
     assert accelerator.num_processes == 2
     print(f"rank {accelerator.process_index} took {choice.precision}", flush=True)
     torch.distributed.destroy_process_group()

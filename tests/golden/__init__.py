@@ -74,6 +74,8 @@ _PAIRS = {"pairs": "pairs"}
 _PHOTOS = {"photos": "photos"}
 RECIPES = {
     "demo": Golden("demo.yaml", {**_PAIRS, "captions": "pairs", **_PHOTOS}, _batch(pairs=16, captions=4, photos=8)),
+    "demo_dino": Golden("demo_dino.yaml", {**_PAIRS, **_PHOTOS}, _batch(pairs=16, photos=8)),
+    "demo_mae": Golden("demo_mae.yaml", {**_PAIRS, **_PHOTOS}, _batch(pairs=16, photos=8)),
     "emoji_clip": Golden("emoji_clip.yaml", _PAIRS, {"model": _EMOJI_TOWERS, **_batch(pairs=16)}),
     "emoji_combined": Golden(
         "emoji_combined.yaml",

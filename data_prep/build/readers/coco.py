@@ -162,8 +162,8 @@ def coco(annotations: list[str], images: str) -> Coco:
 
 
 def _input(image: dict[str, Any], boxes: list[tuple[Any, ...]], captions: list[str]) -> Annotated:
-    size = (image.get("width"), image.get("height"))
-    known = size if all(isinstance(side, int) for side in size) else None
+    width, height = image.get("width"), image.get("height")
+    known = (width, height) if isinstance(width, int) and isinstance(height, int) else None
     file = str(image["file_name"])
     return Annotated(path_key(file), image["id"], file, known, tuple(boxes), tuple(captions))
 

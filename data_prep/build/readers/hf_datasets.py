@@ -117,6 +117,7 @@ def load(name: str, config: str | None, split: str | None, stream: bool, data_di
     """A Dataset or IterableDataset. Raises InputError naming the splits where none was chosen of several, OSError."""
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise InputError("reading Hugging Face sets needs datasets: pip install datasets") from error
     saved = any(files.exists(files.join(name, mark)) for mark in ("state.json", "dataset_dict.json"))
@@ -127,14 +128,13 @@ def load(name: str, config: str | None, split: str | None, stream: bool, data_di
             found = datasets.load_from_disk(name)
         else:
             found = datasets.load_dataset(name, config, split=split, streaming=stream, data_dir=data_dir, data_files=data_files)
-    except (datasets.exceptions.DatasetsError, OSError) as error:
+    except (DatasetsError, OSError) as error:
         raise InputError(f"{name}: {error}") from error
     if isinstance(found, dict):
         chosen = split or (next(iter(found)) if len(found) == 1 else None)
-        if chosen not in found:
-            raise InputError(
-                f"{name} has the splits {', '.join(found)}, and not {split}." if split else f"{name}: --split one of {', '.join(found)}."
-            )
+        if chosen is None or chosen not in found:
+            names = ", ".join(map(str, found))
+            raise InputError(f"{name} has the splits {names}, and not {split}." if split else f"{name}: --split one of {names}.")
         return found[chosen]
     if split and saved and str(getattr(found, "split", None) or split) != split:
         raise InputError(f"{name} is the split {found.split}, not {split}.")
@@ -162,7 +162,7 @@ def from_dataset(dataset: Any, columns: Columns, name: str) -> Hub:
 
 def _classes(dataset: Any, label: str, stream: bool) -> tuple[str, ...] | None:
     feature = (dataset.features or {}).get(label)
-    if hasattr(feature, "names"):
+    if feature is not None and hasattr(feature, "names"):
         return tuple(feature.names)
     if stream:
         if class_names((lookup(row, label) for row in dataset.take(100)), f"column {label}") is None:

@@ -54,7 +54,9 @@ class _Cursor:
         self._open = ExitStack()
         self._table = self._open.enter_context(opened(file))
         self.edges = [0, *accumulate(self._table.metadata.row_group(i).num_rows for i in range(self._table.num_row_groups))]
-        self._group, self._first, self._batch, self._batches = -1, 0, (), iter(())  # the batch begins at row `_first`
+        self._group, self._first = -1, 0  # the batch begins at row `_first`
+        self._batch: Any = ()  # a pyarrow.RecordBatch, once one is read
+        self._batches: Iterator[Any] = iter(())
 
     def __del__(self) -> None:
         self._open.close()

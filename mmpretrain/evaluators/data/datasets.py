@@ -169,7 +169,7 @@ def open_dataset(config: DataConfig, task: Task, *, subset: str | None = None) -
     limits = ImageLimits(background=config.background)
     result = EvalSet(_name(config.data, subset), items, templates=templates, limits=limits, skipped=skipped)
     if task == "classification":
-        result.labels, names = class_names.resolve([item.label for item in items], given, config.data)
+        result.labels, names = class_names.resolve(_labels(items), given, config.data)
         result.labels, result.classes = class_names.merge_duplicates(result.labels, names)
     result = _filtered(result, config, task)
     if config.split is not None:
@@ -190,9 +190,15 @@ def first_items(config: DataConfig, task: Task, *, subset: str | None = None, mo
     if not items and not bad and not _remote(config.data):
         raise OptionError(f"data={config.data!r}: no items to evaluate (subset={subset})")
     if items and task == "classification":
-        result.labels, result.classes = class_names.resolve([item.label for item in items], given, config.data)
+        result.labels, result.classes = class_names.resolve(_labels(items), given, config.data)
     _patterns(config)
     return result
+
+
+def _labels(listed: list[Item]) -> list[class_names.Label]:
+    labels = [item.label for item in listed if item.label is not None]
+    assert len(labels) == len(listed)  # `_source` leaves out what has no label where the task is classification
+    return labels
 
 
 def _remote(data: str) -> bool:
