@@ -4,6 +4,10 @@ A process shares no interpreter with the trainer and the other workers, where th
 an image. Pixels cross in memory that both sides map: a memory file that the process makes, fills, and fills again once the parent has let
 go of all tensors over it. Crossing copies nothing, and nothing counts against /dev/shm. To a process forked off the parent such a batch is
 good only while the parent holds it, too.
+
+The workers of data_prep (`data_prep.engine.local`) are another kind, for another task: fresh processes without torch, for functions without
+effects, so that the task of one that is killed is done again. These are forked with the open sources, and lend memory, so that the batch of
+one that ends is lost and the run says so.
 """
 
 from __future__ import annotations

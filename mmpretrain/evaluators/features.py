@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from mmpretrain import distributed
+from mmpretrain.atomic import write_atomically
 from mmpretrain.data.decode import ImageLimits, decode_image
 from mmpretrain.data.schema import BadSample, BadSampleBudgetError
 from mmpretrain.data.views import CenterView
@@ -218,13 +218,11 @@ def _cache_file(model: Model, dataset: EvalSet, folder: str | None) -> Path | No
 
 
 def _save(found: Features, path: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     tensors = {"rows": found.rows, **{name: value.contiguous() for name, value in found.values.items()}}
-    save_file(tensors, temporary, metadata={"skipped": json.dumps(found.skipped)})
-    os.replace(temporary, path)
+    write_atomically(path, save(tensors, metadata={"skipped": json.dumps(found.skipped)}))
 
 
 def _load(path: Path) -> Features:

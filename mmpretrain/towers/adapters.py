@@ -5,7 +5,6 @@ They give features, pooled and tokens; token masks, mask embeddings and attentio
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
+from mmpretrain.config.build import hint
 from mmpretrain.errors import ModelError
 from mmpretrain.towers.base import Tokens, Tower, unmasked
 from mmpretrain.towers.huggingface import HFTower, from_transformers
@@ -222,8 +222,7 @@ def timm_config(name: str) -> tuple[dict, dict, str, bool]:
     import timm
 
     if not name.startswith("hf-hub:") and not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 3)
-        raise ModelError(f"unknown timm model {name!r}" + (f" (did you mean {', '.join(near)}?)" if near else ""))
+        raise ModelError(f"unknown timm model {name!r}{hint(name.split('.')[0], timm.list_models(), 3)}")
     known = timm.get_pretrained_cfg(name, allow_unregistered=True)
     size = known.input_size[1] if known else 224
     vision = {"timm_model_name": name, "image_size": size, "timm_pool": "", "timm_proj": "linear"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import logging
 import math
@@ -16,7 +15,7 @@ from typing import Any, get_type_hints
 import open_clip
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-from mmpretrain.config.build import convert
+from mmpretrain.config.build import convert, hint
 from mmpretrain.data.source_config import MAX_IMAGE_SIZE
 from mmpretrain.errors import ModelError
 from mmpretrain.towers import adapters
@@ -133,8 +132,8 @@ def _config(model: str | dict[str, Any]) -> tuple[dict, dict, str, bool]:
         return cfg, found.get("preprocess_cfg", {}), _tokenizer(cfg, None), own
     cfg = open_clip.get_model_config(name.replace("/", "-") if "hf-hub:" not in name else name)
     if cfg is None:
-        near = difflib.get_close_matches(name, open_clip.list_models(), 3)
-        raise ModelError(f"unknown model {model!r}: give an open_clip model name{_did_you_mean(near)}, a JSON file, timm:NAME or hf:FOLDER")
+        near = hint(name, open_clip.list_models(), 3)
+        raise ModelError(f"unknown model {model!r}: give an open_clip model name{near}, a JSON file, timm:NAME or hf:FOLDER")
     return _checked(cfg, name), {}, _tokenizer(cfg, name), own
 
 
@@ -144,7 +143,7 @@ def _checked(cfg: dict, where: str) -> dict:
     top += ["init_logit_scale", "init_logit_bias"]
     for key in cfg:
         if key not in top:
-            raise ModelError(f"{where}: unknown field {key}{_did_you_mean(difflib.get_close_matches(key, top, 1))}")
+            raise ModelError(f"{where}: unknown field {key}{hint(key, top)}")
     known = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
     for part, kind in known.items():
         if not isinstance(cfg.get(part) or {}, dict):
@@ -152,7 +151,7 @@ def _checked(cfg: dict, where: str) -> dict:
         names, kinds = [field.name for field in fields(kind)], get_type_hints(kind)
         for key, value in (cfg.get(part) or {}).items():
             if key not in names:
-                raise ModelError(f"{where}: unknown field {part}.{key}{_did_you_mean(difflib.get_close_matches(str(key), names, 1))}")
+                raise ModelError(f"{where}: unknown field {part}.{key}{hint(str(key), names)}")
             if value is None and (key not in _COUNTS or isinstance(cfg[part].get("layers"), list | tuple)):  # a ResNet has no patches
                 continue
             if key in _COUNTS:
@@ -190,10 +189,6 @@ def _tokenizer(cfg: Any, name: str | None) -> str:
     text = cfg.get("text_cfg") or {}
     special = text.get("hf_tokenizer_name") or text.get("tokenizer_kwargs")
     return (name or text.get("hf_tokenizer_name") or "clip") if special else "clip"
-
-
-def _did_you_mean(names: list[str]) -> str:
-    return f" (did you mean {' or '.join(names)}?)" if names else ""
 
 
 def _pretrained_tag(model: str | dict, tag: str) -> dict:

@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor
 
 from mmpretrain.data.decode import ImageLimits
+from mmpretrain.data.folders import is_image
 from mmpretrain.data.formats import read_text
 from mmpretrain.data.holdout import in_part
 from mmpretrain.data.schema import BadSampleBudgetError
@@ -130,7 +131,7 @@ def kind_of(data: str) -> Literal["benchmark", "folder", "csv", "shards"]:
     if path.is_dir():
         if any(path.glob("*/nshards.txt")):
             return "benchmark"
-        if any(path.glob("*.tar")) or (any(path.glob("*/*.tar")) and not any(path.glob("*/*.[jJpPwW][pPnNeE]*"))):
+        if any(path.glob("*.tar")) or (any(path.glob("*/*.tar")) and not any(is_image(file.name) for file in path.glob("*/*"))):
             return "shards"
         if any(p.is_dir() for p in path.iterdir()):
             return "folder"
@@ -311,7 +312,7 @@ def _beside(folder: Path, given: list[str] | dict[str, str] | None) -> tuple[lis
     """Class names, unless given, and prompts from the text files that CLIP_benchmark and `data_prep` put beside shards."""
     names, prompts = folder / "classnames.txt", folder / "zeroshot_classification_templates.txt"
     if given is None and names.is_file():
-        given = load_classes(str(names))
+        given = [class_names.readable(name) for name in load_classes(str(names)) or []]  # as for the folders that they may come from
     return given, items.lines_of(prompts) if prompts.is_file() else None
 
 
