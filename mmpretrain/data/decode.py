@@ -1,4 +1,4 @@
-"""4. Bytes -> uint8 RGB image. Formats are sniffed from the content; whatever cannot be used is a BadSample."""
+"""Image decoding (stage 4 of the data pipeline), to uint8 RGB, with formats recognised by content. Unusable images are BadSamples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmpretrain.data.formats import sniff
 from mmpretrain.data.schema import BadSample
 
 EXIF = b"Exif\0\0"
-INTEGERS = {3: "H", 4: "I", 8: "h", 9: "i"}  # EXIF's kinds of numbers
+INTEGERS = {3: "H", 4: "I", 8: "h", 9: "i"}  # EXIF type of integer -> struct format
 MAX_SCANS = 100  # of a progressive JPEG; a writer makes about ten, and each costs a pass over the image
 # EXIF orientation -> transposed?, and the axes flipped after that
 TURNS = {2: (False, 2), 3: (False, 1, 2), 4: (False, 1), 5: (True,), 6: (True, 2), 7: (True, 1, 2), 8: (True, 1)}
@@ -26,15 +26,15 @@ PILLOW_FORMATS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "b
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What an image may be. Sizes are judged from the header, before any pixel is decoded."""
+    """Limits of images. Sizes are checked in the header, before any pixel is decoded."""
 
     max_pixels: int = 64_000_000  # width times height
     min_side: int = 8  # pixels
     max_aspect: float = 20.0  # longer side over shorter side
-    background: tuple[int, ...] = (255, 255, 255)  # what shows through transparency, RGB 0..255
+    background: tuple[int, ...] = (255, 255, 255)  # below transparency, RGB 0..255
 
     def check(self, width: int, height: int) -> None:
-        """Raises BadSample for an image too large, too small or too elongated."""
+        """Raise BadSample for an image that is too large, too small or too elongated."""
         if width * height > self.max_pixels:
             raise BadSample("too_many_pixels", f"{width} x {height}, the limit is {self.max_pixels} pixels (max_pixels)")
         if min(width, height) < self.min_side:
@@ -44,7 +44,7 @@ class ImageLimits:
 
 
 class JpegHeader(NamedTuple):
-    """What a JPEG says of itself before its pixels."""
+    """The header of a JPEG, before its pixels."""
 
     width: int
     height: int
@@ -55,31 +55,31 @@ class JpegHeader(NamedTuple):
 
 
 def jpeg_header(data: bytes) -> JpegHeader | None:
-    """None where there is no frame header."""
-    at, exif = 2, b""
-    while at + 9 < len(data):
-        if data[at] != 0xFF:
+    """Read the frame header and EXIF block of a JPEG; None without a frame header."""
+    offset, exif = 2, b""
+    while offset + 9 < len(data):
+        if data[offset] != 0xFF:
             return None
-        marker = data[at + 1]
+        marker = data[offset + 1]
         if marker == 0xFF:  # fill byte
-            at += 1
+            offset += 1
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", data, at + 5)
-            return JpegHeader(width, height, data[at + 9], data[at + 4], marker == 0xC2, exif)
+            height, width = struct.unpack_from(">HH", data, offset + 5)
+            return JpegHeader(width, height, data[offset + 9], data[offset + 4], marker == 0xC2, exif)
         elif marker == 0xDA:
             return None
         else:
-            length = int.from_bytes(data[at + 2 : at + 4], "big")
-            if marker == 0xE1 and not exif and length > 16 and data[at + 4 : at + 10] == EXIF:
-                exif = data[at + 4 : at + 2 + length]
-            at += 2 + length
+            length = int.from_bytes(data[offset + 2 : offset + 4], "big")
+            if marker == 0xE1 and not exif and length > 16 and data[offset + 4 : offset + 10] == EXIF:
+                exif = data[offset + 4 : offset + 2 + length]
+            offset += 2 + length
     return None
 
 
 def orientation(exif: bytes) -> int:
-    """What the first directory of an EXIF block says, 1 to 8 as a rule; 1, upright, where it says nothing that can be read.
+    """Read the orientation in the first directory of an EXIF block, usually 1 to 8; 1 (upright) where it cannot be read.
 
-    Read is a block before the frame header; an orientation in XMP alone is not.
+    An orientation that stands in XMP alone is ignored.
     """
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[6:10])
     if order is None:
@@ -96,20 +96,20 @@ def orientation(exif: bytes) -> int:
 
 
 def upright(image: Tensor, turn: int) -> Tensor:
-    """uint8 [3,H,W] turned as its EXIF orientation says."""
+    """Turn an image, uint8 [3, H, W], upright from its EXIF orientation `turn`."""
     transposed, *axes = TURNS.get(turn, (False,))
     return (image.transpose(1, 2) if transposed else image).flip(axes) if transposed or axes else image
 
 
 def composite(rgba: Tensor, background: tuple[int, ...]) -> Tensor:
-    """uint8 [4,H,W] -> uint8 [3,H,W]: colour over the background, by alpha."""
+    """Composite uint8 [4, H, W] over the background, to uint8 [3, H, W]."""
     alpha = rgba[3:].to(torch.int32)
     under = torch.tensor(background, dtype=torch.int32)[:, None, None]
     return ((rgba[:3].to(torch.int32) * alpha + under * (255 - alpha) + 127) // 255).to(torch.uint8)
 
 
 def _jpeg(data: bytes, limits: ImageLimits) -> Tensor | None:
-    """libjpeg-turbo for plain 8-bit JPEG; None leaves the rest to Pillow, which also judges what is not as it should be."""
+    """Decode a plain 8-bit JPEG with libjpeg-turbo; return None for others and for damaged ones, which Pillow decodes or refuses."""
     header = jpeg_header(data)
     if header is None:
         return None
@@ -126,9 +126,10 @@ def _jpeg(data: bytes, limits: ImageLimits) -> Tensor | None:
 
 
 def _eight_bit(values: np.ndarray) -> np.ndarray:
-    """Integers or floats of another range -> uint8, by the range the values show.
+    """Convert integers or floats of another range to uint8, by the range of the values.
 
-    Floats in 0..1 are fractions; anything within 0..65535 is 16 bit; else the image's own minimum and maximum become 0 and 255.
+    Floats in 0..1 are fractions; other values within 0..65535 are 16 bit; else the image's minimum and maximum become
+    0 and 255.
     """
     values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())
@@ -149,7 +150,7 @@ def _pillow(data: bytes, kind: str, limits: ImageLimits) -> Tensor:
         opened.load()  # the first frame of an animation
         try:
             image = ImageOps.exif_transpose(opened)
-        except Exception:  # an EXIF block of whatever bytes
+        except Exception:  # a damaged EXIF block
             image = opened
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.rint(np.asarray(image, np.float64) / 257).astype(np.uint8))
@@ -162,9 +163,15 @@ def _pillow(data: bytes, kind: str, limits: ImageLimits) -> Tensor:
 
 
 def decode_image(data: bytes, limits: ImageLimits = ImageLimits()) -> Tensor:
-    """Image file -> uint8 [3,H,W] RGB, upright (EXIF orientation applied), transparency over `limits.background`.
+    """Decode an image file to uint8 [3, H, W] RGB, upright by its EXIF orientation, over `limits.background`.
 
-    Raises BadSample: unknown_format, undecodable_image (truncated too), too_many_pixels, too_many_scans, too_small, too_elongated.
+    Args:
+        data: the file.
+        limits: of its size.
+
+    Raises:
+        BadSample: unknown_format, undecodable_image (truncated too), too_many_pixels, too_many_scans, too_small,
+            too_elongated.
     """
     kind = sniff(data)
     if kind is None:
@@ -178,5 +185,5 @@ def decode_image(data: bytes, limits: ImageLimits = ImageLimits()) -> Tensor:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit comes before ours
         raise BadSample("too_many_pixels", str(error)) from error
-    except (Exception, MemoryError) as error:  # decoders raise all sorts over hostile bytes
+    except (Exception, MemoryError) as error:  # decoders raise errors of any kind for hostile bytes
         raise BadSample("undecodable_image", f"{kind}: {' '.join(str(error).split())[:200]}") from error

@@ -185,7 +185,7 @@ def shard_items(
             yield item
     if not found:
         wanted = " and ".join(name for name in ("an image", label, caption, "json" if metadata else None) if name)
-        have = ", ".join(sorted(shards.found)) or "nothing"
+        have = ", ".join(sorted(shards.extension_counts)) or "nothing"
         raise OptionError(f"{paths[0]}: 0 of {shards.looked_at} samples have {wanted}; they have {have}")
 
 
