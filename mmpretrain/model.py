@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmpretrain.batch import join, slice_of, surrogate, take
 from mmpretrain.config.build import nearest
 from mmpretrain.distributed import all_reduce_sum, world_size
+from mmpretrain.errors import ModelError
 from mmpretrain.functional import exact
 from mmpretrain.heads import is_batch_norm
 from mmpretrain.mixing import mix_pictures
@@ -56,7 +57,7 @@ class PretrainModel(nn.Module):
             teacher_statistics: of the teacher's BatchNorms: running ones, or those of the batch.
 
         Raises:
-            ValueError: an objective requests a missing network or output, or its `forward` takes other arguments.
+            ModelError: an objective requests a missing network or output, or its `forward` takes other arguments.
         """
         super().__init__()
         self.towers = towers
@@ -72,18 +73,18 @@ class PretrainModel(nn.Module):
             self._check(name, objective)
 
     def _check(self, name: str, objective: Objective) -> None:
-        """Raise ValueError for an objective that would fail, or silently train nothing, during a step."""
+        """Raise ModelError for an objective that would fail, or silently train nothing, during a step."""
         networks = {"student": self.towers, "teacher": self.teacher, **self.networks}
         for encode in source_encodes(objective.needs):
             if encode.network not in networks:
-                raise ValueError(f"objective {name!r} encodes with network {encode.network!r}{nearest(encode.network, networks)}")
+                raise ModelError(f"objective {name!r} encodes with network {encode.network!r}{nearest(encode.network, networks)}")
             if networks[encode.network] is None:
-                raise ValueError(f"objective {name!r} needs a teacher: add teacher: {{momentum: 0.996}} to the recipe")
+                raise ModelError(f"objective {name!r} needs a teacher: add teacher: {{momentum: 0.996}} to the recipe")
             if unknown := encode.outputs - OUTPUTS:
-                raise ValueError(f"objective {name!r}: an encode asks for {sorted(unknown)}; a tower gives {sorted(OUTPUTS)}")
+                raise ModelError(f"objective {name!r}: an encode asks for {sorted(unknown)}; a tower gives {sorted(OUTPUTS)}")
         arguments = inspect.signature(objective.forward).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in arguments.values()) and set(arguments) != set(objective.needs):
-            raise ValueError(f"objective {name!r}: forward takes {sorted(arguments)}, but its needs are {sorted(objective.needs)}")
+            raise ModelError(f"objective {name!r}: forward takes {sorted(arguments)}, but its needs are {sorted(objective.needs)}")
 
     def begin_step(self, progress: float) -> None:
         """Select the objectives of this step and let them prepare; progress in [0, 1]."""
@@ -163,7 +164,7 @@ class PretrainModel(nn.Module):
         network = {"student": self.towers, "teacher": self.teacher}.get(encode.network) or self.networks[encode.network]
         tower = network.visual if encode.view.modality == "image" else network.text
         if tower is None:
-            raise ValueError(f"an objective encodes {encode.view.modality} with the {encode.network}, which this recipe does not build")
+            raise ModelError(f"an objective encodes {encode.view.modality} with the {encode.network}, which this recipe does not build")
         return tower
 
     def hidden(self, encode: Encode, batch: Batch, done: dict[Encode, Encoded]) -> Tensor | None:
@@ -172,7 +173,7 @@ class PretrainModel(nn.Module):
             return None
         view, patch = batch[encode.source].views[encode.view], self._tower(encode).patch_size
         if patch is None:
-            raise ValueError("this image tower has no patches to hide; masked objectives need a vision transformer")
+            raise ModelError("this image tower has no patches to hide; masked objectives need a vision transformer")
         grid = (view.data.shape[-2] // patch, view.data.shape[-1] // patch)
         attention = done[bare(encode.mask.from_)].attention if encode.mask.from_ is not None else None
         return draw_mask(encode.mask, batch[encode.source].seeds, grid, attention)
@@ -256,7 +257,7 @@ class PretrainModel(nn.Module):
             encoded: results of `encode`.
             names: objectives.
             totals: per-row objective -> its number of terms in the global batch; None: of these rows on all ranks.
-            check: raise ValueError where an objective's outputs are not a loss and scalars.
+            check: raise ModelError where an objective's outputs are not a loss and scalars.
         """
         losses, logs = {}, {}
         for name in names:
@@ -278,7 +279,7 @@ class PretrainModel(nn.Module):
         return losses, logs
 
     def arguments(self, name: str, encoded: dict[Encode, Encoded]) -> dict[str, Any]:
-        """Return the arguments of an objective's `forward`; reading an output that was not requested raises ValueError."""
+        """Return the arguments of an objective's `forward`; reading an output that was not requested raises ModelError."""
 
         def one(key: str, encode: Encode) -> Requested:
             return asked(name, key, encode.outputs)(*encoded[bare(encode)])
@@ -378,7 +379,7 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
 
 @functools.cache
 def asked(objective: str, argument: str, outputs: frozenset[str]) -> type[Requested]:
-    """Make a Requested class whose missing outputs raise ValueError when read; None would fail far from the cause."""
+    """Make a Requested class whose missing outputs raise ModelError when read; None would fail far from the cause."""
 
     class Asked(Requested):
         __slots__ = ()
@@ -386,7 +387,7 @@ def asked(objective: str, argument: str, outputs: frozenset[str]) -> type[Reques
         def __getattribute__(self, field: str) -> Any:
             value = super().__getattribute__(field)
             if value is None and field in OUTPUTS:
-                raise ValueError(
+                raise ModelError(
                     f"objective {objective!r} reads {argument}.{field}, but its Encode asks for {sorted(outputs)}: "
                     f"add {field!r} to its outputs"
                 )
@@ -399,7 +400,7 @@ def with_mask_embeddings(towers: DualEncoder, objectives: Iterable[Objective], s
     """Add a mask embedding to each tower that hides tokens, drawn from `seed` alone.
 
     Raises:
-        ValueError: a tower cannot hide tokens.
+        ModelError: a tower cannot hide tokens.
     """
     for encode in (e for objective in objectives for e in source_encodes(objective.needs)):
         replaces = encode.mask is not None and encode.mask.mode == "replace"
@@ -411,11 +412,11 @@ def with_mask_embeddings(towers: DualEncoder, objectives: Iterable[Objective], s
 
 
 def check_outputs(name: str, outputs: dict[str, Tensor]) -> None:
-    """Raise ValueError where an objective returned no loss, or scalars of another shape."""
+    """Raise ModelError where an objective returned no loss, or scalars of another shape."""
     if "loss" not in outputs:
-        raise ValueError(f"objective {name!r} returned {sorted(outputs)}, without a loss")
+        raise ModelError(f"objective {name!r} returned {sorted(outputs)}, without a loss")
     if wrong := [key for key, value in outputs.items() if not isinstance(value, Tensor) or value.numel() != 1]:
-        raise ValueError(f"objective {name!r}: {', '.join(wrong)} must be scalar tensors: a run logs one number each")
+        raise ModelError(f"objective {name!r}: {', '.join(wrong)} must be scalar tensors: a run logs one number each")
 
 
 def freeze_unused(model: PretrainModel, batch: Batch, progresses: Iterable[float] = (0.0,)) -> tuple[list[str], dict[float, set[str]]]:
@@ -430,7 +431,7 @@ def freeze_unused(model: PretrainModel, batch: Batch, progresses: Iterable[float
         The names of the frozen parameters, and for each moment the names of the parameters that get a gradient there.
 
     Raises:
-        ValueError: an objective's outputs are not a loss and scalars.
+        ModelError: an objective's outputs are not a loss and scalars.
     """
     reached: dict[float, set[str]] = {}
     active = model.active

@@ -170,7 +170,7 @@ class Encoded(NamedTuple):
 class Requested(Encoded):
     """The outputs of one encode for an objective: the requested ones, rows and view are never None.
 
-    `PretrainModel.arguments` makes it; reading an output that was not requested raises ValueError.
+    `PretrainModel.arguments` makes it; reading an output that was not requested raises ModelError.
     """
 
     __slots__ = ()
@@ -195,6 +195,7 @@ class Result:
     dataset: str = ""
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # name -> rows, for the report
     figures: dict[str, Any] = field(default_factory=dict)  # name -> matplotlib Figure
+    baselines: dict[str, float] = field(default_factory=dict)  # name -> acc1 on the same data without a model
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.errors import ModelError
 from mmpretrain.types import OUTPUTS, Encoded
 
 _BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks|layers|layer|stages|h)\.(\d+)\.")
@@ -40,14 +41,14 @@ def unmasked(module: nn.Module, data: Tensor, hidden: Tensor | None, bidirection
     """Wrap the input of another library's module as Tokens.
 
     Raises:
-        ValueError: a token mask or another attention mask was requested.
+        ModelError: a token mask or another attention mask was requested.
     """
     what = f"{type(module).__name__} of another library"
     negative = not data.is_floating_point() and not data.is_cuda and bool((data < 0).any())
     if hidden is not None or negative:
-        raise ValueError(f"{what} cannot mask tokens: masked objectives need a native tower (a plain ViT or CLIP text config)")
+        raise ModelError(f"{what} cannot mask tokens: masked objectives need a native tower (a plain ViT or CLIP text config)")
     if bidirectional:
-        raise ValueError(f"{what} cannot change its attention mask: bidirectional encodes need a native text tower")
+        raise ModelError(f"{what} cannot change its attention mask: bidirectional encodes need a native text tower")
     return Tokens(data)
 
 
@@ -87,7 +88,7 @@ class Tower(nn.Module):
             bidirectional: text: replace the causal mask by key padding.
 
         Raises:
-            ValueError: the tower does not support the request.
+            ModelError: the tower does not support the request.
         """
         raise NotImplementedError
 
@@ -130,7 +131,7 @@ class Tower(nn.Module):
     ) -> Encoded:
         """Encode one view. Arguments are those of `embed` and `readout`."""
         if unknown := outputs - OUTPUTS:
-            raise ValueError(f"unknown outputs {sorted(unknown)}: a tower computes {sorted(OUTPUTS)}")
+            raise ModelError(f"unknown outputs {sorted(unknown)}: a tower computes {sorted(OUTPUTS)}")
         tokens = self.embed(data, hidden, mode, bidirectional)
         x, attention = self.trunk(tokens, "attention" in outputs, "tokens" not in outputs)
         return self.readout(x, tokens, outputs, attention)
@@ -139,9 +140,9 @@ class Tower(nn.Module):
         """Add the learned embedding that replaces hidden tokens (BERT, BEiT, iBOT), if the tower has none.
 
         Raises:
-            ValueError: the tower cannot hide tokens.
+            ModelError: the tower cannot hide tokens.
         """
-        raise ValueError(
+        raise ModelError(
             f"{type(self).__name__} of another library cannot mask tokens: masked objectives need a native tower "
             "(a plain ViT or CLIP text config)"
         )
@@ -150,17 +151,17 @@ class Tower(nn.Module):
         """Recompute each block's activations in the backward pass: less memory, about a third more compute.
 
         Raises:
-            ValueError: the tower does not support it.
+            ModelError: the tower does not support it.
         """
-        raise ValueError(f"{type(self).__name__} cannot checkpoint activations: take a tower that can, or leave the option off")
+        raise ModelError(f"{type(self).__name__} cannot checkpoint activations: take a tower that can, or leave the option off")
 
     def compile_trunk(self) -> None:
         """Compile the blocks in place with torch.compile, for fixed shapes. A deep copy of the tower is not compiled.
 
         Raises:
-            ValueError: the tower does not support it.
+            ModelError: the tower does not support it.
         """
-        raise ValueError(f"{type(self).__name__} has no trunk to compile: set compile=false, or take a native tower (a plain ViT)")
+        raise ModelError(f"{type(self).__name__} has no trunk to compile: set compile=false, or take a native tower (a plain ViT)")
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters of more than one dimension that should not decay."""

@@ -125,8 +125,9 @@ def main() -> None:
     for error in (ValueError("no"), UnsendableError("no")):
         with pytest.raises((ValueError, RuntimeError), match="no"):
             distributed.on_main(lambda error=error: raises(error))
-    dist.destroy_process_group()
     print(f"rank {rank} agrees", flush=True)
+    dist.barrier()  # no rank closes the store that another still reads
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
