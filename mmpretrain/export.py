@@ -77,7 +77,7 @@ def export_open_clip(dual: DualEncoder, leftovers: Mapping[str, Tensor], folder:
 
 
 def _check(cfg: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Raise ValueError where open_clip would build a model with other weights from this config."""
+    """Raise ModelError where open_clip would build a model with other weights from this config."""
     cfg = copy.deepcopy(cfg)
     cfg.pop("custom_text")
     if "hf_model_name" in cfg["text_cfg"]:

@@ -170,7 +170,7 @@ class Encoded(NamedTuple):
 class Requested(Encoded):
     """The outputs of one encode for an objective: the requested ones, rows and view are never None.
 
-    `PretrainModel.arguments` makes it; reading an output that was not requested raises ValueError.
+    `PretrainModel.arguments` makes it; reading an output that was not requested raises ModelError.
     """
 
     __slots__ = ()

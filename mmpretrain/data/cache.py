@@ -1,4 +1,4 @@
-"""2. Remote shard -> local file: bounded, checked by size, fetched again after failures, read ahead because the order is known."""
+"""The cache of remote shards (stage 2 of the data pipeline): bounded, checked by size, with retries and read-ahead."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ from mmpretrain.system import hold
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 CHUNK = 1 << 22
-STALE_S = 3600.0  # a temporary file that nobody has written to for so long belongs to a dead process
+STALE_S = 3600.0  # a temporary file unchanged for this long belongs to a dead process
 
 
 def default_folder() -> Path:
+    """Return the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmpretrain"
 
 
@@ -45,13 +46,13 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def retried(action: Callable[[], T], what: str, attempts: int = 5, first_wait: float = 0.5) -> T:
-    """Run `action` until it succeeds, waiting twice as long after each failure. Raises ShardError with the last cause."""
+    """Run `action` until it succeeds, with exponential back-off. Raises ShardError with the last cause; `what` is for messages."""
     for attempt in range(1, attempts + 1):
         try:
             return action()
         except FileNotFoundError as error:
             raise ShardError(f"{what}: no such file") from error
-        except Exception as error:  # network stacks raise their own kinds
+        except Exception as error:  # network libraries raise errors of their own
             if attempt == attempts:
                 raise ShardError(f"{what}: failed {attempts} times, last with {type(error).__name__}: {error}") from error
             log.warning("%s: %s: %s; trying again (%d of %d)", what, type(error).__name__, error, attempt, attempts)
@@ -63,7 +64,7 @@ def _read(url: str) -> bytes | None:
     system, path = filesystem(url)
 
     def read() -> bytes | None:
-        with contextlib.suppress(FileNotFoundError):  # asked for rather than looked up: a listing may be older than the file
+        with contextlib.suppress(FileNotFoundError):  # no check for existence: a cached listing may be older than the file
             return system.cat_file(path)
         return None
 
@@ -71,9 +72,16 @@ def _read(url: str) -> bytes | None:
 
 
 def stated_counts(names: Sequence[str]) -> np.ndarray:
-    """int64 [S]: sample counts stated beside the shards in sizes.json {"00000.tar": 8123}, -1 where none is.
+    """Read the sample counts in the sizes.json {"00000.tar": 8123} beside shards.
 
-    Raises ShardError where one is not of that form.
+    Args:
+        names: S paths or URLs of shards.
+
+    Returns:
+        int64 [S], -1 without a stated count.
+
+    Raises:
+        ShardError: a sizes.json has another form.
     """
     counts = np.full(len(names), -1, np.int64)
     folders = {name.rpartition("/")[0]: name.startswith("/") for name in names}
@@ -99,20 +107,27 @@ def stated_counts(names: Sequence[str]) -> np.ndarray:
 
 
 def read_sizes(names: Sequence[str]) -> dict[str, int]:
-    """The same by name, of those that are stated."""
+    """Return shard -> its stated sample count, for those that have one; see `stated_counts`."""
     return {name: count for name, count in zip(names, stated_counts(names).tolist()) if count >= 0}
 
 
 def remote_index(url: str) -> ShardIndex | None:
-    """The index saved beside a remote shard, or None."""
+    """Fetch the index beside a remote shard; None without one."""
     data = _read(url + SUFFIX)
     return None if data is None else load(io.BytesIO(data))[0]
 
 
 class ShardCache:
-    """Local copies of remote shards, the least recently used deleted when they exceed `max_bytes`.
+    """Local copies of remote shards, the least recently used of which are deleted when they exceed `max_bytes`.
 
-    A deleted copy that is still open stays readable until it is closed. `indexes` is where indexes of shards in read-only folders go.
+    A deleted copy that is open stays readable until it is closed. Indexes of shards in read-only folders are saved in
+    `indexes`.
+
+    Args:
+        folder: of the copies; default: the user's cache folder.
+        max_bytes: of all copies.
+        attempts: to fetch a shard.
+        first_wait: seconds after the first failure; doubled after each further one.
     """
 
     def __init__(self, folder: str | Path | None = None, max_bytes: int = 100 << 30, attempts: int = 5, first_wait: float = 0.5) -> None:
@@ -122,7 +137,7 @@ class ShardCache:
         self._begin()
 
     def _begin(self) -> None:
-        """What is of this process alone."""
+        """Set the state that is not shared with a parent process."""
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._running: dict[str, Future[str]] = {}
@@ -132,7 +147,7 @@ class ShardCache:
         return self.folder / "shards" / (hashlib.sha256(url.encode()).hexdigest()[:24] + ".tar")
 
     def fetch(self, url: str) -> str:
-        """The local copy's path; waits for a fetch already under way. Raises ShardError."""
+        """Return the path of the local copy, after fetching it or waiting for a fetch in progress. Raises ShardError."""
         future = self._start(url)
         path = future.result()
         with contextlib.suppress(FileNotFoundError):
@@ -143,11 +158,12 @@ class ShardCache:
         return self._start(url).result()
 
     def read_ahead(self, urls: list[str]) -> None:
+        """Start to fetch these shards."""
         for url in urls:
             self._start(url)
 
     def _start(self, url: str) -> Future[str]:
-        if self._process != os.getpid():  # forked: the threads that fetch stayed behind
+        if self._process != os.getpid():  # forked: the fetching threads exist only in the parent
             self._begin()
         with self._lock:
             running = self._running.get(url)
@@ -175,7 +191,7 @@ class ShardCache:
             with system.open(path, "rb") as source:
                 shutil.copyfileobj(source, out, CHUNK)
             if size is not None and out.tell() != size:
-                raise OSError(f"{out.tell()} bytes came, expected {size}")
+                raise OSError(f"{out.tell()} bytes received, expected {size}")
 
         write_atomically(place, fetch)
 

@@ -1,4 +1,4 @@
-"""4. Bytes -> uint8 RGB image. Formats are sniffed from the content; whatever cannot be used is a BadSample."""
+"""Image decoding (stage 4 of the data pipeline), to uint8 RGB, with formats recognised by content. Unusable images are BadSamples."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ TURNS = {2: (False, 2), 3: (False, 1, 2), 4: (False, 1), 5: (True,), 6: (True, 2
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What an image may be. Sizes are judged from the header, before any pixel is decoded."""
+    """Limits of images. Sizes are checked in the header, before any pixel is decoded."""
 
     max_pixels: int = 64_000_000  # width times height
     min_side: int = 8  # pixels
     max_aspect: float = 20.0  # longer side over shorter side
-    background: tuple[int, ...] = (255, 255, 255)  # what shows through transparency, RGB 0..255
+    background: tuple[int, ...] = (255, 255, 255)  # below transparency, RGB 0..255
 
     def check(self, width: int, height: int) -> None:
-        """Raises BadSample for an image too large, too small or too elongated."""
+        """Raise BadSample for an image that is too large, too small or too elongated."""
         if width * height > self.max_pixels:
             raise BadSample("too_many_pixels", f"{width} x {height}, the limit is {self.max_pixels} pixels (max_pixels)")
         if min(width, height) < self.min_side:
@@ -40,13 +40,13 @@ class ImageLimits:
 
 
 def upright(image: Tensor, turn: int) -> Tensor:
-    """uint8 [3,H,W] turned by its orientation, 1 to 8."""
+    """Turn an image, uint8 [3, H, W], upright from its orientation `turn`, 1 to 8."""
     transposed, *axes = TURNS.get(turn, (False,))
     return (image.transpose(1, 2) if transposed else image).flip(axes) if transposed or axes else image
 
 
 def _jpeg(data: bytes, limits: ImageLimits) -> Tensor | None:
-    """libjpeg-turbo for plain 8-bit JPEG; None leaves the rest to Pillow, which also judges what is not as it should be."""
+    """Decode a plain 8-bit JPEG with libjpeg-turbo; return None for others and for damaged ones, which Pillow decodes or refuses."""
     header = jpeg_header(data)
     if header is None:
         return None
@@ -62,9 +62,15 @@ def _jpeg(data: bytes, limits: ImageLimits) -> Tensor | None:
 
 
 def decode_image(data: bytes, limits: ImageLimits = ImageLimits()) -> Tensor:
-    """Image file -> uint8 [3,H,W] RGB, upright (orientation by EXIF, else XMP), transparency over `limits.background`.
+    """Decode an image file to uint8 [3, H, W] RGB, upright by its orientation (EXIF, else XMP), over `limits.background`.
 
-    Raises BadSample: unknown_format, undecodable_image (truncated too), too_many_pixels, too_many_scans, too_small, too_elongated.
+    Args:
+        data: the file.
+        limits: of its size.
+
+    Raises:
+        BadSample: unknown_format, undecodable_image (truncated too), too_many_pixels, too_many_scans, too_small,
+            too_elongated.
     """
     kind = sniff(data)
     if kind is None:

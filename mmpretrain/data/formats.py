@@ -1,4 +1,4 @@
-"""What bytes are: an image's format by its content, a caption or a named file as text. Imports no torch: shard builders use it too."""
+"""Recognition of image formats by content, and decoding of captions and of named text files. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _CONTAINERS = (b"mif1", b"msf1")  # brands of HEIF files, whatever codes their i
 
 
 def sniff(data: bytes) -> str | None:
-    """The image format by its first bytes, or None where it is not one of the allowed."""
-    for start, at, more, kind in _MAGIC:
-        if data.startswith(start) and data[at : at + len(more)] == more:
+    """Return the image format by its first bytes; None where it is not an allowed one."""
+    for start, offset, more, kind in _MAGIC:
+        if data.startswith(start) and data[offset : offset + len(more)] == more:
             return kind
     if data[4:8] == b"ftyp":
         brands = bytes(data[16 : min(int.from_bytes(data[:4], "big"), 256)])
@@ -41,7 +41,7 @@ def sniff(data: bytes) -> str | None:
 
 
 def clean_text(text: str) -> str:
-    """Text in NFC without outer white space. Raises BadSample: empty_caption."""
+    """Normalise a text to NFC without outer white space. Raises BadSample: empty_caption."""
     text = unicodedata.normalize("NFC", text).replace("\0", "").strip()
     if not text:
         raise BadSample("empty_caption")
@@ -66,7 +66,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def decode_text(data: bytes) -> str:
-    """UTF-8 bytes -> text in NFC without outer white space. Raises BadSample: empty_caption, not_utf8."""
+    """Decode UTF-8 bytes to text in NFC without outer white space. Raises BadSample: empty_caption, not_utf8."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Evaluators: model in, result out. Importing a class and listing it here is the whole registration."""
+"""The evaluators, by kind: model in, result out. Importing a class and listing it here registers it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ EVALUATORS = Kinds(_KNOWN, "mmpretrain.evaluators", "evaluator")
 
 
 def build_evaluator(kind: str, options: Iterable[str] | Mapping[str, Any]) -> Evaluator:
-    """An evaluator from its kind and options (`key=value` texts, or a mapping). Raises OptionError, naming the nearest known name."""
+    """Build an evaluator from its kind and options (`key=value` texts, or a mapping).
+
+    Raises:
+        OptionError: with the nearest known name.
+    """
     if kind not in EVALUATORS:
         raise OptionError(EVALUATORS.refusal(kind))
     evaluator = EVALUATORS[kind]

@@ -1,6 +1,6 @@
-"""Towers made of other libraries' modules: open_clip's own, timm's through open_clip.
+"""Adapters that make towers of other libraries' modules: open_clip's own, and timm's through open_clip.
 
-They give features, pooled and tokens; token masks, mask embeddings and attention belong to the native towers.
+They compute features, pooled and tokens; token masks, mask embeddings and attention need the native towers.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ __all__ = ["Adapter", "HFTower", "from_open_clip", "from_transformers", "timm_co
 
 
 class Adapter(Tower):
-    """Another library's module as a Tower. Its state dict has the module's own names, so that checkpoints stay exchangeable."""
+    """Another library's module as a Tower. Its state dict has the module's own names, so that checkpoints are exchangeable."""
 
-    words = False  # whether it reads ids rather than pixels
-    module: Any  # another library's, whose attributes no type states
+    words = False  # the input is ids rather than pixels
+    module: Any  # another library's, without types
 
     def __init__(self, module: nn.Module, width: int, embed_dim: int):
         super().__init__()
@@ -53,11 +53,11 @@ class Adapter(Tower):
         return self.run(tokens.x), None
 
     def run(self, data: Tensor) -> Tensor:
-        """Data -> whatever `read` makes its outputs of."""
+        """Compute the input of `read` from pixels or ids."""
         raise NotImplementedError
 
     def read(self, x: Tensor, data: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """-> tokens [B,N,D], pooled [B,D'], features [B,E]."""
+        """Return tokens [B, N, D], pooled [B, D'] and features [B, E]."""
         raise NotImplementedError
 
     def readout(self, x: Tensor, tokens: Tokens, outputs: frozenset[str], attention: Tensor | None = None) -> Encoded:
@@ -96,7 +96,7 @@ class TimmTower(Adapter):
     """timm's trunk with open_clip's projection head."""
 
     def __init__(self, module: TimmModel, embed_dim: int):
-        trunk: Any = module.trunk  # timm's, whose attributes no type states
+        trunk: Any = module.trunk  # timm's, without types
         super().__init__(module, trunk.num_features, embed_dim)
         patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", None)
         if patch and getattr(trunk, "num_prefix_tokens", None) is not None:
@@ -135,7 +135,7 @@ class ResNetTower(Adapter):
 
 
 class OpenClipViT(Adapter):
-    """open_clip's own ViT: options that the native one lacks."""
+    """open_clip's own ViT, for options that the native one lacks."""
 
     def run(self, data: Tensor) -> Tensor:
         return self.module.transformer(self.module._embeds(data))
@@ -146,7 +146,7 @@ class OpenClipViT(Adapter):
 
 
 class OpenClipText(Adapter):
-    """open_clip's own text Transformer. Attention over padding, hence never trimmed."""
+    """open_clip's own text Transformer. It attends to padding, so captions are never trimmed."""
 
     words = True
     context_length: int
@@ -170,13 +170,13 @@ class OpenClipText(Adapter):
 
 
 class OpenClipHFText(Adapter):
-    """open_clip's wrapper of a transformers text encoder. The network runs in `read`: its pooler needs more than the tokens."""
+    """open_clip's wrapper of a transformers text encoder. The network runs in `read`, since its pooler needs all its outputs."""
 
     words = True
     context_length: int
 
     def __init__(self, module: HFTextEncoder, embed_dim: int):
-        config: Any = module.config  # each of transformers' has attributes of its own
+        config: Any = module.config  # transformers', whose attributes depend on the model
         super().__init__(module, config.hidden_size, embed_dim)
         self.mergeable = False
 
@@ -191,7 +191,12 @@ class OpenClipHFText(Adapter):
 
 
 def from_open_clip(part: str, cfg: dict) -> Adapter:
-    """The adapter of one part ("vision_cfg" or "text_cfg") of an open_clip config, weights drawn as open_clip draws them."""
+    """Build the adapter of one part of an open_clip config, with the initial weights of open_clip.
+
+    Args:
+        part: "vision_cfg" or "text_cfg".
+        cfg: the config.
+    """
     quick_gelu, embed_dim, given = cfg.get("quick_gelu", False), cfg["embed_dim"], cfg[part]
     if part == "text_cfg":
         text: Any = _build_text_tower(embed_dim, given, quick_gelu)
@@ -211,14 +216,21 @@ def from_open_clip(part: str, cfg: dict) -> Adapter:
         return TimmTower(module, embed_dim)
     if isinstance(module, ModifiedResNet):
         return ResNetTower(module, given["width"] * 32, embed_dim)
-    pools = given.get("attentional_pool")  # whose tokens are in the joint space, and no longer patches
+    pools = given.get("attentional_pool")  # its tokens are in the joint space, and do not correspond to patches
     tower = OpenClipViT(module, embed_dim if pools else given["width"], embed_dim)
     tower.patch_size = None if pools else module.patch_size[0]
     return tower
 
 
 def timm_config(name: str) -> tuple[dict, dict, str, bool]:
-    """`timm:NAME` as an open_clip config of an image tower alone, with timm's own pooling and preprocessing."""
+    """Return `timm:NAME` as an open_clip config of an image tower alone, with timm's own pooling and preprocessing.
+
+    Returns:
+        (model_cfg, preprocess_cfg, tokenizer, False).
+
+    Raises:
+        ModelError: timm has no such model.
+    """
     import timm
 
     if not name.startswith("hf-hub:") and not timm.is_model(name):

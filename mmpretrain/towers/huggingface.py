@@ -1,4 +1,4 @@
-"""Towers made of transformers models, from a local folder."""
+"""Adapters that make towers of transformers models, from a local folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mmpretrain.types import Encoded, Preprocess
 
 
 class HFTower(Tower):
-    """A transformers model; `projection` leads to the joint space, the identity where the model has none."""
+    """A transformers model; `projection` maps to the joint space, or is the identity where the model has none."""
 
-    mergeable = False  # transformers models come with any normalisation, and are run whole
+    mergeable = False  # transformers models have any normalisation, and run in one piece
 
-    model: Any  # transformers', whose configuration and attributes no type states
+    model: Any  # transformers', whose configuration and attributes depend on the model
 
     def __init__(self, model: nn.Module, projection: nn.Module, embed_dim: int, words: bool):
         super().__init__()
@@ -48,7 +48,7 @@ class HFTower(Tower):
         config, valid, grid = self.model.config, None, None
         if self.words:
             pad = getattr(config, "pad_token_id", None)
-            # CLIP's padding may equal EOT, which has to be seen; its causal mask needs no padding mask
+            # CLIP's padding may equal EOT, which must be attended; its causal mask needs no padding mask
             valid = (x != pad).long() if pad is not None and not hasattr(config, "projection_dim") else torch.ones_like(x)
             out = self.model(input_ids=x, attention_mask=valid)
         else:
@@ -76,9 +76,18 @@ class HFTower(Tower):
 
 
 def from_transformers(folder: str, image: bool = True, text: bool = True) -> tuple[HFTower | None, HFTower | None, dict, Preprocess]:
-    """The towers of a transformers folder: both of a CLIP-like model, or the one of a plain image or text model.
+    """Load the towers of a transformers folder: both of a CLIP-like model, or the one of an image or text model.
 
-    Raises ModelError where the folder holds no config.json, or its model cannot be loaded or is of neither kind.
+    Args:
+        folder: with config.json and weights.
+        image: load the image tower.
+        text: load the text tower.
+
+    Returns:
+        (image tower, text tower, model_cfg, preprocessing).
+
+    Raises:
+        ModelError: the folder has no config.json, or its model is of neither kind.
     """
     import transformers
 
@@ -115,15 +124,15 @@ def _hf_preprocess(folder: Path, size: int) -> Preprocess:
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         return Preprocess(size)
-    found = json.loads(file.read_text())
-    extent = found.get("crop_size") or found.get("size") or size
-    squash = isinstance(found.get("size"), dict) and "height" in found["size"] and not found.get("do_center_crop")
+    options = json.loads(file.read_text())
+    extent = options.get("crop_size") or options.get("size") or size
+    squash = isinstance(options.get("size"), dict) and "height" in options["size"] and not options.get("do_center_crop")
     if isinstance(extent, dict):
         extent = extent.get("height") or extent.get("shortest_edge") or size
     return Preprocess(
         extent,
-        tuple(found.get("image_mean", Preprocess.mean)),
-        tuple(found.get("image_std", Preprocess.std)),
-        {2: "bilinear"}.get(found.get("resample"), "bicubic"),
+        tuple(options.get("image_mean", Preprocess.mean)),
+        tuple(options.get("image_std", Preprocess.std)),
+        {2: "bilinear"}.get(options.get("resample"), "bicubic"),
         "squash" if squash else "shortest",
     )

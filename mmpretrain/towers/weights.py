@@ -1,4 +1,4 @@
-"""Read checkpoints of open_clip and of our runs, whatever their layout, and load them with errors that name the keys."""
+"""Loading of weights: checkpoints of open_clip and of runs in any layout, with errors that name the keys."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ _STALE = ("attn_mask", "text.attn_mask", "text.transformer.embeddings.position_i
 
 
 def load_pickled(path: Path) -> Any:
-    """A torch file, of tensors and plain data alone. Raises ValueError, without torch's advice to let the file run code."""
+    """Load a torch file of tensors and plain data alone.
+
+    Raises:
+        ValueError: it holds other objects; the message omits torch's advice to let the file run code.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -36,13 +40,20 @@ def load_pickled(path: Path) -> Any:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """State dict of a .safetensors or torch file (never unpickling code), or of a folder holding one, in CustomTextCLIP's layout."""
+    """Read the state dict of a checkpoint, in CustomTextCLIP's layout, without unpickling code.
+
+    Args:
+        path: a .safetensors or torch file, or a folder that holds one.
+
+    Raises:
+        ModelError: there is no readable checkpoint.
+    """
     path = Path(path)
     if path.is_dir():
-        found = next((path / name for name in _NAMES if (path / name).is_file()), None)
-        if found is None:
+        file = next((path / name for name in _NAMES if (path / name).is_file()), None)
+        if file is None:
             raise ModelError(f"no weights in {path}: looked for {', '.join(_NAMES)}; a run's checkpoints lie in RUN/checkpoints/step-N")
-        path = found
+        path = file
     if not path.is_file():
         raise ModelError(f"checkpoint {path} does not exist")
     try:
@@ -61,17 +72,27 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(dual: DualEncoder, path: str | Path, absent: Literal["error", "keep"] = "error") -> dict[str, Tensor]:
-    """Load a checkpoint into the towers of a DualEncoder; -> what is not theirs, such as logit_scale and logit_bias.
+    """Load a checkpoint into the towers of a DualEncoder.
 
-    Position embeddings of another image size or context length are resized. A tower of which the checkpoint holds nothing is an
-    error, or with `absent="keep"` keeps its first weights. Raises ModelError naming the missing, unexpected and mismatching keys.
+    Position embeddings of another image size or context length are resized.
+
+    Args:
+        dual: changed in place.
+        path: see `read_weights`.
+        absent: a tower without any weights in the checkpoint is an error, or keeps its initial weights.
+
+    Returns:
+        The tensors of no tower, such as logit_scale and logit_bias.
+
+    Raises:
+        ModelError: with the missing, unexpected and mismatching keys.
     """
     state = read_weights(path)
     towers = [name for name in ("visual", "text") if getattr(dual, name) is not None]
     own = dual.weights()
     _resize(dual, state, own)
     for name in [name for name in towers if absent == "keep" and not any(key.startswith(f"{name}.") for key in state)]:
-        log.warning("%s holds no %s tower: it keeps its first weights", path, name)
+        log.warning("%s holds no %s tower: it keeps its initial weights", path, name)
         towers.remove(name)
         own = {key: value for key, value in own.items() if not key.startswith(f"{name}.")}
     unused = {name for name in ("visual", "text") if name not in towers and any(key.startswith(f"{name}.") for key in state)}
@@ -88,8 +109,10 @@ def load_weights(dual: DualEncoder, path: str | Path, absent: Literal["error", "
         ],
     }
     if any(problems.values()):
-        told = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:8])}{' ...' * (len(keys) > 8)}" for what, keys in problems.items() if keys)
-        raise ModelError(f"{path} does not fit this model: {told}. Give the `model` that the checkpoint was trained with")
+        summary = "; ".join(
+            f"{len(keys)} {what}: {', '.join(keys[:8])}{' ...' * (len(keys) > 8)}" for what, keys in problems.items() if keys
+        )
+        raise ModelError(f"{path} does not fit this model: {summary}. Give the `model` that the checkpoint was trained with")
     dual.load_state_dict(given, strict=False)  # complete for the towers it has, as checked above
     return {key: value for key, value in state.items() if key.split(".")[0] not in ("visual", "text")}
 

@@ -1,4 +1,4 @@
-"""Where evaluation items come from: class folders, CSV files, shards, CLIP_benchmark folders. Nothing is decoded here."""
+"""Evaluation items of class folders, CSV files, shards and CLIP_benchmark folders, listed without decoding."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", 
 
 @dataclass
 class Item:
-    """One image, not read yet, with what is known of it. `size` and `stamp` name its bytes for the feature cache."""
+    """An image that is not read yet, with its label or captions. `size` and `stamp` identify its bytes for the feature cache."""
 
     key: str
     read: Callable[[], bytes]
@@ -37,7 +37,7 @@ class Item:
     metadata: dict[str, Any] = field(default_factory=dict)
     size: int = 0
     stamp: int = 0  # the file's modification time in ns, plus the offset in a shard
-    bare_key: str = ""  # what `split` divides by: the key within its shard, or the file
+    bare_key: str = ""  # the key by which `split` divides: that within its shard, or the file
 
     def __post_init__(self) -> None:
         self.bare_key = self.bare_key or self.key
@@ -52,7 +52,7 @@ def _file_item(key: str, path: Path, **known: Any) -> Item:
 
 
 def folder_items(root: Path, subset: str | None) -> Iterator[Item]:
-    """torchvision's ImageFolder layout: root/[subset/]CLASS/**/image, without hidden files and folders. The label is the folder's name."""
+    """List the images of torchvision's ImageFolder layout, root/[subset/]CLASS/**/image, without hidden ones; the label is the folder's name."""
     base = root
     folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if subset is not None:
@@ -84,10 +84,20 @@ def csv_items(
     skip: Skip,
     rows: int | None = None,
 ) -> Iterator[Item]:
-    """A table (.csv, or .tsv with tabs) with a file column, relative to the table's folder, and a label or caption column.
+    """List the rows of a table with a file column, relative to the table's folder, and a label or caption column.
 
-    `caption` is a column, or a template over columns (`"{name}: {keywords}"`). Where captions are wanted, rows of one file are one item.
-    `rows`: look at so many rows alone.
+    Args:
+        path: .csv, or .tsv with tabs.
+        subset: value of the column `split`; None: all rows.
+        image: column of the files; None: a usual name.
+        label: column of the labels; None: a usual name.
+        caption: a column, or a template over columns (`"{name}: {keywords}"`); None: a usual name.
+        captions_wanted: read captions instead of labels; rows of one file are then one item.
+        skip: receives unusable rows.
+        rows: read only this number of rows.
+
+    Raises:
+        OptionError: a column is missing, or the table is malformed.
     """
     text = read_text(path)
     tabs = path.suffix == ".tsv" or "\t" in text.partition("\n")[0]
@@ -140,7 +150,7 @@ def csv_items(
 
 
 def shard_paths(data: str, subset: str | None) -> list[str]:
-    """Shards in order, as a recipe names them (folder, glob, braces, a::b, URL); with `subset`, those of the folder DATA/SUBSET."""
+    """Expand a shard spec as in a recipe (folder, glob, braces, a::b, URL); with `subset`, the folder DATA/SUBSET."""
     if subset is not None and not Path(data).is_dir():
         raise OptionError(f"{data}: subset={subset!r} needs a folder with {subset}/*.tar inside; name that subset's shards instead")
     try:
@@ -152,17 +162,26 @@ def shard_paths(data: str, subset: str | None) -> list[str]:
 def shard_items(
     paths: list[str], label: str | None, caption: str | None, skip: Skip, *, lines: bool = False, metadata: bool = False
 ) -> Iterator[Item]:
-    """Samples of shards. `label` and `caption` are a member (`cls`, `txt`) or a field of the JSON member (`json:label`).
+    """List the samples of shards, with the limits and checks of training sources.
 
-    A member text that is an integer is an integer label. `lines`: every line of the caption member is a caption. `metadata`: the JSON
-    member is wanted for itself. Limits and checks are those of training sources (mmpretrain.data).
-    Raises OptionError where no sample has what was asked for, ShardError for a shard that cannot be read.
+    Args:
+        paths: of the shards.
+        label: a member (`cls`) or a field of the JSON member (`json:label`); a member that is an integer is an integer
+            label.
+        caption: a member (`txt`) or a field of the JSON member.
+        skip: receives unusable samples.
+        lines: every line of the caption member is a caption.
+        metadata: read the JSON member.
+
+    Raises:
+        OptionError: no sample has the required members.
+        ShardError: a shard cannot be read.
     """
     shards = ShardSet(paths, split=None, window=SourceConfig.shuffle_window, cache=ShardCache(), verify=SourceConfig.verify)
     for name, damage in shards.damage:
         for _ in range(damage.lost):
             skip(f"{name}@{damage.offset}", damage.reason)
-    found = 0
+    usable = 0
     for shard, (name, count) in enumerate(shards):
         written = 0
         for sample in range(count):
@@ -181,16 +200,16 @@ def shard_items(
             except BadSample as error:
                 skip(full, str(error))
                 continue
-            found += 1
+            usable += 1
             yield item
-    if not found:
+    if not usable:
         wanted = " and ".join(name for name in ("an image", label, caption, "json" if metadata else None) if name)
-        have = ", ".join(sorted(shards.found)) or "nothing"
+        have = ", ".join(sorted(shards.extension_counts)) or "nothing"
         raise OptionError(f"{paths[0]}: 0 of {shards.looked_at} samples have {wanted}; they have {have}")
 
 
 def _reader(shards: ShardSet, shard: int, sample: int) -> Callable[[], bytes]:
-    """Reads the image later; the shard set keeps a bounded number of files open."""
+    """Return a function that reads the image later; the shard set keeps a bounded number of files open."""
 
     def read() -> bytes:
         _, members, opened = shards.members(shard, sample)
@@ -209,9 +228,18 @@ def _label(value: Any) -> Label:
 
 
 def benchmark_items(root: Path, subset: str, label: str | None, captions_wanted: bool, skip: Skip, brief: bool = False) -> Iterator[Item]:
-    """A CLIP_benchmark folder: root/SUBSET/{0..N-1}.tar with nshards.txt; integer `cls`, or captions in `txt`, one a line.
+    """List the items of a CLIP_benchmark folder, root/SUBSET/{0..N-1}.tar with nshards.txt.
 
-    `brief`: the first shard alone.
+    Args:
+        root: the folder.
+        subset: its subset.
+        label: the member of the labels; None: `cls`.
+        captions_wanted: read captions in `txt`, one per line, instead of labels.
+        skip: receives unusable samples.
+        brief: read the first shard alone.
+
+    Raises:
+        OptionError: the folder has another layout.
     """
     counted = root / subset / "nshards.txt"
     if not counted.is_file():
@@ -228,4 +256,5 @@ def benchmark_items(root: Path, subset: str, label: str | None, captions_wanted:
 
 
 def lines_of(path: Path) -> list[str]:
+    """Read the lines of a text file that are not blank."""
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
