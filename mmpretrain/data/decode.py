@@ -81,8 +81,10 @@ def decode_image(data: bytes, limits: ImageLimits = ImageLimits()) -> Tensor:
         if kind == "jpeg" and (image := _jpeg(data, limits)) is not None:
             return image
         decoded = raster.decode(data, kind, limits.check)
-        flat = raster.flatten(decoded.image, limits.background).convert("RGB")
-        return upright(torch.from_numpy(np.array(flat)).permute(2, 0, 1), decoded.orientation)
+        flat = raster.flatten(decoded.image, limits.background)
+        return upright(
+            torch.from_numpy(np.array(flat if flat.mode == "RGB" else flat.convert("RGB"))).permute(2, 0, 1), decoded.orientation
+        )
     except BadSample:
         raise
     except (Exception, MemoryError) as error:  # `simplejpeg` and large images

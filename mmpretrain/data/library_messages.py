@@ -54,7 +54,8 @@ def _libtiff_handler() -> Any:
     def handler(module: bytes | None, form: bytes, values: int) -> None:  # values: a va_list
         text = ctypes.create_string_buffer(_TEXT)
         vsnprintf(text, _TEXT, form, values)
-        line = f"libtiff: {(module or b'').decode('latin-1')}: {text.value.decode('latin-1')}"
+        where = "" if module in (None, b"tempfile.tif") else f"{module.decode('latin-1')}: "  # Pillow's name for what is in memory
+        line = f"libtiff: {where}{text.value.decode('latin-1')}"
         messages = getattr(_thread, "messages", None)
         if messages is None:
             log.warning("%s", line)
