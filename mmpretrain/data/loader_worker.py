@@ -1,9 +1,9 @@
 """Loader workers: each makes blocks, in the calling thread or in a forked process.
 
-A process has an interpreter of its own, where threads would take turns in one between the hundred short calls of an image. Pixels are passed
-in memory that both sides map: a memory file that the process creates, fills, and fills again once the parent has released all tensors over it.
-Nothing is copied, and nothing counts against /dev/shm. In a process forked off the parent, such a batch is valid only while the parent holds
-it too.
+A process has an interpreter of its own, where threads would take turns in one between the hundred short calls of an
+image. Pixels are passed in memory that both sides map: a memory file that the process creates, fills, and fills again
+once the parent has released all tensors over it. Nothing is copied, and nothing counts against /dev/shm. In a process
+forked off the parent, such a batch is valid only while the parent holds it too.
 
 The workers of data_prep (`data_prep.engine.local`) are another kind, for another task: fresh processes without torch, for functions without
 effects, so that the task of one that is killed is done again. These are forked with the open sources, and lend memory, so that the batch of

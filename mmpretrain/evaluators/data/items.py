@@ -52,7 +52,7 @@ def _file_item(key: str, path: Path, **known: Any) -> Item:
 
 
 def folder_items(root: Path, subset: str | None) -> Iterator[Item]:
-    """List the images of torchvision's ImageFolder layout, root/[subset/]CLASS/**/image, without hidden ones; the label is the folder's name."""
+    """List the images of an ImageFolder, root/[subset/]CLASS/**/image, without hidden ones; the label is the folder's name."""
     base = root
     folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if subset is not None:
