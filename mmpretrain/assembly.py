@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,9 +26,12 @@ from mmpretrain.objectives import OBJECTIVES, Context, Objective
 from mmpretrain.objectives.base import Network, source_encodes
 from mmpretrain.optim import align_tops
 from mmpretrain.towers.dual import DualEncoder
-from mmpretrain.towers.specs import build_towers
+from mmpretrain.towers.specs import build_towers, with_recorded
 from mmpretrain.towers.teacher import Teacher
-from mmpretrain.towers.weights import load_weights
+from mmpretrain.towers.weights import load_weights, recorded_preprocess
+from mmpretrain.types import Preprocess
+
+log = logging.getLogger(__name__)
 
 
 def build_model(config: Config, resumed: bool = False, steps: int | None = None) -> tuple[PretrainModel, Teacher | None]:
@@ -48,8 +54,11 @@ def build_model(config: Config, resumed: bool = False, steps: int | None = None)
             towers = build_towers(config.model, image_size=config.image_size)
         except RuntimeError as error:  # another library's refusal, or no memory for these sizes
             raise ValueError(f"it cannot be built: {error}") from error
+    towers.preprocess = preprocessing(config, towers.preprocess)
     with blaming("init_from"):
         leftovers = load_weights(towers, pretrained, absent="keep") if pretrained else {}
+    if pretrained:
+        warn_of_other_preprocessing(pretrained, towers.preprocess)
 
     networks, known = {}, {}
     for name, network in config.networks.items():
@@ -108,6 +117,52 @@ def build_model(config: Config, resumed: bool = False, steps: int | None = None)
     return model, teacher
 
 
+def preprocessing(config: Config, own: Preprocess) -> Preprocess:
+    """The one preprocessing of the model: what the sources state, and its own where none states anything.
+
+    A checkpoint, its export and evaluators have one mean, one std and one size, which therefore must be those of every source.
+
+    Args:
+        own: the model's.
+
+    Raises:
+        OptionError: two sources state different values.
+    """
+    stated: dict[str, dict[str, Any]] = {"mean": {}, "std": {}, "size": {}}  # field -> source -> value
+    for name, source in config.sources.items():
+        image = source.image or ImageConfig()
+        with blaming(f"sources.{name}"):
+            mean, std = image.normalisation(own.mean, own.std)
+        for field, option, value in (("mean", image.mean, mean), ("std", image.std, std), ("size", image.size, image.size)):
+            if option is not None:
+                stated[field][name] = value
+    for field, values in stated.items():
+        (first, value), *others = [*values.items()] or [("", None)]
+        for other, another in others:
+            if another != value:
+                raise OptionError(
+                    f"sources.{first}.image.{field} is {_listed(value)} and sources.{other}.image.{field} is {_listed(another)}: a model "
+                    "has one preprocessing, which its checkpoints, exports and evaluators use. Give both the same"
+                )
+    return replace(own, **{field: next(iter(values.values())) for field, values in stated.items() if values})
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def warn_of_other_preprocessing(pretrained: str, preprocess: Preprocess) -> None:
+    """Log where the weights to start from were trained with another normalisation than this run uses."""
+    recorded = recorded_preprocess(pretrained)
+    for name in ("mean", "std"):
+        value, other = getattr(preprocess, name), recorded.get(name)
+        if other is not None and tuple(other) != tuple(value):
+            log.warning(
+                "init_from %s was trained with image.%s %s, and this run uses %s: set sources.NAME.image.%s to go on with its own",
+                pretrained, name, list(other), list(value), name,
+            )  # fmt: skip
+
+
 def copy_heads(objective: Objective) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
     """Give an objective the EMA copies of what it says is averaged; -> (module, its copy)."""
     copies = {name: copy.deepcopy(objective.get_submodule(name)).requires_grad_(False) for name in objective.averaged}
@@ -121,7 +176,10 @@ def frozen_network(config: NetworkConfig) -> DualEncoder:
     if config.init_from is not None:
         path = Path(config.init_from)
         run = (path / "checkpoints").is_dir() or (path / MANIFEST).exists()
-        load_weights(towers, str(find_checkpoint(path)) if run else config.init_from, absent="error")
+        weights = str(find_checkpoint(path)) if run else config.init_from
+        load_weights(towers, weights, absent="error")
+        size = {} if config.image_size is None else {"size": config.image_size}
+        towers.preprocess = with_recorded(towers.preprocess, recorded_preprocess(weights) | size)
     return towers.eval().requires_grad_(False)
 
 
@@ -165,15 +223,13 @@ def context(
     config: Config, source: str, towers: DualEncoder, steps: int | None = None, networks: Mapping[str, Network] | None = None
 ) -> Context:
     """What an objective on `source` may know."""
-    image = config.sources[source].image or ImageConfig()
     visual, text, preprocess = towers.visual, towers.text, towers.preprocess
     with blaming(f"sources.{source}"):
-        mean, std = image.normalisation(preprocess.mean, preprocess.std)
         classes = load_classes(config.sources[source].classes)
     return Context(
-        image_size=image.size or preprocess.size,
-        mean=mean,
-        std=std,
+        image_size=preprocess.size,
+        mean=preprocess.mean,
+        std=preprocess.std,
         patch_size=visual.patch_size if visual is not None else None,
         image_width=visual.width if visual is not None else 0,
         text_width=text.width if text is not None else 0,

@@ -25,6 +25,7 @@ from mmpretrain.errors import MMPretrainError
 from mmpretrain.model import PretrainModel
 from mmpretrain.objectives.base import source_encodes
 from mmpretrain.towers.dual import DualEncoder
+from mmpretrain.towers.positions import resize_positions
 from mmpretrain.towers.teacher import Teacher
 from mmpretrain.towers.weights import load_pickled
 
@@ -223,9 +224,8 @@ def save_run(
         tensors = {"model": weights, "objectives": model.objectives.state_dict() | mask_embeddings(towers)}
         if teacher is not None:
             tensors["teacher"] = teacher.module.state_dict()
-        p = towers.preprocess
-        preprocess = {"mean": p.mean, "std": p.std, "interpolation": p.interpolation, "resize_mode": p.resize_mode}
-        documents = {"state": state, "open_clip_config": {"model_cfg": towers.model_cfg, "preprocess_cfg": preprocess}}
+        config = {"model_cfg": towers.model_cfg, "preprocess_cfg": towers.preprocess.recorded()}
+        documents = {"state": state, "open_clip_config": config}
         root = Path(run_dir) / "checkpoints"
         return save(root, state["step"], tensors, optimizer_by_name(optimizer), documents, keep)
 
@@ -242,10 +242,14 @@ def restore_run(folder: Path, model: PretrainModel, teacher: Teacher | None, opt
     exported = {name for objective in model.objectives.values() for name in objective.exported}
     embeddings = {key: value for key, value in extra.items() if key.startswith("towers.")} or older_mask_embeddings(model, extra)
     own = {key.removeprefix("towers."): value for key, value in embeddings.items()}
-    lines = _load(model.towers, {k: v for k, v in weights.items() if k not in exported | {"logit_scale", "logit_bias"}} | own, "towers")
+    weights = {k: v for k, v in weights.items() if k not in exported | {"logit_scale", "logit_bias"}}
+    lines = [f"towers: {line}" for line in resize_positions(weights, model.towers.state_dict(), model.towers)]
+    lines += _load(model.towers, weights | own, "towers")
     lines += _load(model.objectives, {k: v for k, v in extra.items() if k not in embeddings and not is_older(k, model)}, "objectives")
     if teacher is not None and (folder / "teacher.safetensors").exists():
-        lines += _load(teacher.module, own | load_tensors(folder, "teacher"), "teacher")
+        averaged = load_tensors(folder, "teacher")
+        lines += [f"teacher: {line}" for line in resize_positions(averaged, teacher.module.state_dict(), teacher.module)]
+        lines += _load(teacher.module, own | averaged, "teacher")
     elif teacher is not None:
         teacher.module.load_state_dict(model.towers.state_dict())
         lines.append("the checkpoint has no teacher: it starts as a copy of the towers")

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmpretrain.towers.dual import DualEncoder
+from mmpretrain.towers.positions import resize_positions
 from mmpretrain.towers.specs import build_towers
 from mmpretrain.towers.weights import load_weights
 
@@ -33,9 +34,8 @@ def open_clip_config(dual: DualEncoder, logit_bias: float | None = None) -> dict
     cfg["custom_text"] = True
     if logit_bias is not None:  # open_clip creates the parameter only if an initial value is given
         cfg["init_logit_bias"] = logit_bias
-    p = dual.preprocess
-    preprocess = {"mean": list(p.mean), "std": list(p.std), "interpolation": p.interpolation, "resize_mode": p.resize_mode}
-    return {"model_cfg": cfg, "preprocess_cfg": preprocess}
+    cfg["vision_cfg"]["image_size"] = dual.preprocess.size  # of the sources' views: open_clip takes the tower's for its preprocessing
+    return {"model_cfg": cfg, "preprocess_cfg": dual.preprocess.recorded()}
 
 
 def export_open_clip(dual: DualEncoder, leftovers: Mapping[str, Tensor], folder: str | Path) -> Path:
@@ -56,6 +56,10 @@ def export_open_clip(dual: DualEncoder, leftovers: Mapping[str, Tensor], folder:
     scale = leftovers.get("logit_scale", torch.tensor(math.log(1 / 0.07)))
     bias = leftovers.get("logit_bias")
     state = {key: value.detach().cpu().contiguous() for key, value in dual.weights().items()}
+    vision = dual.model_cfg["vision_cfg"]
+    if dual.preprocess.size != vision.get("image_size", 224):  # the towers resize their positions for the views; open_clip's do not
+        target = build_towers(dual.model_cfg, image_size=dual.preprocess.size, text=False)
+        resize_positions(state, target.weights(), target)
     state["logit_scale"] = scale.detach().cpu().float().reshape(()).clone()
     if bias is not None:
         state["logit_bias"] = bias.detach().cpu().float().reshape(()).clone()

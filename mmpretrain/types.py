@@ -207,6 +207,10 @@ class Preprocess:
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"  # or "squash"
 
+    def recorded(self) -> dict[str, Any]:
+        """As checkpoints and exports hold it: open_clip's `preprocess_cfg`."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
 
 @runtime_checkable
 class Model(Protocol):

@@ -21,7 +21,7 @@ from mmpretrain.towers.base import Tower
 from mmpretrain.towers.dual import DualEncoder
 from mmpretrain.towers.text import TextTransformer
 from mmpretrain.towers.vision import VisionTransformer
-from mmpretrain.towers.weights import load_weights
+from mmpretrain.towers.weights import load_weights, recorded_preprocess
 from mmpretrain.types import Preprocess
 
 log = logging.getLogger(__name__)
@@ -57,12 +57,14 @@ def build_towers(
 
     Raises ValueError for an unknown model, field or pretrained tag, naming the nearest known one.
     """
+    preprocess_cfg: dict[str, Any] = {}
     if isinstance(model, str) and model.startswith("hf:"):
         cfg: dict[str, Any] = {"hf_folder": model[3:]}
     else:
         cfg, preprocess_cfg, tokenizer, own_modules = _config(model)
     if folder := cfg.get("hf_folder"):
         visual, words, cfg, preprocess = adapters.from_transformers(folder, image, text)
+        preprocess = with_recorded(preprocess, preprocess_cfg)
         preprocess = preprocess if image_size is None else replace(preprocess, size=image_size)
         dual = DualEncoder(visual, words, cfg, preprocess, folder)
         if pretrained is not None:
@@ -75,6 +77,10 @@ def build_towers(
                 part[key] = False
     if image_size is not None and vision is not None:
         vision["image_size"] = image_size
+    if pretrained is not None:
+        preprocess_cfg = preprocess_cfg | recorded_preprocess(pretrained)
+    if image_size is not None:
+        preprocess_cfg = {key: value for key, value in preprocess_cfg.items() if key != "size"}
     tag = None
     if pretrained is not None and not Path(pretrained).exists():
         tag = _pretrained_tag(model, pretrained)
@@ -217,5 +223,13 @@ def _preprocess(vision: dict | None, cfg: dict) -> Preprocess:
         if size[0] != size[1]:
             raise ValueError(f"image_size {size} is not square: this pipeline trains on square images")
         size = size[0]
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in ("mean", "std", "interpolation", "resize_mode")}
-    return replace(Preprocess(size), **given)
+    return with_recorded(Preprocess(size), cfg)
+
+
+def with_recorded(own: Preprocess, cfg: dict) -> Preprocess:
+    """A model's preprocessing with what a `preprocess_cfg` states in its place."""
+    known = {field.name for field in fields(Preprocess)}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in known and v is not None}
+    if not isinstance(given.get("size", 0), int):  # open_clip's may be a pair of sides
+        del given["size"]
+    return replace(own, **given)
