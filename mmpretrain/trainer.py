@@ -142,7 +142,8 @@ def setup(config: Config, closing: ExitStack, data: DataInProgress) -> Run:
         if unused:
             tracker.message(f"no objective trains these, they stay as they are: {', '.join(unused)}")
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = build_optimizer(parameter_groups(named, config.optim, layers(model.towers)), config.optim)
+    undecayed = {f"towers.{name}" for name in model.towers.no_weight_decay()}
+    optimizer = build_optimizer(parameter_groups(named, config.optim, layers(model.towers), undecayed), config.optim)
     evaluations = Evaluations(config, evaluators, accelerator, model, teacher, tracker, data)
     stop = None
     if found:

@@ -146,7 +146,8 @@ def train_classifier(
         layer_decay=config.layer_decay,
         head_lr=config.head_lr,
     )
-    optimizer = build_optimizer(parameter_groups(trainable, optim, depth), optim)
+    undecayed = {f"tower.{name}" for name in classifier.tower.no_weight_decay()}
+    optimizer = build_optimizer(parameter_groups(trainable, optim, depth, undecayed), optim)
     order = _Order(len(dataset), config.train_batch_size, config.seed)
     mine = config.train_batch_size // world
 

@@ -10,7 +10,7 @@ import math
 from typing import Any, Literal
 
 from open_clip.hf_model import HFTextEncoder
-from open_clip.model import _build_text_tower, _build_vision_tower
+from open_clip.model import CLIPTextCfg, _build_text_tower, _build_vision_tower
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import text_global_pool
@@ -78,7 +78,8 @@ class Adapter(Tower):
     def no_weight_decay(self) -> set[str]:
         inner = getattr(self.module, "trunk", self.module)
         names = inner.no_weight_decay() if hasattr(inner, "no_weight_decay") else set()
-        return {name for name, _ in self.named_parameters() if any(name.endswith(f".{key}") for key in names)}
+        listed = {name for name, _ in self.named_parameters() if any(name.endswith(f".{key}") or key in name for key in names)}
+        return listed | super().no_weight_decay()
 
 
 def _strip(module: nn.Module, state: dict, prefix: str, metadata: Any) -> None:
@@ -198,7 +199,9 @@ def from_open_clip(part: str, cfg: dict) -> Adapter:
             words: OpenClipHFText | OpenClipText = OpenClipHFText(text, embed_dim)
         else:
             words = OpenClipText(text, text.width, embed_dim)
-        words.context_length = text.context_length
+        # of a transformers model the length that open_clip's tokenizer pads to, rather than the longest that it could take
+        length = given.get("context_length", CLIPTextCfg.context_length) if isinstance(text, HFTextEncoder) else text.context_length
+        words.context_length = min(length, text.context_length or length)
         return words
     module: Any = _build_vision_tower(embed_dim, given, quick_gelu)
     if isinstance(module, TimmModel):

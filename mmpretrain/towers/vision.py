@@ -129,9 +129,6 @@ class VisionTransformer(Tower):
     def compile_trunk(self) -> None:
         self.transformer.compile(dynamic=False)
 
-    def no_weight_decay(self) -> set[str]:
-        return {"positional_embedding", "class_embedding"}
-
 
 def visible(x: Tensor, hidden: Tensor) -> Tensor:
     """[B,N,D] -> the tokens that are not hidden, [B,K,D] in raster order; every row must hide as many."""
