@@ -15,11 +15,6 @@ from mmpretrain.towers.base import Tokens, Tower, unmasked
 from mmpretrain.types import Encoded, Preprocess
 
 
-# The attention mask that a text tower is given. none: it attends padding, or is causal and never reaches it; padding: all but padding;
-# ones: all, for a tower that is causal only where a mask is given.
-Mask = Literal["none", "ones", "padding"]
-
-
 @dataclass(frozen=True)
 class Rule:
     """How a type of dual encoder makes its features: what its `get_text_features` and `get_image_features` do."""
@@ -28,29 +23,28 @@ class Rule:
     image: str = "vision_model"
     text_projection: str | None = "text_projection"  # None: the pooled output is the feature
     image_projection: str | None = "visual_projection"
-    text_mask: Mask = "none"
+    text_masked: bool = False  # whether padding is hidden from the text tower
     text_first: bool = False  # whether the first position is pooled rather than the module's own pooler
     image_first: bool = False
     patches: bool = False  # whether the image tower reads patches and their number down and across, rather than pixels
 
 
-_BERT = Rule(text_mask="padding", text_first=True)  # a bidirectional text tower, read at its class token
-RULES = {
+_BERT = Rule(text_masked=True, text_first=True)  # a bidirectional text tower, read at its class token
+RULES = {  # aimv2 is left out: its text tower is causal or not by whether some row of the batch is padded
     "clip": Rule(),  # its causal attention ends at EOT: padding after it is never seen
     "clipseg": Rule(),
     "metaclip_2": Rule(),
     "groupvit": Rule(),
     "owlvit": Rule(),
     "owlv2": Rule(),
-    "aimv2": Rule(text_mask="ones"),
     "siglip": Rule(text_projection=None, image_projection=None),  # trained with padding that is attended
     "siglip2": Rule(text_projection=None, image_projection=None, patches=True),
     "altclip": _BERT,
     "chinese_clip": _BERT,
-    "align": Rule(text_mask="padding", text_first=True, image_projection=None),
-    "blip": Rule(text_mask="padding"),
-    "flava": Rule(image="image_model", image_projection="image_projection", text_mask="padding", text_first=True, image_first=True),
-    "vision-text-dual-encoder": Rule(text_mask="padding"),
+    "align": Rule(text_masked=True, text_first=True, image_projection=None),
+    "blip": Rule(text_masked=True),
+    "flava": Rule(image="image_model", image_projection="image_projection", text_masked=True, text_first=True, image_first=True),
+    "vision-text-dual-encoder": Rule(text_masked=True),
 }
 _UNMASKED = {"clip_text_model", "siglip_text_model", "siglip2_text_model"}  # text towers of the above that are saved alone
 
@@ -68,14 +62,14 @@ class HFTower(Tower):
         projection: nn.Module,
         embed_dim: int,
         words: bool,
-        mask: Mask = "padding",
+        masked: bool = True,
         first: bool = False,
         patches: bool = False,
     ):
-        """`mask`, `first` and `patches` as in Rule."""
+        """`masked`, `first` and `patches` as in Rule."""
         super().__init__()
         self.model, self.projection, self.words = model, projection, words
-        self.mask, self.first, self.patches = mask, first, patches
+        self.masked, self.first, self.patches = masked, first, patches
         config = self.model.config
         sizes = getattr(config, "hidden_size", None) or (getattr(config, "hidden_sizes", None) or [embed_dim])[-1]
         self.width = projection.in_features if isinstance(projection, nn.Linear) else sizes
@@ -90,7 +84,7 @@ class HFTower(Tower):
         mode: Literal["replace", "drop"] = "replace",
         bidirectional: bool = False,
     ) -> Tokens:
-        return unmasked(self.model, data, hidden, bidirectional and self.mask != "padding")
+        return unmasked(self.model, data, hidden, bidirectional and not self.masked)
 
     def trunk(self, tokens: Tokens, attention: bool = False, pooled_only: bool = False) -> tuple[Tensor, Tensor | None]:
         if attention:
@@ -101,8 +95,8 @@ class HFTower(Tower):
         config, valid, grid = self.model.config, None, None
         if self.words:
             pad = getattr(config, "pad_token_id", None)
-            valid = (x != pad).long() if self.mask == "padding" and pad is not None else torch.ones_like(x)
-            out = self.model(input_ids=x, attention_mask=None if self.mask == "none" else valid)
+            valid = (x != pad).long() if self.masked and pad is not None else torch.ones_like(x)
+            out = self.model(input_ids=x, attention_mask=valid if self.masked else None)
         elif self.patches:
             p = config.patch_size
             grid = (x.shape[2] // p, x.shape[3] // p)
@@ -172,7 +166,7 @@ def from_transformers(folder: str, image: bool = True, text: bool = True) -> tup
         visual = HFTower(model, nn.Identity(), getattr(config, "hidden_size", None) or config.hidden_sizes[-1], words=False)
         size = getattr(config, "image_size", 224)
     elif model.main_input_name == "input_ids" and not getattr(config, "is_encoder_decoder", False):
-        words, size = HFTower(model, nn.Identity(), config.hidden_size, words=True, mask="none" if config.model_type in _UNMASKED else "padding"), 224
+        words, size = HFTower(model, nn.Identity(), config.hidden_size, words=True, masked=config.model_type not in _UNMASKED), 224
     else:
         reads = "an encoder with a decoder" if getattr(config, "is_encoder_decoder", False) else f"reads {model.main_input_name}"
         raise ValueError(f"hf:{folder}: {type(model).__name__} is {reads}, expected a model of pixel_values or input_ids alone")
@@ -192,7 +186,7 @@ def rule_of(folder: str) -> Rule | None:
     if kind in RULES:
         rule = RULES[kind]
         text = getattr(getattr(config, "text_config", None), "model_type", "")
-        return replace(rule, text_mask="none") if kind == "vision-text-dual-encoder" and text in _UNMASKED else rule
+        return replace(rule, text_masked=False) if kind == "vision-text-dual-encoder" and text in _UNMASKED else rule
     parts = set(getattr(config, "sub_configs", ())) | {name for name in vars(config) if name.endswith("_config")}
     if parts - {"backbone_config", "quantization_config", "rope_config"}:
         raise ValueError(
@@ -220,7 +214,7 @@ def _text_tower(model: Any, rule: Rule) -> HFTower:
     projection, width = _projection(model, rule.text_projection)
     inner = getattr(model, rule.text)
     width = width or getattr(inner.config, "projection_size", None) or inner.config.hidden_size
-    return HFTower(inner, projection, width, words=True, mask=rule.text_mask, first=rule.text_first)
+    return HFTower(inner, projection, width, words=True, masked=rule.text_masked, first=rule.text_first)
 
 
 def _image_size(config: Any, rule: Rule) -> int:

@@ -35,7 +35,6 @@ TINY = {  # model type -> its configuration's arguments
     "groupvit": {"vision_config": GROUPS, "text_config": CLIP, "projection_dim": 24, "projection_intermediate_dim": 40},
     "owlvit": {"vision_config": VISION, "text_config": CLIP, "projection_dim": 24},
     "owlv2": {"vision_config": VISION, "text_config": CLIP, "projection_dim": 24},
-    "aimv2": {"vision_config": VISION, "text_config": CLIP, "projection_dim": 24},
     "align": {"vision_config": EFFICIENT_NET, "text_config": BERT, "projection_dim": 8},
     "blip": {"vision_config": VISION, "text_config": {**BERT, "encoder_hidden_size": 32, "bos_token_id": 98, "sep_token_id": 99}},
     "flava": {
@@ -56,7 +55,7 @@ def dual_encoders() -> list[str]:
     for file in models.glob("*/modeling_*.py"):
         if "def get_text_features" in file.read_text(encoding="utf-8"):
             name = file.parent.name
-            types.add(name if name in CONFIG_MAPPING_NAMES else name.replace("_", "-"))
+            types.add(next(kind for kind in (name, name.replace("_", "-"), name.replace("_", "")) if kind in CONFIG_MAPPING_NAMES))
     return sorted(types)
 
 
