@@ -84,7 +84,9 @@ def build_model(config: Config, resumed: bool = False, steps: int | None = None)
     if "text" not in modalities:
         towers.text = None
     else:
-        check_vocabulary(towers)
+        with blaming("model"):
+            check_vocabulary(towers)
+            check_end(towers)
     with blaming("model"):
         if config.activation_checkpointing:
             towers.set_grad_checkpointing(True)
@@ -211,12 +213,42 @@ def check_accumulate(config: Config, towers: DualEncoder, objectives: dict[str, 
 
 def check_vocabulary(towers: DualEncoder) -> None:
     """An id that the text tower does not know would be found in the middle of a step."""
-    size = getattr(getattr(towers.text, "module", towers.text), "vocab_size", None)
+    text: Any = getattr(towers.text, "module", getattr(towers.text, "model", towers.text))
+    size = getattr(text, "vocab_size", None) or getattr(getattr(text, "config", None), "vocab_size", None)
     wanted = get_tokenizer(towers.tokenizer).vocab_size
     if isinstance(size, int) and size < wanted:
         raise OptionError(
             f"model: text_cfg.vocab_size is {size}, but the tokenizer {towers.tokenizer!r} has {wanted} ids: give at least that"
         )
+
+
+@torch.no_grad()
+def check_end(towers: DualEncoder) -> None:
+    """A text tower that pools where its tokenizer puts no end does not see all words of a caption, or none: it would train to the end.
+
+    Raises:
+        OptionError: the last word of a caption does not change its features.
+    """
+    text, tokenizer = towers.text, get_tokenizer(towers.tokenizer)
+    assert text is not None
+    # Rare words have high ids, and the last ones here are frequent: an end looked for by its id is found before them, if at all.
+    captions = [f"{words} {last}" for words in ("zebra", "the walrus, a xylophone") for last in ("a", "the")]
+    ids = tokenizer.encode(captions, towers.context_length)
+    training, device = text.training, next(text.parameters()).device
+    text.eval()
+    features = text(ids.to(device)).features
+    text.train(training)
+    for first, second in ((0, 1), (2, 3)):
+        if torch.equal(ids[first], ids[second]):  # cut before the last word, or one that the vocabulary lacks
+            continue
+        scale = features[[first, second]].abs().max()
+        if (features[first] - features[second]).abs().max() <= 1e-7 * scale:
+            cfg = towers.model_cfg.get("text_cfg", {})
+            raise OptionError(
+                f"captions that differ in their last word get equal features: the text tower (pool_type {cfg.get('pool_type', 'argmax')!r}, "
+                f"eos_id {cfg.get('eos_id', 2)}) does not pool where the tokenizer {towers.tokenizer!r} ends a caption (id {tokenizer.eot}). "
+                "Give text_cfg pool_type eos with that eos_id, or last with no_causal_mask, or the tokenizer that the tower was made for"
+            )
 
 
 def context(

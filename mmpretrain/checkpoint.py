@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,13 @@ def problem(folder: Path) -> str | None:
 
 
 def save(
-    root: Path, step: int, tensors: dict[str, dict[str, Tensor]], optimizer: dict[str, Any], documents: dict[str, Any], keep: int
+    root: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    optimizer: dict[str, Any],
+    documents: dict[str, Any],
+    keep: int,
+    write_files: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write `root/step-N`. One process writes; a failure leaves the older checkpoints and no partial folder.
 
@@ -76,6 +82,7 @@ def save(
         optimizer: plain state by parameter name, written as optimizer.pt.
         documents: file stem -> JSON-able.
         keep: how many of the newest checkpoints stay.
+        write_files: writes further files into the folder it is given.
     """
     root.mkdir(parents=True, exist_ok=True)
     for stale in root.glob("*.tmp-*"):
@@ -89,6 +96,8 @@ def save(
         torch.save(optimizer, partial / "optimizer.pt")
         for stem, document in documents.items():
             (partial / f"{stem}.json").write_text(json.dumps(document, indent=1))
+        if write_files is not None:
+            write_files(partial)
         files = sorted(p for p in partial.iterdir())
         for path in files:
             flush(path)
@@ -227,7 +236,7 @@ def save_run(
         config = {"model_cfg": towers.model_cfg, "preprocess_cfg": towers.preprocess.recorded()}
         documents = {"state": state, "open_clip_config": config}
         root = Path(run_dir) / "checkpoints"
-        return save(root, state["step"], tensors, optimizer_by_name(optimizer), documents, keep)
+        return save(root, state["step"], tensors, optimizer_by_name(optimizer), documents, keep, towers.save_tokenizer)
 
     distributed.on_main(write)
 

@@ -15,6 +15,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mmpretrain.data.text import get_tokenizer
 from mmpretrain.towers.dual import DualEncoder
 from mmpretrain.towers.positions import resize_positions
 from mmpretrain.towers.specs import build_towers
@@ -65,9 +66,12 @@ def export_open_clip(dual: DualEncoder, leftovers: Mapping[str, Tensor], folder:
         state["logit_bias"] = bias.detach().cpu().float().reshape(()).clone()
     config = open_clip_config(dual, None if bias is None else float(bias))
     _check(config["model_cfg"], state)
+    if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
+        get_tokenizer(dual.tokenizer)  # before anything is written: its files belong to the folder
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    dual.save_tokenizer(folder)
     return folder
 
 

@@ -16,6 +16,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from mmpretrain.config.build import convert
 from mmpretrain.data.source_config import MAX_IMAGE_SIZE
+from mmpretrain.data.text import tokenizer_name
 from mmpretrain.towers import adapters
 from mmpretrain.towers.base import Tower
 from mmpretrain.towers.dual import DualEncoder
@@ -37,6 +38,7 @@ _HARMLESS = {  # they do not change what the native tower computes
 }
 
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 _COUNTS = {"image_size", "patch_size", "width", "layers", "head_width", "heads", "context_length", "vocab_size"}
 
 
@@ -101,7 +103,7 @@ def build_towers(
 def _config(model: str | dict[str, Any]) -> tuple[dict, dict, str, bool]:
     """-> (model_cfg, preprocess_cfg, tokenizer, whether to use open_clip's own modules)."""
     if not isinstance(model, str):
-        return _local(_checked(copy.deepcopy(dict(model)), "the recipe's model"), "the recipe's model"), {}, _tokenizer(model, None), False
+        return _local(_checked(copy.deepcopy(dict(model)), "the recipe's model"), "the recipe's model"), {}, _tokenizer(model), False
     if model.startswith("timm:"):
         return adapters.timm_config(model[5:])
     own = model.startswith("open_clip:")
@@ -122,7 +124,7 @@ def _config(model: str | dict[str, Any]) -> tuple[dict, dict, str, bool]:
             _local(cfg, str(file))
         elif "hf_model_name" in (cfg.get("text_cfg") or {}):
             cfg["text_cfg"]["hf_model_pretrained"] = False  # the folder's own weights follow
-        return cfg, found.get("preprocess_cfg", {}), _tokenizer(cfg, None), own
+        return cfg, found.get("preprocess_cfg", {}), _tokenizer(cfg, folder=path if path.is_dir() else None), own
     cfg = open_clip.get_model_config(name.replace("/", "-") if "hf-hub:" not in name else name)
     if cfg is None:
         near = difflib.get_close_matches(name, open_clip.list_models(), 3)
@@ -178,10 +180,15 @@ def _local(cfg: dict, where: str) -> dict:
     return cfg
 
 
-def _tokenizer(cfg: Any, name: str | None) -> str:
+def _tokenizer(cfg: Any, name: str | None = None, folder: Path | None = None) -> str:
+    """The tokenizer's name. An open_clip model's own name, and a folder with a tokenizer's files, say more than the fields."""
     text = cfg.get("text_cfg") or {}
-    special = text.get("hf_tokenizer_name") or text.get("tokenizer_kwargs")
-    return (name or text.get("hf_tokenizer_name") or "clip") if special else "clip"
+    described = tokenizer_name(text)
+    if described == "clip":
+        return described
+    if folder is not None and text.get("hf_tokenizer_name") and any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        return f"local-dir:{folder}"
+    return name or described
 
 
 def _did_you_mean(names: list[str]) -> str:
