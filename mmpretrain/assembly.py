@@ -28,6 +28,7 @@ from mmpretrain.optim import align_tops
 from mmpretrain.towers.dual import DualEncoder
 from mmpretrain.towers.specs import build_towers, with_recorded
 from mmpretrain.towers.teacher import Teacher
+from mmpretrain.towers.vision import VisionTransformer
 from mmpretrain.towers.weights import load_weights, recorded_preprocess
 from mmpretrain.types import Preprocess
 
@@ -81,6 +82,7 @@ def build_model(config: Config, resumed: bool = False, steps: int | None = None)
     modalities = {e.view.modality for e in encodes if e.network in ("student", "teacher")}
     if "image" not in modalities:
         towers.visual = None
+    check_image_tower(towers)
     if "text" not in modalities:
         towers.text = None
     else:
@@ -130,14 +132,17 @@ def preprocessing(config: Config, own: Preprocess) -> Preprocess:
     Raises:
         OptionError: two sources state different values.
     """
-    stated: dict[str, dict[str, Any]] = {"mean": {}, "std": {}, "size": {}}  # field -> source -> value
+    stated: dict[str, dict[str, Any]] = {"mean": {}, "std": {}, "size": {}, "background": {}}  # field -> source -> value
     for name, source in config.sources.items():
         image = source.image or ImageConfig()
         with blaming(f"sources.{name}"):
             mean, std = image.normalisation(own.mean, own.std)
-        for field, option, value in (("mean", image.mean, mean), ("std", image.std, std), ("size", image.size, image.size)):
+        given = {"mean": (image.mean, mean), "std": (image.std, std), "size": (image.size, image.size)}
+        for field, (option, value) in given.items():
             if option is not None:
                 stated[field][name] = value
+        if source.image is not None:
+            stated["background"][name] = image.behind()
     for field, values in stated.items():
         (first, value), *others = [*values.items()] or [("", None)]
         for other, another in others:
@@ -219,6 +224,36 @@ def check_vocabulary(towers: DualEncoder) -> None:
     if isinstance(size, int) and size < wanted:
         raise OptionError(
             f"model: text_cfg.vocab_size is {size}, but the tokenizer {towers.tokenizer!r} has {wanted} ids: give at least that"
+        )
+
+
+@torch.no_grad()
+def check_image_tower(towers: DualEncoder) -> None:
+    """Another library's image tower may not take images of this size, or give what no adapter reads: found in the first step otherwise.
+
+    Raises:
+        OptionError: two images of the run's size do not go through.
+    """
+    tower, size = towers.visual, towers.preprocess.size
+    if tower is None or isinstance(tower, VisionTransformer):
+        return
+    training, device = tower.training, next(tower.parameters()).device
+    try:
+        tower.eval()
+        encoded = tower(torch.zeros(2, 3, size, size, device=device), outputs=frozenset({"features", "pooled"}))
+        problem = ""
+        for name, width in (("features", tower.embed_dim), ("pooled", tower.width)):
+            shape = tuple(getattr(encoded, name).shape)
+            if shape != (2, width):
+                problem = f"it gives {name} of shape {list(shape)} for two images, expected {[2, width]}"
+    except Exception as error:  # of whatever kind the other library raises
+        problem = f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no message')}"
+    finally:
+        tower.train(training)
+    if problem:
+        raise OptionError(
+            f"model: its image tower cannot be trained on images of {size} pixels ({problem[:300]}): leave out image_size and image.size, "
+            "or choose another model"
         )
 
 

@@ -234,6 +234,7 @@ def save_run(
         if teacher is not None:
             tensors["teacher"] = teacher.module.state_dict()
         config = {"model_cfg": towers.model_cfg, "preprocess_cfg": towers.preprocess.recorded()}
+        config["transparency"] = {"images": sum(state.get("transparent", {}).values()), "of": sum(state["positions"].values())}
         documents = {"state": state, "open_clip_config": config}
         root = Path(run_dir) / "checkpoints"
         return save(root, state["step"], tensors, optimizer_by_name(optimizer), documents, keep, towers.save_tokenizer)

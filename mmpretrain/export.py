@@ -20,6 +20,7 @@ from mmpretrain.towers.dual import DualEncoder
 from mmpretrain.towers.positions import resize_positions
 from mmpretrain.towers.specs import build_towers
 from mmpretrain.towers.weights import load_weights
+from mmpretrain.types import Preprocess
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 _TOP = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias")
@@ -39,9 +40,52 @@ def open_clip_config(dual: DualEncoder, logit_bias: float | None = None) -> dict
     return {"model_cfg": cfg, "preprocess_cfg": dual.preprocess.recorded()}
 
 
-def export_open_clip(dual: DualEncoder, leftovers: Mapping[str, Tensor], folder: str | Path) -> Path:
-    """Write `open_clip_model.safetensors` and `open_clip_config.json` into a new or empty `folder`; -> the folder.
+def recorded_transparency(checkpoint: str | Path) -> tuple[int, int] | None:
+    """How many images the run has seen with transparent pixels, and of how many; None where its checkpoint does not record it."""
+    try:
+        recorded = json.loads((Path(checkpoint) / CONFIG).read_text(encoding="utf-8"))["transparency"]
+        return int(recorded["images"]), int(recorded["of"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
+
+def about_transparency(preprocess: Preprocess, transparent: tuple[int, int] | None) -> str:
+    """What a user of the model must know of images with transparent pixels."""
+    share = "" if transparent is None else f"{transparent[0]:,} of the {transparent[1]:,} images seen in training had transparent pixels. "
+    if preprocess.background == "drop":
+        return share + "Training dropped alpha, as convert('RGB') does; open_clip's preprocessing resizes before it drops it: convert first."
+    how = "a random colour each" if preprocess.background == "random" else f"RGB {list(preprocess.background)}"
+    return share + f"Training laid them over {how}; open_clip's preprocessing drops alpha instead: lay them over RGB {_opaque(preprocess)} first."
+
+
+def _opaque(preprocess: Preprocess) -> list[int]:
+    return [int(part) for part in preprocess.opaque()]
+
+
+def readme(preprocess: Preprocess, transparent: tuple[int, int] | None) -> str:
+    """The export's README.md: how to load the model, and how to prepare images with transparent pixels."""
+    if preprocess.background == "drop":
+        code = 'def opaque(image):\n    return image.convert("RGBA").convert("RGB")'
+    else:
+        colour = (*_opaque(preprocess), 255)
+        code = (
+            "from PIL import Image\n\n\ndef opaque(image):\n    image = image.convert(\"RGBA\")\n"
+            f'    return Image.alpha_composite(Image.new("RGBA", image.size, {colour}), image).convert("RGB")'
+        )
+    return (
+        "# A model in open_clip's format\n\n```python\nimport open_clip\n\n"
+        'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:THIS_FOLDER")\n'
+        'tokenizer = open_clip.get_tokenizer("local-dir:THIS_FOLDER")\n```\n\n## Images with transparent pixels\n\n'
+        f"{about_transparency(preprocess, transparent)}\n\n```python\n{code}\n\n\n# preprocess(opaque(image))\n```\n"
+    )
+
+
+def export_open_clip(
+    dual: DualEncoder, leftovers: Mapping[str, Tensor], folder: str | Path, transparent: tuple[int, int] | None = None
+) -> Path:
+    """Write the model, its tokenizer where that has files, and a README.md into a new or empty `folder`; -> the folder.
+
+    `transparent`: as `recorded_transparency` returns it.
     `leftovers`: logit_scale (its logarithm, of any shape with one element; open_clip's initial value where absent) and logit_bias.
     Raises ValueError for a model without both towers, or with a transformers tower that open_clip has no config for.
     """
@@ -72,6 +116,7 @@ def export_open_clip(dual: DualEncoder, leftovers: Mapping[str, Tensor], folder:
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     dual.save_tokenizer(folder)
+    (folder / "README.md").write_text(readme(dual.preprocess, transparent), encoding="utf-8")
     return folder
 
 
@@ -87,7 +132,8 @@ def _check(cfg: dict[str, Any], state: dict[str, Tensor]) -> None:
     if wrong:
         raise ValueError(
             f"open_clip would build another model of this config: {', '.join(sorted(wrong)[:5])} differ. It builds timm towers at "
-            "their own image size alone: train at that one (leave out image_size) to export"
+            "their own image size alone, and none that widen behind their pooling (MobileNetV3): train at that size (leave out image_size), "
+            "or use the checkpoint's model.safetensors directly"
         )
 
 

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from mmpretrain.checkpoint import MANIFEST, CheckpointError, find_checkpoint
-from mmpretrain.export import CONFIG, export_open_clip, load_model
+from mmpretrain.export import CONFIG, about_transparency, export_open_clip, load_model, recorded_transparency
 
 
 class Format(StrEnum):
@@ -38,10 +38,13 @@ def main(
     try:
         checkpoint = newest_checkpoint(source)
         dual, leftovers = load_model(checkpoint)
-        export_open_clip(dual, leftovers, out)
+        transparent = recorded_transparency(checkpoint)
+        export_open_clip(dual, leftovers, out, transparent)
     except (OSError, ValueError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+    if transparent is not None and transparent[0]:
+        print(f"{about_transparency(dual.preprocess, transparent)} {out}/README.md has the lines of code.")
     print(f'{checkpoint} -> {out}: open_clip.create_model_and_transforms("local-dir:{out}")')
 
 

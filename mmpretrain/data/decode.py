@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +25,9 @@ TURNS = {2: (False, 2), 3: (False, 1, 2), 4: (False, 1), 5: (True,), 6: (True, 2
 PILLOW_FORMATS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF", "ppm": "PPM"}
 
 
+Background = tuple[int, ...] | str  # RGB 0..255, or "drop"
+
+
 @dataclass(frozen=True)
 class ImageLimits:
     """What an image may be. Sizes are judged from the header, before any pixel is decoded."""
@@ -31,7 +35,7 @@ class ImageLimits:
     max_pixels: int = 64_000_000  # width times height
     min_side: int = 8  # pixels
     max_aspect: float = 20.0  # longer side over shorter side
-    background: tuple[int, ...] = (255, 255, 255)  # what shows through transparency, RGB 0..255
+    background: tuple[int, ...] | str = (255, 255, 255)  # what shows through transparency, RGB 0..255; "drop": what lies under it
 
     def check(self, width: int, height: int) -> None:
         """Raises BadSample for an image too large, too small or too elongated."""
@@ -143,7 +147,7 @@ def _eight_bit(values: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
-def _pillow(data: bytes, kind: str, limits: ImageLimits) -> Tensor:
+def _pillow(data: bytes, kind: str, limits: ImageLimits, background: Callable[[], Background] | None = None) -> Tensor:
     with Image.open(io.BytesIO(data), formats=[PILLOW_FORMATS[kind]]) as opened:
         limits.check(*opened.size)
         opened.load()  # the first frame of an animation
@@ -157,12 +161,19 @@ def _pillow(data: bytes, kind: str, limits: ImageLimits) -> Tensor:
         image = Image.fromarray(_eight_bit(np.asarray(image)))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1)
-        return composite(rgba, limits.background)
+        if int(rgba[3].min()) == 255:
+            return rgba[:3]
+        behind = limits.background if background is None else background()
+        return rgba[:3] if isinstance(behind, str) else composite(rgba, behind)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def decode_image(data: bytes, limits: ImageLimits = ImageLimits()) -> Tensor:
+def decode_image(
+    data: bytes, limits: ImageLimits = ImageLimits(), background: Callable[[], Background] | None = None
+) -> Tensor:
     """Image file -> uint8 [3,H,W] RGB, upright (EXIF orientation applied), transparency over `limits.background`.
+
+    `background` is called for an image that does have transparent pixels, and returns what to lay it over instead.
 
     Raises BadSample: unknown_format, undecodable_image (truncated too), too_many_pixels, too_many_scans, too_small, too_elongated.
     """
@@ -173,7 +184,7 @@ def decode_image(data: bytes, limits: ImageLimits = ImageLimits()) -> Tensor:
         if kind == "png" and len(data) >= 24:
             limits.check(*struct.unpack(">II", data[16:24]))
         image = _jpeg(data, limits) if kind == "jpeg" else None
-        return _pillow(data, kind, limits) if image is None else image
+        return _pillow(data, kind, limits, background) if image is None else image
     except BadSample:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit comes before ours

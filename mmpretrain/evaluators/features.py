@@ -24,7 +24,7 @@ from mmpretrain.data.views import CenterView
 from mmpretrain.evaluators.data.datasets import DataConfig, EvalSet, check_budget
 from mmpretrain.evaluators.data.items import Item
 from mmpretrain.rng import combine
-from mmpretrain.types import Model, Params, Sample, ViewSpec
+from mmpretrain.types import Model, Params, Preprocess, Sample, ViewSpec
 
 NO_FEATURES = (
     "this model gives no joint features, and {} needs them: it lacks a tower, or its weights come from a run without a contrastive "
@@ -58,16 +58,21 @@ def cut(item: Item, view: ViewSpec, seed: Tensor, limits: ImageLimits) -> tuple[
     return view.geometry(sample.image, {name: value[0] for name, value in params.items()}), params
 
 
-def images(dataset: EvalSet, plan: Iterable[list[int]], view: ViewSpec, threads: int, seed: int | Tensor = 0) -> Iterator[Images]:
+def images(
+    dataset: EvalSet, plan: Iterable[list[int]], view: ViewSpec, threads: int, seed: int | Tensor = 0, preprocess: Preprocess | None = None
+) -> Iterator[Images]:
     """For every batch of rows in `plan`, in order, its images; a few batches are decoded ahead.
 
+    `preprocess` is the model's, which says what transparent images are laid over where the data set does not.
     A row's random numbers depend on (seed, batch number, row) alone. Items that do not decode are listed in `bad`.
     Raises TimeoutError naming the items that a hanging read or decoder is at.
     """
 
+    limits = dataset.limits(preprocess)
+
     def job(number: int, row: int) -> tuple[Tensor, Params] | BadSample:
         try:
-            return cut(dataset.items[row], view, combine(seed, number, row), dataset.limits)
+            return cut(dataset.items[row], view, combine(seed, number, row), limits)
         except BadSample as error:
             return error
 
@@ -153,7 +158,7 @@ def _encode(model: Model, dataset: EvalSet, accelerator: Accelerator, config: Da
     rows: list[int] = []
     skipped: list[dict[str, str]] = []
     kept: dict[str, list[Tensor]] = {}
-    for batch in images(dataset, plan, view, config.threads, config.seed):
+    for batch in images(dataset, plan, view, config.threads, config.seed, model.preprocess):
         skipped += [{"key": dataset.items[row].key, "reason": reason} for row, reason in batch.bad]
         if not batch.rows:
             continue

@@ -105,7 +105,7 @@ def example_rows(dataset: EvalSet, rows: Tensor, labels: Tensor, predicted: Tens
             item = dataset.items[rows[i]]
             shown.append(
                 {
-                    "thumbnail": base64.b64encode(thumbnail(item, dataset.limits)).decode(),
+                    "thumbnail": base64.b64encode(thumbnail(item, dataset.limits())).decode(),
                     "key": item.key,
                     "truth": dataset.classes[labels[i]],
                     "predicted": dataset.classes[predicted[i]],

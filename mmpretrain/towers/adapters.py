@@ -95,24 +95,36 @@ def _add(module: nn.Module, state: dict, prefix: str, *rest: Any) -> None:
 class TimmTower(Adapter):
     """timm's trunk with open_clip's projection head."""
 
+    branches = False  # whether the trunk gives several feature maps, of which `run` then keeps what its head pools of them
+
     def __init__(self, module: TimmModel, embed_dim: int):
         trunk: Any = module.trunk  # timm's, whose attributes no type states
-        super().__init__(module, trunk.num_features, embed_dim)
+        width = getattr(trunk, "head_hidden_size", None) or trunk.num_features  # MobileNetV3 and its like widen behind their pooling
+        if width != trunk.num_features:
+            _widen_projection(module.head, trunk.num_features, width)
+        super().__init__(module, width, embed_dim)
         patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", None)
         if patch and getattr(trunk, "num_prefix_tokens", None) is not None:
             self.patch_size = patch[0]
 
     def run(self, data: Tensor) -> Tensor:
-        return self.module.trunk.forward_features(data)
+        x = self.module.trunk.forward_features(data)
+        self.branches = not isinstance(x, Tensor)  # CrossViT, CoaT, EfficientViM: several feature maps, which have no common tokens
+        return self.module.trunk.forward_head(x) if self.branches else x
 
     def read(self, x: Tensor, data: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         trunk = self.module.trunk
+        if self.branches:
+            return None, x, self.module.head(x)
         if x.dim() == 4:
             tokens = x.flatten(1, 2) if getattr(trunk, "output_fmt", "") == "NHWC" else x.flatten(2).mT
         else:
             tokens = x[:, getattr(trunk, "num_prefix_tokens", 0) :]
         pooled = trunk.forward_head(x)
-        return tokens, pooled, self.module.head(pooled)
+        features = self.module.head(pooled)
+        if pooled.dim() == 4:  # timm_pool abs_attn and rot_attn: the head pools
+            pooled = pooled.mean((1, 2) if getattr(trunk, "output_fmt", "") == "NHWC" else (2, 3))
+        return tokens, pooled, features
 
     def layer_ids(self) -> dict[str, int]:
         from timm.models import group_parameters
@@ -120,6 +132,15 @@ class TimmTower(Adapter):
         depth: Any = group_parameters(self.module.trunk, self.module.trunk.group_matcher(), reverse=True)
         last = max(depth.values(), default=0) + 1
         return {name: depth.get(name.removeprefix("module.trunk."), last) for name, _ in self.named_parameters()}
+
+
+def _widen_projection(head: nn.Module, narrow: int, width: int) -> None:
+    """Replace the first linear map of a projection head that open_clip made for `narrow` features, where the trunk gives `width`."""
+    for name, layer in head.named_modules():
+        if isinstance(layer, nn.Linear) and layer.in_features == narrow:
+            fitting = nn.Linear(width, layer.out_features, layer.bias is not None, device=layer.weight.device)
+            head.set_submodule(name, fitting)
+            return
 
 
 class ResNetTower(Adapter):
