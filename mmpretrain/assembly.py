@@ -280,8 +280,9 @@ def check_end(towers: DualEncoder) -> None:
         if (features[first] - features[second]).abs().max() <= 1e-7 * scale:
             cfg = towers.model_cfg.get("text_cfg", {})
             raise OptionError(
-                f"captions that differ in their last word get equal features: the text tower (pool_type {cfg.get('pool_type', 'argmax')!r}, "
-                f"eos_id {cfg.get('eos_id', 2)}) does not pool where the tokenizer {towers.tokenizer!r} ends a caption (id {tokenizer.eot}). "
+                "model: captions that differ in their last word get equal features: the text tower "
+                f"(pool_type {cfg.get('pool_type', 'argmax')!r}, eos_id {cfg.get('eos_id', 2)}) does not pool where the tokenizer "
+                f"{towers.tokenizer!r} ends a caption (id {tokenizer.eot}). "
                 "Give text_cfg pool_type eos with that eos_id, or last with no_causal_mask, or the tokenizer that the tower was made for"
             )
 

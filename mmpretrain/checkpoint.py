@@ -27,7 +27,7 @@ from mmpretrain.objectives.base import source_encodes
 from mmpretrain.towers.dual import DualEncoder
 from mmpretrain.towers.positions import resize_positions
 from mmpretrain.towers.teacher import Teacher
-from mmpretrain.towers.weights import load_pickled
+from mmpretrain.towers.weights import load_pickled, savable
 
 MANIFEST = "manifest.json"
 REQUIRED = ("model.safetensors", "optimizer.pt", "state.json")
@@ -92,7 +92,7 @@ def save(
     try:
         partial.mkdir()
         for stem, state in tensors.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, partial / f"{stem}.safetensors")
+            save_file(savable(state), partial / f"{stem}.safetensors")
         torch.save(optimizer, partial / "optimizer.pt")
         for stem, document in documents.items():
             (partial / f"{stem}.json").write_text(json.dumps(document, indent=1))

@@ -19,7 +19,7 @@ from mmpretrain.data.text import get_tokenizer
 from mmpretrain.towers.dual import DualEncoder
 from mmpretrain.towers.positions import resize_positions
 from mmpretrain.towers.specs import build_towers
-from mmpretrain.towers.weights import load_weights
+from mmpretrain.towers.weights import load_weights, savable
 from mmpretrain.types import Preprocess
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
@@ -53,9 +53,14 @@ def about_transparency(preprocess: Preprocess, transparent: tuple[int, int] | No
     """What a user of the model must know of images with transparent pixels."""
     share = "" if transparent is None else f"{transparent[0]:,} of the {transparent[1]:,} images seen in training had transparent pixels. "
     if preprocess.background == "drop":
-        return share + "Training dropped alpha, as convert('RGB') does; open_clip's preprocessing resizes before it drops it: convert first."
+        return (
+            share + "Training dropped alpha, as convert('RGB') does; open_clip's preprocessing resizes before it drops it: convert first."
+        )
     how = "a random colour each" if preprocess.background == "random" else f"RGB {list(preprocess.background)}"
-    return share + f"Training laid them over {how}; open_clip's preprocessing drops alpha instead: lay them over RGB {_opaque(preprocess)} first."
+    return (
+        share
+        + f"Training laid them over {how}; open_clip's preprocessing drops alpha instead: lay them over RGB {_opaque(preprocess)} first."
+    )
 
 
 def _opaque(preprocess: Preprocess) -> list[int]:
@@ -69,7 +74,7 @@ def readme(preprocess: Preprocess, transparent: tuple[int, int] | None) -> str:
     else:
         colour = (*_opaque(preprocess), 255)
         code = (
-            "from PIL import Image\n\n\ndef opaque(image):\n    image = image.convert(\"RGBA\")\n"
+            'from PIL import Image\n\n\ndef opaque(image):\n    image = image.convert("RGBA")\n'
             f'    return Image.alpha_composite(Image.new("RGBA", image.size, {colour}), image).convert("RGB")'
         )
     return (
@@ -100,7 +105,7 @@ def export_open_clip(
         raise ValueError(f"{folder} is {'not empty' if folder.is_dir() else 'no folder'}: choose a new folder")
     scale = leftovers.get("logit_scale", torch.tensor(math.log(1 / 0.07)))
     bias = leftovers.get("logit_bias")
-    state = {key: value.detach().cpu().contiguous() for key, value in dual.weights().items()}
+    state = savable(dual.weights())
     vision = dual.model_cfg["vision_cfg"]
     if dual.preprocess.size != vision.get("image_size", 224):  # the towers resize their positions for the views; open_clip's do not
         target = build_towers(dual.model_cfg, image_size=dual.preprocess.size, text=False)
@@ -132,7 +137,8 @@ def _check(cfg: dict[str, Any], state: dict[str, Tensor]) -> None:
     if wrong:
         raise ValueError(
             f"open_clip would build another model of this config: {', '.join(sorted(wrong)[:5])} differ. It builds timm towers at "
-            "their own image size alone, and none that widen behind their pooling (MobileNetV3): train at that size (leave out image_size), "
+            "their own image size alone, and none that widen behind their pooling (MobileNetV3): train at that size (leave out "
+            "image_size), "
             "or use the checkpoint's model.safetensors directly"
         )
 

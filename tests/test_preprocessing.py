@@ -18,7 +18,8 @@ from mmpretrain.assembly import build_model, frozen_network
 from mmpretrain.checkpoint import find_checkpoint
 from mmpretrain.config.build import OptionError
 from mmpretrain.config.recipe import Config, NetworkConfig, assemble
-from mmpretrain.data.decode import decode_image
+from mmpretrain.data.decode import ImageLimits, decode_image
+from mmpretrain.data.source import ImageConfig, Source, SourceConfig
 from mmpretrain.data.views import CenterView
 from mmpretrain.evaluators.data.datasets import DataConfig, open_dataset
 from mmpretrain.evaluators.features import center_view, images, render
@@ -43,7 +44,7 @@ def test_what_one_source_states_is_the_models_and_every_other_sources():
     model, _ = build_model(recipe({"a": {"mean": "half", "std": [0.25, 0.5, 1], "size": 24}, "b": {}}))
     p = model.towers.preprocess
     assert (p.mean, p.std, p.size) == ((0.5, 0.5, 0.5), (0.25, 0.5, 1.0), 24)
-    assert views(model) == dict.fromkeys("ab", {(24, (0.5, 0.5, 0.5), (0.25, 0.5, 1.0))})
+    assert views(model) == {name: {(24, (0.5, 0.5, 0.5), (0.25, 0.5, 1.0))} for name in "ab"}
     same, _ = build_model(recipe({"a": {"mean": "half"}, "b": {"mean": [0.5, 0.5, 0.5]}}))
     assert same.towers.preprocess.mean == (0.5, 0.5, 0.5)
 
@@ -118,8 +119,6 @@ def test_open_clips_own_preprocess_gives_our_features_of_images_with_alpha(backg
 
 
 def test_background_drop_is_what_pil_converts_to_and_random_is_drawn_from_the_rows_seed(tmp_path):
-    from mmpretrain.data.source import ImageConfig, Source, SourceConfig
-
     picture = transparent_picture(3)
     write_shards((Record(f"{i}", {"png": encoded(picture)}) for i in range(6)), tmp_path / "s", max_count=6)
     view = CenterView(size=16)
@@ -141,8 +140,6 @@ def test_background_drop_is_what_pil_converts_to_and_random_is_drawn_from_the_ro
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB key"])
 def test_drop_is_convert_rgb_in_every_mode_with_transparency(mode):
-    from mmpretrain.data.decode import ImageLimits
-
     image = transparent_picture(5)
     options = {}
     if mode == "RGB key":
@@ -179,7 +176,9 @@ def test_a_size_of_the_sources_travels_through_checkpoint_and_export(tmp_path):
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/out")
     pixels = torch.randn(2, 3, 24, 24)
     assert "24" in str(preprocess)
-    torch.testing.assert_close(model.eval().encode_image(pixels).detach(), dual.eval().visual(pixels).features.detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model.eval().encode_image(pixels).detach(), dual.eval().visual(pixels).features.detach(), atol=1e-5, rtol=1e-4
+    )
     assert load_model(str(tmp_path / "out")).preprocess == loaded.preprocess
 
 

@@ -168,9 +168,7 @@ def _pillow(data: bytes, kind: str, limits: ImageLimits, background: Callable[[]
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def decode_image(
-    data: bytes, limits: ImageLimits = ImageLimits(), background: Callable[[], Background] | None = None
-) -> Tensor:
+def decode_image(data: bytes, limits: ImageLimits = ImageLimits(), background: Callable[[], Background] | None = None) -> Tensor:
     """Image file -> uint8 [3,H,W] RGB, upright (EXIF orientation applied), transparency over `limits.background`.
 
     `background` is called for an image that does have transparent pixels, and returns what to lay it over instead.

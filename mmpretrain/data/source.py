@@ -236,9 +236,7 @@ class Source:
             f"For instance {'; '.join(list(tally.examples.values())[:3])}. Repair the shards or raise the limit."
         )
 
-    def _sample(
-        self, c: int, shard: int, number: int, wants: dict[str, bool], background: Callable[[], decode.Background]
-    ) -> Sample:
+    def _sample(self, c: int, shard: int, number: int, wants: dict[str, bool], background: Callable[[], decode.Background]) -> Sample:
         name = shard_label(self.shard_sets[c].names[shard])
         me = threading.get_ident()
         self.reading[me] = name

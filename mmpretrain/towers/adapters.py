@@ -103,9 +103,11 @@ class TimmTower(Adapter):
         if width != trunk.num_features:
             _widen_projection(module.head, trunk.num_features, width)
         super().__init__(module, width, embed_dim)
-        patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", None)
-        if patch and getattr(trunk, "num_prefix_tokens", None) is not None:
-            self.patch_size = patch[0]
+        embed = getattr(trunk, "patch_embed", None)
+        patch = getattr(embed, "patch_size", None)
+        hybrid = hasattr(embed, "backbone")  # whose patches are of feature maps
+        if patch and getattr(trunk, "num_prefix_tokens", None) is not None and not hybrid:
+            self.patch_size = patch if isinstance(patch, int) else patch[0]
 
     def run(self, data: Tensor) -> Tensor:
         x = self.module.trunk.forward_features(data)
@@ -119,7 +121,10 @@ class TimmTower(Adapter):
         if x.dim() == 4:
             tokens = x.flatten(1, 2) if getattr(trunk, "output_fmt", "") == "NHWC" else x.flatten(2).mT
         else:
-            tokens = x[:, getattr(trunk, "num_prefix_tokens", 0) :]
+            prefix = getattr(trunk, "num_prefix_tokens", None)
+            if prefix is None and hasattr(trunk, "cls_token"):  # VOLO and XCiT do not say whether the class token is in it
+                prefix = int(math.isqrt(x.shape[1]) ** 2 != x.shape[1])
+            tokens = x[:, prefix or 0 :]
         pooled = trunk.forward_head(x)
         features = self.module.head(pooled)
         if pooled.dim() == 4:  # timm_pool abs_attn and rot_attn: the head pools

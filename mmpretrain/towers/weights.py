@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,18 @@ def load_pickled(path: Path) -> Any:
         raise ValueError(
             f"it holds more than tensors and plain data, and is not unpickled ({refused[0] if refused else 'refused'})"
         ) from None
+
+
+def savable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict as safetensors writes it: on the CPU, contiguous, each tensor with memory of its own (CoaT's blocks share modules)."""
+    seen: set[int] = set()
+    result = {}
+    for key, value in state.items():
+        value = value.detach().cpu().contiguous()
+        start = value.untyped_storage().data_ptr()
+        result[key] = value.clone() if start in seen and value.numel() else value
+        seen.add(start)
+    return result
 
 
 def recorded_preprocess(path: str | Path) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def test_every_rule_has_its_test():
 
 def test_x_clip_which_reads_videos_is_refused(tmp_path):
     transformers.AutoConfig.for_model("xclip").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="type xclip .* not known to agree"):
+    with pytest.raises(ValueError, match=r"type xclip .* not known to agree"):
         build_towers(f"hf:{tmp_path}")
 
 

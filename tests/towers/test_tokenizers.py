@@ -1,4 +1,4 @@
-"""A model's tokenizer: its options are honoured wherever the model comes from, it travels with the model, and the text tower pools at its end."""
+"""A model's tokenizer: its options count wherever the model comes from, its files travel with it, and the text tower pools at its end."""
 
 import json
 from pathlib import Path
