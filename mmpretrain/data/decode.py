@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,9 @@ from mmpretrain.data.schema import BadSample
 TURNS = {2: (False, 2), 3: (False, 1, 2), 4: (False, 1), 5: (True,), 6: (True, 2), 7: (True, 1, 2), 8: (True, 1)}
 
 
+Background = tuple[int, ...] | str  # RGB 0..255, or "drop"
+
+
 @dataclass(frozen=True)
 class ImageLimits:
     """Limits of images. Sizes are checked in the header, before any pixel is decoded."""
@@ -27,7 +31,7 @@ class ImageLimits:
     max_pixels: int = 64_000_000  # width times height
     min_side: int = 8  # pixels
     max_aspect: float = 20.0  # longer side over shorter side
-    background: tuple[int, ...] = (255, 255, 255)  # below transparency, RGB 0..255
+    background: tuple[int, ...] | str = (255, 255, 255)  # below transparency, RGB 0..255; "drop": the colour that alpha hides
 
     def check(self, width: int, height: int) -> None:
         """Raise BadSample for an image that is too large, too small or too elongated."""
@@ -61,12 +65,13 @@ def _jpeg(data: bytes, limits: ImageLimits) -> Tensor | None:
     return upright(image, orientation(header.exif, header.xmp)) if header.exif or header.xmp else image
 
 
-def decode_image(data: bytes, limits: ImageLimits = ImageLimits()) -> Tensor:
+def decode_image(data: bytes, limits: ImageLimits = ImageLimits(), background: Callable[[], Background] | None = None) -> Tensor:
     """Decode an image file to uint8 [3, H, W] RGB, upright by its orientation (EXIF, else XMP), over `limits.background`.
 
     Args:
         data: the file.
         limits: of its size.
+        background: called for an image that does have transparent pixels; returns the background instead of that of `limits`.
 
     Raises:
         BadSample: unknown_format, undecodable_image (truncated too), too_many_pixels, too_many_scans, too_small,
@@ -81,7 +86,9 @@ def decode_image(data: bytes, limits: ImageLimits = ImageLimits()) -> Tensor:
         if kind == "jpeg" and (image := _jpeg(data, limits)) is not None:
             return image
         decoded = raster.decode(data, kind, limits.check)
-        flat = raster.flatten(decoded.image, limits.background)
+        flat = decoded.image
+        if raster.is_transparent(flat):
+            flat = raster.flatten(flat, limits.background if background is None else background())
         return upright(
             torch.from_numpy(np.array(flat if flat.mode == "RGB" else flat.convert("RGB"))).permute(2, 0, 1), decoded.orientation
         )

@@ -70,10 +70,20 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(TRANSPOSES[orientation]) if orientation in TRANSPOSES else image
 
 
-def flatten(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
-    """L or RGB as they are; RGBA over an RGB background, each value rounded to the nearest."""
+def is_transparent(image: Image.Image) -> bool:
+    """Tell whether any pixel lets the background through."""
+    return image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 255
+
+
+def flatten(image: Image.Image, background: tuple[int, ...] | str) -> Image.Image:
+    """Composite RGBA over an RGB background, each value rounded to the nearest; L and RGB stay as they are.
+
+    "drop" in place of a background keeps the colours that alpha hides, as `convert("RGB")` does.
+    """
     if image.mode != "RGBA":
         return image
+    if isinstance(background, str):
+        return image.convert("RGB")
     under = Image.new("RGB", image.size, (background[0], background[1], background[2]))
     under.paste(image, mask=image.getchannel("A"))
     return under

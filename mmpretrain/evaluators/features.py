@@ -25,7 +25,7 @@ from mmpretrain.errors import HangError, NotFiniteError, UnsuitableModelError
 from mmpretrain.evaluators.data.datasets import DataConfig, EvalSet, check_budget
 from mmpretrain.evaluators.data.items import Item
 from mmpretrain.rng import combine
-from mmpretrain.types import Model, Params, Sample, ViewSpec
+from mmpretrain.types import Model, Params, Preprocess, Sample, ViewSpec
 
 NO_FEATURES = (
     "this model gives no joint features, and {} needs them: it lacks a tower, or its weights come from a run without a contrastive "
@@ -59,7 +59,9 @@ def cut(item: Item, view: ViewSpec, seed: Tensor, limits: ImageLimits) -> tuple[
     return view.geometry(sample.image, {name: value[0] for name, value in params.items()}), params
 
 
-def images(dataset: EvalSet, plan: Iterable[list[int]], view: ViewSpec, threads: int, seed: int | Tensor = 0) -> Iterator[Images]:
+def images(
+    dataset: EvalSet, plan: Iterable[list[int]], view: ViewSpec, threads: int, seed: int | Tensor = 0, preprocess: Preprocess | None = None
+) -> Iterator[Images]:
     """Yield the images of every batch in `plan`, in order; up to three batches are decoded ahead.
 
     A row's random numbers depend on (seed, batch number, row) alone. Items that cannot be decoded are listed in `bad`.
@@ -70,14 +72,17 @@ def images(dataset: EvalSet, plan: Iterable[list[int]], view: ViewSpec, threads:
         view: to cut.
         threads: that read and decode.
         seed: of the view's draws.
+        preprocess: the model's, with the background of transparent images where the data set states none.
 
     Raises:
         HangError: reading or decoding hangs; the message names the items.
     """
 
+    limits = dataset.limits(preprocess)
+
     def job(number: int, row: int) -> tuple[Tensor, Params] | BadSample:
         try:
-            return cut(dataset.items[row], view, combine(seed, number, row), dataset.limits)
+            return cut(dataset.items[row], view, combine(seed, number, row), limits)
         except BadSample as error:
             return error
 
@@ -165,7 +170,7 @@ def _encode(model: Model, dataset: EvalSet, accelerator: Accelerator, config: Da
     rows: list[int] = []
     skipped: list[dict[str, str]] = []
     kept: dict[str, list[Tensor]] = {}
-    for batch in images(dataset, plan, view, config.threads, config.seed):
+    for batch in images(dataset, plan, view, config.threads, config.seed, model.preprocess):
         skipped += [{"key": dataset.items[row].key, "reason": reason} for row, reason in batch.bad]
         if not batch.rows:
             continue
