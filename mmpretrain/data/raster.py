@@ -72,7 +72,7 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
 
 def is_transparent(image: Image.Image) -> bool:
     """Tell whether any pixel lets the background through."""
-    return image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 255
+    return image.mode == "RGBA" and bool(np.asarray(image.getchannel("A")).min() < 255)
 
 
 def flatten(image: Image.Image, background: tuple[int, ...] | str) -> Image.Image:
