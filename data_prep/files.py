@@ -16,8 +16,8 @@ from typing import IO, Any, BinaryIO
 
 from mmpretrain.atomic import write_atomically
 from mmpretrain.config.build import OptionError
-from mmpretrain.data.cache import retried
-from mmpretrain.data.schema import ShardError
+from mmpretrain.data import folders
+from mmpretrain.data.cache import filesystem, retried
 from mmpretrain.data.shard_names import is_remote
 
 
@@ -41,16 +41,6 @@ def local_folder(name: str | Path) -> Path:
     if re.match(r"(?!file:)\w{2,}:/", str(name)):
         raise OptionError(f"{name} is a URL; this writes to a local folder only. Copy the result there afterwards.")
     return Path(local_path(name) or name)
-
-
-def filesystem(url: str) -> tuple[Any, str]:
-    """Returns (fsspec file system, path in it). Raises ShardError for an unknown protocol or a missing package."""
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ShardError(f"{url}: {error}") from error
 
 
 def join(base: str | Path, name: str) -> str:
@@ -153,27 +143,12 @@ def walk(url: str | Path) -> Iterator[str]:
     """
     where = place(url)
     if isinstance(where, Path):
-        yield from _walk_local(str(where), "", {os.path.realpath(where)})
+        yield from folders.walk(where)
         return
     system, path = filesystem(where)
     below = path.strip("/") + "/"
     names = [name.lstrip("/").removeprefix(below) for name in retried(lambda: system.find(path), where)]
     yield from sorted((name for name in names if not name.startswith(".") and "/." not in name), key=lambda name: name.replace("/", "\0"))
-
-
-def _walk_local(folder: str, before: str, above: set[str]) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        names, folders = [], set()
-        for entry in entries:
-            if not entry.name.startswith("."):
-                names.append(entry.name)
-                if entry.is_dir():
-                    folders.add(entry.name)
-    for name in sorted(names):
-        if name not in folders:
-            yield before + name
-        elif (real := os.path.realpath(os.path.join(folder, name))) not in above:
-            yield from _walk_local(os.path.join(folder, name), f"{before}{name}/", above | {real})
 
 
 @contextmanager

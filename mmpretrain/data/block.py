@@ -22,6 +22,7 @@ class Block(NamedTuple):
     params: dict[ViewSpec, Params]
     skipped: list[dict[str, Any]]  # {source, shard, key, reason, detail, slot, replaced_by}
     views: dict[ViewSpec, View]  # those already rendered
+    transparent: int = 0  # rows whose image had transparent pixels
 
     def render(self, modality: str | None = None) -> Block:
         """Render the views of one modality, or all remaining ones."""
@@ -45,6 +46,7 @@ class Block(NamedTuple):
             {spec: {name: move(value) for name, value in drawn.items()} for spec, drawn in self.params.items()},
             self.skipped,
             {spec: View(move(view.data), None if view.target is None else move(view.target)) for spec, view in self.views.items()},
+            self.transparent,
         )
 
 
@@ -67,4 +69,5 @@ def join(blocks: list[Block]) -> Block:
         params={spec: {name: torch.cat([b.params[spec][name] for b in blocks]) for name in drawn} for spec, drawn in first.params.items()},
         skipped=[record for b in blocks for record in b.skipped],
         views=views,
+        transparent=sum(b.transparent for b in blocks),
     )

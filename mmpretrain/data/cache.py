@@ -8,16 +8,17 @@ import io
 import json
 import logging
 import os
-import tempfile
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from mmpretrain.atomic import write_atomically
 from mmpretrain.data.index import SUFFIX, ShardIndex, load
 from mmpretrain.data.schema import ShardError
 from mmpretrain.data.shard_names import in_order, is_remote
@@ -34,7 +35,8 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmpretrain"
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+def filesystem(url: str) -> tuple[Any, str]:
+    """(fsspec file system, path in it). Raises ShardError for an unknown protocol or a missing package."""
     import fsspec
 
     try:
@@ -59,11 +61,11 @@ def retried(action: Callable[[], T], what: str, attempts: int = 5, first_wait: f
 
 
 def _read(url: str) -> bytes | None:
-    filesystem, path = _filesystem(url)
+    system, path = filesystem(url)
 
     def read() -> bytes | None:
         with contextlib.suppress(FileNotFoundError):  # no check for existence: a cached listing may be older than the file
-            return filesystem.cat_file(path)
+            return system.cat_file(path)
         return None
 
     return retried(read, url)
@@ -172,31 +174,26 @@ class ShardCache:
 
     def _fetch(self, url: str) -> str:
         place = self._place(url)
-        filesystem, path = _filesystem(url)
-        size = retried(lambda: filesystem.size(path), url, self._attempts, self._first_wait)
+        system, path = filesystem(url)
+        size = retried(lambda: system.size(path), url, self._attempts, self._first_wait)
         if place.exists() and (size is None or place.stat().st_size == size):
             return str(place)
         with hold(self.folder / "locks" / place.stem):  # every rank of a machine wants the same shards
             if not (place.exists() and (size is None or place.stat().st_size == size)):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 self._make_room(size or 0)
-                retried(lambda: self._copy(filesystem, path, size, place), url, self._attempts, self._first_wait)
+                retried(lambda: self._copy(system, path, size, place), url, self._attempts, self._first_wait)
         return str(place)
 
     @staticmethod
-    def _copy(filesystem: Any, path: str, size: int | None, place: Path) -> None:
-        handle, temporary = tempfile.mkstemp(prefix=place.name + ".tmp-", dir=place.parent)
-        try:
-            with os.fdopen(handle, "wb") as out, filesystem.open(path, "rb") as source:
-                while chunk := source.read(CHUNK):
-                    out.write(chunk)
-                written = out.tell()
-            if size is not None and written != size:
-                raise OSError(f"{written} bytes received, expected {size}")
-            os.replace(temporary, place)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+    def _copy(system: Any, path: str, size: int | None, place: Path) -> None:
+        def fetch(out: BinaryIO) -> None:
+            with system.open(path, "rb") as source:
+                shutil.copyfileobj(source, out, CHUNK)
+            if size is not None and out.tell() != size:
+                raise OSError(f"{out.tell()} bytes received, expected {size}")
+
+        write_atomically(place, fetch)
 
     def _make_room(self, needed: int) -> None:
         with self._lock:

@@ -21,7 +21,11 @@ _MAGIC = (
     (b"BM", 0, b"", "bmp"),
     (b"II*\0", 0, b"", "tiff"),
     (b"MM\0*", 0, b"", "tiff"),
+    (b"II+\0", 0, b"", "tiff"),  # BigTIFF
+    (b"MM\0+", 0, b"", "tiff"),
 )
+_AVIF = (b"avif", b"avis")  # brands: an image, a sequence
+_CONTAINERS = (b"mif1", b"msf1")  # brands of HEIF files, whatever codes their images
 
 
 def sniff(data: bytes) -> str | None:
@@ -29,6 +33,10 @@ def sniff(data: bytes) -> str | None:
     for start, offset, more, kind in _MAGIC:
         if data.startswith(start) and data[offset : offset + len(more)] == more:
             return kind
+    if data[4:8] == b"ftyp":
+        brands = bytes(data[16 : min(int.from_bytes(data[:4], "big"), 256)])
+        listed = any(brands[i : i + 4] in _AVIF for i in range(0, len(brands), 4))
+        return "avif" if data[8:12] in _AVIF or (data[8:12] in _CONTAINERS and listed) else None
     return "ppm" if data[:1] == b"P" and data[1:2] in b"123456" and data[2:3].isspace() else None
 
 

@@ -95,6 +95,7 @@ class Loader:
         self._position = {name: int((start or {}).get(name, 0)) for name in sources}
         self._scheduled = dict(self._position)
         self._skipped: list[dict[str, Any]] = []
+        self._transparent = dict.fromkeys(sources, 0)
         if rank == 0 and not any(self._position.values()):  # every rank detects the same damage
             self._skipped = [record for source in sources.values() for record in source.damaged()]
         self.wait_s = 0.0
@@ -225,6 +226,7 @@ class Loader:
         for name, block in step.result.items():
             self._position[name] += self.sources[name].batch_size
             self._skipped += block.skipped
+            self._transparent[name] += block.transparent
         self.wait_s = time.perf_counter() - started
         return batch
 
@@ -239,6 +241,10 @@ class Loader:
     def position(self) -> dict[str, int]:
         """Return the slots consumed by the batches returned so far, per source, for a checkpoint."""
         return dict(self._position)
+
+    def transparent(self) -> dict[str, int]:
+        """How many images of the batches handed out here had transparent pixels, per source."""
+        return dict(self._transparent)
 
     def drain_skipped(self) -> list[dict[str, Any]]:
         """Return the samples replaced in batches since the last call: {source, shard, key, reason, detail, slot, replaced_by}."""

@@ -4,6 +4,10 @@ A process has an interpreter of its own, where threads would take turns in one b
 image. Pixels are passed in memory that both sides map: a memory file that the process creates, fills, and fills again
 once the parent has released all tensors over it. Nothing is copied, and nothing counts against /dev/shm. In a process
 forked off the parent, such a batch is valid only while the parent holds it too.
+
+The workers of data_prep (`data_prep.engine.local`) are another kind, for another task: fresh processes without torch, for functions without
+effects, so that the task of one that is killed is done again. These are forked with the open sources, and lend memory, so that the batch of
+one that ends is lost and the run says so.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ class Source:
                 f"sources.{name}: an objective needs labels. Name the member that holds them, e.g. `label: cls` or `label: json:category`."
             )
         image = config.image or ImageConfig()
-        self._limits = decode.ImageLimits(config.max_pixels, config.min_side, config.max_aspect, tuple(image.background))
+        self._background = image.behind()
+        self._limits = decode.ImageLimits(config.max_pixels, config.min_side, config.max_aspect, self._background)
         split = None
         if config.split is not None:
             split = (config.split.holdout, config.split.part)
@@ -182,17 +183,25 @@ class Source:
         numbers = np.asarray(slots, np.int64)
         views = self.views_at(int(numbers[0]))
         wants = self._needed(views)
-        component, own, *place = self.locate(numbers)
+        component, own, *places = self.locate(numbers)
         samples: list[Sample] = []
         origin: list[tuple[int, int, int, int]] = []  # component, epoch, sample of the component, attempt
         skipped: list[dict[str, Any]] = []
-        for slot, c, own_slot, *where in zip(*(each.tolist() for each in (numbers, component, own, *place))):
+        transparent: set[int] = set()  # slots whose image has transparent pixels
+        for slot, c, own_slot, *where in zip(*(each.tolist() for each in (numbers, component, own, *places))):
             bad: list[dict[str, Any]] = []  # bad samples of this slot before a good one
             while True:
+                place = (c, where[2], int(self._orders[c].first[where[0]]) + where[1], len(bad))
+
+                def background(slot: int = slot, place: tuple[int, int, int, int] = place) -> decode.Background:
+                    transparent.add(slot)
+                    return self._drawn_background(place)
+
                 try:
-                    sample = self._sample(c, where[0], where[1], wants)
+                    sample = self._sample(c, where[0], where[1], wants, background)
                     break
                 except BadSample as error:
+                    transparent.discard(slot)
                     bad.append(self._record(c, where[0], where[1], slot, error))
                     if len(bad) >= self.config.max_consecutive_bad:
                         problem = f"{len(bad)} samples in a row are bad (max_consecutive_bad: {self.config.max_consecutive_bad})"
@@ -200,8 +209,19 @@ class Source:
                     where = self._orders[c].replacement(own_slot, len(bad))
             skipped += [record | {"replaced_by": sample.key} for record in bad]
             samples.append(sample)
-            origin.append((c, where[2], int(self._orders[c].first[where[0]]) + where[1], len(bad)))
-        return self._cut(samples, rng.combine(self._base, *torch.tensor(origin).unbind(1)), skipped, views)
+            origin.append(place)
+        block = self._cut(samples, rng.combine(self._base, *torch.tensor(origin).unbind(1)), skipped, views)
+        return block._replace(transparent=len(transparent))
+
+    def _drawn_background(self, place: tuple[int, int, int, int]) -> decode.Background:
+        """What an image with transparent pixels is laid over; a random colour comes from the seed of its row alone.
+
+        Args:
+            place: component, epoch, sample of the component, attempt.
+        """
+        if self._background != "random":
+            return self._background
+        return tuple(rng.integers(rng.combine(self._base, *place).reshape(1), "background", 256, 3)[0].tolist())
 
     def account(self, block: Block) -> Block:
         """Count the samples of a block from `make`. Raises BadSampleBudgetError where too many of all were bad."""
@@ -238,7 +258,7 @@ class Source:
             f"For instance {'; '.join(list(tally.examples.values())[:3])}. Repair the shards or raise the limit."
         )
 
-    def _sample(self, c: int, shard: int, number: int, wants: dict[str, bool]) -> Sample:
+    def _sample(self, c: int, shard: int, number: int, wants: dict[str, bool], background: Callable[[], decode.Background]) -> Sample:
         name = shard_label(self.shard_sets[c].names[shard])
         me = threading.get_ident()
         self.reading[me] = name
@@ -246,7 +266,7 @@ class Source:
         try:
             key, members, opened = self.shard_sets[c].members(shard, number)
             key = self.reading[me] = f"{name}/{key}"
-            return self._decode(key, members, lambda member: self.shard_sets[c].read(opened, member), wants)
+            return self._decode(key, members, lambda member: self.shard_sets[c].read(opened, member), wants, background)
         except (BadSample, ShardError):
             raise
         except Exception as error:
@@ -256,7 +276,14 @@ class Source:
         finally:
             self.reading.pop(me, None)
 
-    def _decode(self, key: str, members: dict[str, Member], read: Callable[[Member], bytes], wants: dict[str, bool]) -> Sample:
+    def _decode(
+        self,
+        key: str,
+        members: dict[str, Member],
+        read: Callable[[Member], bytes],
+        wants: dict[str, bool],
+        background: Callable[[], decode.Background],
+    ) -> Sample:
         sample = Sample(key)
         limit = self.config.max_member_bytes
         fields = Fields.placed(members, read, limit)
@@ -265,7 +292,8 @@ class Source:
         if self._wants["label"]:
             sample.labels["label"] = fields.label(str(self.config.label), self._class_index)
         if wants["image"]:
-            sample.image = decode.decode_image(read(place_of(members, image_extension(members), limit)), self._limits)
+            data = read(place_of(members, image_extension(members), limit))
+            sample.image = decode.decode_image(data, self._limits, background)
         return sample
 
     def _cut(self, samples: list[Sample], seeds: Tensor, skipped: list[dict[str, Any]], views: list[ViewSpec]) -> Block:

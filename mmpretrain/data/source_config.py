@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from mmpretrain.config.build import OptionError, Range
 from mmpretrain.data.views import NORMALISATION
@@ -19,7 +19,15 @@ class ImageConfig:
     size: Annotated[int | None, Range(1, MAX_IMAGE_SIZE)] = None  # pixels a side of the views; default: the model's
     mean: Any = None  # openai, imagenet, half, or three numbers; default: the model's
     std: Any = None  # openai, imagenet, half, or three numbers; default: the model's
-    background: Annotated[list[int], Range(0, 255)] = field(default_factory=lambda: [255, 255, 255])  # RGB that shows through transparency
+    background: Annotated[list[int], Range(0, 255)] | Literal["random", "drop"] = field(
+        default_factory=lambda: [255, 255, 255]
+    )  # RGB that shows through transparency; random: a colour of each row's own; drop: what lies under it, as PIL's convert("RGB") does
+
+    def behind(self) -> tuple[int, ...] | str:
+        """`background` as Preprocess has it. Raises ValueError for a list that is not three numbers."""
+        if isinstance(self.background, list) and len(self.background) != 3:
+            raise ValueError(f"image.background {self.background}: expected three numbers, random or drop")
+        return tuple(self.background) if isinstance(self.background, list) else self.background
 
     def normalisation(self, mean: Any = "openai", std: Any = "openai") -> tuple[tuple[float, float, float], tuple[float, float, float]]:
         """Return (mean, std) as numbers; the arguments are the defaults. Raises ValueError for an unknown name or other numbers."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -33,9 +32,7 @@ def build_evaluator(kind: str, options: Iterable[str] | Mapping[str, Any]) -> Ev
         OptionError: with the nearest known name.
     """
     if kind not in EVALUATORS:
-        near = difflib.get_close_matches(kind, EVALUATORS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise OptionError(f"unknown evaluator {kind!r}: {hint}known are {', '.join(EVALUATORS)}")
+        raise OptionError(EVALUATORS.refusal(kind))
     evaluator = EVALUATORS[kind]
     return evaluator(make_config(evaluator.Config, options))
 

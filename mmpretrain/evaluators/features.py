@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from mmpretrain import distributed
+from mmpretrain.atomic import write_atomically
 from mmpretrain.data.decode import ImageLimits, decode_image
 from mmpretrain.data.schema import BadSample, BadSampleBudgetError
 from mmpretrain.data.views import CenterView
@@ -25,7 +25,7 @@ from mmpretrain.errors import HangError, NotFiniteError, UnsuitableModelError
 from mmpretrain.evaluators.data.datasets import DataConfig, EvalSet, check_budget
 from mmpretrain.evaluators.data.items import Item
 from mmpretrain.rng import combine
-from mmpretrain.types import Model, Params, Sample, ViewSpec
+from mmpretrain.types import Model, Params, Preprocess, Sample, ViewSpec
 
 NO_FEATURES = (
     "this model gives no joint features, and {} needs them: it lacks a tower, or its weights come from a run without a contrastive "
@@ -59,7 +59,9 @@ def cut(item: Item, view: ViewSpec, seed: Tensor, limits: ImageLimits) -> tuple[
     return view.geometry(sample.image, {name: value[0] for name, value in params.items()}), params
 
 
-def images(dataset: EvalSet, plan: Iterable[list[int]], view: ViewSpec, threads: int, seed: int | Tensor = 0) -> Iterator[Images]:
+def images(
+    dataset: EvalSet, plan: Iterable[list[int]], view: ViewSpec, threads: int, seed: int | Tensor = 0, preprocess: Preprocess | None = None
+) -> Iterator[Images]:
     """Yield the images of every batch in `plan`, in order; up to three batches are decoded ahead.
 
     A row's random numbers depend on (seed, batch number, row) alone. Items that cannot be decoded are listed in `bad`.
@@ -70,14 +72,17 @@ def images(dataset: EvalSet, plan: Iterable[list[int]], view: ViewSpec, threads:
         view: to cut.
         threads: that read and decode.
         seed: of the view's draws.
+        preprocess: the model's, with the background of transparent images where the data set states none.
 
     Raises:
         HangError: reading or decoding hangs; the message names the items.
     """
 
+    limits = dataset.limits(preprocess)
+
     def job(number: int, row: int) -> tuple[Tensor, Params] | BadSample:
         try:
-            return cut(dataset.items[row], view, combine(seed, number, row), dataset.limits)
+            return cut(dataset.items[row], view, combine(seed, number, row), limits)
         except BadSample as error:
             return error
 
@@ -165,7 +170,7 @@ def _encode(model: Model, dataset: EvalSet, accelerator: Accelerator, config: Da
     rows: list[int] = []
     skipped: list[dict[str, str]] = []
     kept: dict[str, list[Tensor]] = {}
-    for batch in images(dataset, plan, view, config.threads, config.seed):
+    for batch in images(dataset, plan, view, config.threads, config.seed, model.preprocess):
         skipped += [{"key": dataset.items[row].key, "reason": reason} for row, reason in batch.bad]
         if not batch.rows:
             continue
@@ -230,13 +235,11 @@ def _cache_file(model: Model, dataset: EvalSet, folder: str | None) -> Path | No
 
 
 def _save(features: Features, path: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     tensors = {"rows": features.rows, **{name: value.contiguous() for name, value in features.values.items()}}
-    save_file(tensors, temporary, metadata={"skipped": json.dumps(features.skipped)})
-    os.replace(temporary, path)
+    write_atomically(path, save(tensors, metadata={"skipped": json.dumps(features.skipped)}))
 
 
 def _load(path: Path) -> Features:

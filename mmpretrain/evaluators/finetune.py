@@ -168,7 +168,8 @@ def train_classifier(
         layer_decay=config.layer_decay,
         head_lr=config.head_lr,
     )
-    optimizer = build_optimizer(parameter_groups(trainable, optim, depth), optim)
+    undecayed = {f"tower.{name}" for name in classifier.tower.no_weight_decay()}
+    optimizer = build_optimizer(parameter_groups(trainable, optim, depth, undecayed), optim)
     order = _Order(len(dataset), config.train_batch_size, config.seed)
     mine = config.train_batch_size // world
 
@@ -182,7 +183,7 @@ def train_classifier(
     losses: list[dict[str, float]] = []
     bad: dict[int, str] = {}
     shown = max(1, steps // 100)
-    for step, batch in enumerate(images(dataset, plan(), view, config.threads, config.seed)):
+    for step, batch in enumerate(images(dataset, plan(), view, config.threads, config.seed, p)):
         bad |= dict(batch.bad)
         count = distributed.all_reduce_sum(torch.tensor(float(len(batch.rows)), device=device))
         if not batch.rows:
@@ -228,7 +229,7 @@ def classify(
     bad: dict[int, str] = {}
     logits = [torch.empty(0, classifier.head.out_features, device=device)]
     plan = [list(mine[i : i + config.batch_size]) for i in range(0, len(mine), config.batch_size)]
-    for batch in images(dataset, plan, view, config.threads):
+    for batch in images(dataset, plan, view, config.threads, preprocess=model.preprocess):
         bad |= dict(batch.bad)
         if batch.rows:
             rows += batch.rows

@@ -248,13 +248,14 @@ def _new_transformers_tower(folder: str) -> nn.Module:
     """Build the image tower of a transformers folder with the initial weights of its library."""
     from transformers import AutoConfig, AutoModel
 
-    from mmpretrain.towers.adapters import from_transformers
+    from mmpretrain.towers.huggingface import from_transformers, rule_of
 
     tower = from_transformers(folder, image=True, text=False)[0]
     if tower is None:
         raise UnsuitableModelError(f"hf:{folder} has no image tower to fine-tune")
     fresh = AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-    tower.model.load_state_dict(getattr(fresh, "vision_model", fresh).state_dict())
-    if hasattr(fresh, "visual_projection"):
-        tower.projection.load_state_dict(fresh.visual_projection.state_dict())
+    rule = rule_of(folder)
+    tower.model.load_state_dict((fresh if rule is None else getattr(fresh, rule.image)).state_dict())
+    if rule is not None and rule.image_projection is not None:
+        tower.projection.load_state_dict(getattr(fresh, rule.image_projection).state_dict())
     return tower

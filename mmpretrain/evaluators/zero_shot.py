@@ -12,18 +12,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import normalize
-from torchvision.io import encode_png
-from torchvision.transforms.v2.functional import resize
 
-from mmpretrain.data.decode import ImageLimits, decode_image
+from mmpretrain.data.decode import decode_image
+from mmpretrain.data.thumbnails import thumbnail
 from mmpretrain.errors import UnsuitableModelError
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.baselines import BaselineConfig, measure
 from mmpretrain.evaluators.data.datasets import DataConfig, EvalSet, first_items, kind_of, open_dataset
-from mmpretrain.evaluators.data.items import Item, lines_of
+from mmpretrain.evaluators.data.items import lines_of
 from mmpretrain.evaluators.features import NO_FEATURES, encode_images, encode_texts
 from mmpretrain.evaluators.metrics import classification_metrics, confusion_tables, predictions
 from mmpretrain.types import Model, Result
+
+THUMBNAIL_SIDE = 96  # pixels
 
 
 @dataclass
@@ -131,9 +132,10 @@ def example_rows(dataset: EvalSet, rows: Tensor, labels: Tensor, predicted: Tens
         where = torch.nonzero((labels == predicted) == right).flatten()
         for i in where[torch.linspace(0, len(where) - 1, min(count, len(where))).long()].tolist():
             item = dataset.items[rows[i]]
+            pixels = decode_image(item.read(), dataset.limits).permute(1, 2, 0).numpy()
             shown.append(
                 {
-                    "thumbnail": base64.b64encode(thumbnail(item, dataset.limits)).decode(),
+                    "thumbnail": base64.b64encode(thumbnail(pixels, THUMBNAIL_SIDE, "PNG")).decode(),
                     "key": item.key,
                     "truth": dataset.classes[labels[i]],
                     "predicted": dataset.classes[predicted[i]],
@@ -142,11 +144,3 @@ def example_rows(dataset: EvalSet, rows: Tensor, labels: Tensor, predicted: Tens
                 }
             )
     return shown
-
-
-def thumbnail(item: Item, limits: ImageLimits, side: int = 96) -> bytes:
-    """Encode an image as PNG, its longer side at most `side` pixels."""
-    image = decode_image(item.read(), limits)
-    height, width = image.shape[1:]
-    scale = min(1.0, side / max(height, width))
-    return bytes(encode_png(resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)).numpy())

@@ -16,7 +16,7 @@ def save_result_extras(run_dir: str | Path, name: str, step: int | None, result:
 
     name: the evaluator's name in the recipe. step: None for an evaluation outside training, which the report takes as the newest.
     A table named "predictions" has rows {key, truth, predicted, score, correct, thumbnail}, the thumbnail a PNG or JPEG in base64;
-    for the three forms of a confusion table see `mmpretrain.report.tables.confusion`.
+    for the form of a confusion table see `mmpretrain.report.tables.confusion`.
     """
     if not result.tables and not result.figures:
         return None

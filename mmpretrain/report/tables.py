@@ -112,27 +112,14 @@ def headline(results: Sequence[Mapping[str, Any]], num_classes: Mapping[str, int
 
 
 def confusion(rows: Any, largest: int = 15) -> dict[str, Any] | None:
-    """classes, counts [C, C] (rows: true) and the largest confusions; None if `rows` has none of the three forms:
+    """classes, counts [C, C] (rows: true) and the largest confusions; None if `rows` is not one row per true class:
 
-    {"classes": [...], "matrix": [[...]]}, alone or in a list; [{"true", "predicted", "count"}, ...]; or one row per true class,
-    [{"true class": "cat", "cat": 9, "dog": 1}, ...].
+    [{"true class": "cat", "cat": 9, "dog": 1}, ...], as `evaluators.metrics.confusion_tables` gives them.
     """
-    if isinstance(rows, list) and len(rows) == 1 and isinstance(rows[0], Mapping) and "matrix" in rows[0]:
-        rows = rows[0]
     try:
-        if isinstance(rows, Mapping):
-            classes, counts = [str(c) for c in rows["classes"]], np.array(rows["matrix"], dtype=float)
-        elif "count" in rows[0] and "predicted" in rows[0]:
-            pairs = [(str(r.get("true", r.get("class"))), str(r["predicted"]), number(r["count"])) for r in rows]
-            classes = list(dict.fromkeys([true for true, *_ in pairs] + [predicted for _, predicted, _ in pairs]))
-            index = {c: i for i, c in enumerate(classes)}
-            counts = np.zeros((len(classes), len(classes)))
-            for true, predicted, count in pairs:
-                counts[index[true], index[predicted]] += count
-        else:
-            classes = [str(r["true class"]) for r in rows]
-            counts = np.array([[number(r[c]) for c in classes] for r in rows])
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        classes = [str(r["true class"]) for r in rows]
+        counts = np.array([[number(r[c]) for c in classes] for r in rows])
+    except (KeyError, TypeError, AttributeError):
         return None
     if counts.shape != (len(classes), len(classes)) or not classes or not np.isfinite(counts).all():
         return None

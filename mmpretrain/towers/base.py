@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpretrain.errors import ModelError
+from mmpretrain.towers.positions import POSITIONAL
 from mmpretrain.types import OUTPUTS, Encoded
 
 _BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks|layers|layer|stages|h)\.(\d+)\.")
@@ -164,8 +165,8 @@ class Tower(nn.Module):
         raise ModelError(f"{type(self).__name__} has no trunk to compile: set compile=false, or take a native tower (a plain ViT)")
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters of more than one dimension that should not decay."""
-        return set()
+        """Parameters, beside those of one dimension, that should not decay: those of positions, and tokens that no input makes."""
+        return {name for name, _ in self.named_parameters() if POSITIONAL.search(name)}
 
     def layer_ids(self) -> dict[str, int]:
         """Return parameter name -> depth for layer-wise decay: embeddings 0, block i at i + 1, the rest last."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import Tensor, nn
 
+from mmpretrain.data.text import get_tokenizer
 from mmpretrain.towers.base import Tower
 from mmpretrain.types import Preprocess
 
@@ -27,6 +30,11 @@ class DualEncoder(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """Return the state dict under open_clip's names, without the mask embeddings, which only pretraining uses."""
         return {key: value for key, value in self.state_dict().items() if not key.endswith("mask_embedding")}
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write a transformers tokenizer's files, which open_clip looks for in the model's folder."""
+        if self.text is not None and self._model_cfg.get("text_cfg", {}).get("hf_tokenizer_name"):
+            get_tokenizer(self.tokenizer).save(folder)
 
     @property
     def embed_dim(self) -> int:

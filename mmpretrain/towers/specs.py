@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import logging
 import math
@@ -16,15 +15,16 @@ from typing import Any, get_type_hints
 import open_clip
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-from mmpretrain.config.build import convert
+from mmpretrain.config.build import convert, hint
 from mmpretrain.data.source_config import MAX_IMAGE_SIZE
+from mmpretrain.data.text import tokenizer_name
 from mmpretrain.errors import ModelError
 from mmpretrain.towers import adapters
 from mmpretrain.towers.base import Tower
 from mmpretrain.towers.dual import DualEncoder
 from mmpretrain.towers.text import TextTransformer
 from mmpretrain.towers.vision import VisionTransformer
-from mmpretrain.towers.weights import load_weights
+from mmpretrain.towers.weights import load_weights, recorded_preprocess
 from mmpretrain.types import Preprocess
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ _HARMLESS = {  # fields that do not change the output of the native towers
 }
 
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 _COUNTS = {"image_size", "patch_size", "width", "layers", "head_width", "heads", "context_length", "vocab_size"}
 
 
@@ -64,12 +65,14 @@ def build_towers(
     Raises:
         ModelError: an unknown model, field or pretrained tag, with the nearest known one.
     """
+    preprocess_cfg: dict[str, Any] = {}
     if isinstance(model, str) and model.startswith("hf:"):
         cfg: dict[str, Any] = {"hf_folder": model[3:]}
     else:
         cfg, preprocess_cfg, tokenizer, own_modules = _config(model)
     if folder := cfg.get("hf_folder"):
         visual, words, cfg, preprocess = adapters.from_transformers(folder, image, text)
+        preprocess = with_recorded(preprocess, preprocess_cfg)
         preprocess = preprocess if image_size is None else replace(preprocess, size=image_size)
         dual = DualEncoder(visual, words, cfg, preprocess, folder)
         if pretrained is not None:
@@ -82,6 +85,10 @@ def build_towers(
                 part[key] = False
     if image_size is not None and vision is not None:
         vision["image_size"] = image_size
+    if pretrained is not None:
+        preprocess_cfg = preprocess_cfg | recorded_preprocess(pretrained)
+    if image_size is not None:
+        preprocess_cfg = {key: value for key, value in preprocess_cfg.items() if key != "size"}
     tag = None
     if pretrained is not None and not Path(pretrained).exists():
         tag = _pretrained_tag(model, pretrained)
@@ -113,7 +120,7 @@ def download(what: str) -> Iterator[None]:
 def _config(model: str | dict[str, Any]) -> tuple[dict, dict, str, bool]:
     """Return (model_cfg, preprocess_cfg, tokenizer, whether to use open_clip's own modules)."""
     if not isinstance(model, str):
-        return _local(_checked(copy.deepcopy(dict(model)), "the recipe's model"), "the recipe's model"), {}, _tokenizer(model, None), False
+        return _local(_checked(copy.deepcopy(dict(model)), "the recipe's model"), "the recipe's model"), {}, _tokenizer(model), False
     if model.startswith("timm:"):
         return adapters.timm_config(model[5:])
     own = model.startswith("open_clip:")
@@ -134,11 +141,11 @@ def _config(model: str | dict[str, Any]) -> tuple[dict, dict, str, bool]:
             _local(cfg, str(file))
         elif "hf_model_name" in (cfg.get("text_cfg") or {}):
             cfg["text_cfg"]["hf_model_pretrained"] = False  # the folder's own weights follow
-        return cfg, content.get("preprocess_cfg", {}), _tokenizer(cfg, None), own
+        return cfg, content.get("preprocess_cfg", {}), _tokenizer(cfg, folder=path if path.is_dir() else None), own
     cfg = open_clip.get_model_config(name.replace("/", "-") if "hf-hub:" not in name else name)
     if cfg is None:
-        near = difflib.get_close_matches(name, open_clip.list_models(), 3)
-        raise ModelError(f"unknown model {model!r}: give an open_clip model name{_did_you_mean(near)}, a JSON file, timm:NAME or hf:FOLDER")
+        near = hint(name, open_clip.list_models(), 3)
+        raise ModelError(f"unknown model {model!r}: give an open_clip model name{near}, a JSON file, timm:NAME or hf:FOLDER")
     return _checked(cfg, name), {}, _tokenizer(cfg, name), own
 
 
@@ -148,7 +155,7 @@ def _checked(cfg: dict, where: str) -> dict:
     top += ["init_logit_scale", "init_logit_bias"]
     for key in cfg:
         if key not in top:
-            raise ModelError(f"{where}: unknown field {key}{_did_you_mean(difflib.get_close_matches(key, top, 1))}")
+            raise ModelError(f"{where}: unknown field {key}{hint(key, top)}")
     known = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
     for part, kind in known.items():
         if not isinstance(cfg.get(part) or {}, dict):
@@ -156,7 +163,7 @@ def _checked(cfg: dict, where: str) -> dict:
         names, kinds = [field.name for field in fields(kind)], get_type_hints(kind)
         for key, value in (cfg.get(part) or {}).items():
             if key not in names:
-                raise ModelError(f"{where}: unknown field {part}.{key}{_did_you_mean(difflib.get_close_matches(str(key), names, 1))}")
+                raise ModelError(f"{where}: unknown field {part}.{key}{hint(str(key), names)}")
             if value is None and (key not in _COUNTS or isinstance(cfg[part].get("layers"), list | tuple)):  # a ResNet has no patches
                 continue
             if key in _COUNTS:
@@ -189,14 +196,15 @@ def _local(cfg: dict, where: str) -> dict:
     return cfg
 
 
-def _tokenizer(cfg: Any, name: str | None) -> str:
+def _tokenizer(cfg: Any, name: str | None = None, folder: Path | None = None) -> str:
+    """The tokenizer's name. An open_clip model's own name, and a folder with a tokenizer's files, say more than the fields."""
     text = cfg.get("text_cfg") or {}
-    special = text.get("hf_tokenizer_name") or text.get("tokenizer_kwargs")
-    return (name or text.get("hf_tokenizer_name") or "clip") if special else "clip"
-
-
-def _did_you_mean(names: list[str]) -> str:
-    return f" (did you mean {' or '.join(names)}?)" if names else ""
+    described = tokenizer_name(text)
+    if described == "clip":
+        return described
+    if folder is not None and text.get("hf_tokenizer_name") and any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        return f"local-dir:{folder}"
+    return name or described
 
 
 def _pretrained_tag(model: str | dict, tag: str) -> dict:
@@ -234,5 +242,13 @@ def _preprocess(vision: dict | None, cfg: dict) -> Preprocess:
         if size[0] != size[1]:
             raise ModelError(f"image_size {size} is not square: this pipeline trains on square images")
         size = size[0]
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in ("mean", "std", "interpolation", "resize_mode")}
-    return replace(Preprocess(size), **given)
+    return with_recorded(Preprocess(size), cfg)
+
+
+def with_recorded(own: Preprocess, cfg: dict) -> Preprocess:
+    """A model's preprocessing with what a `preprocess_cfg` states in its place."""
+    known = {field.name for field in fields(Preprocess)}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in known and v is not None}
+    if not isinstance(given.get("size", 0), int):  # open_clip's may be a pair of sides
+        del given["size"]
+    return replace(own, **given)

@@ -35,7 +35,7 @@ class Teacher(nn.Module):
         student: DualEncoder,
         momentum: float = 0.996,
         final_momentum: float | None = 1.0,
-        schedule: Literal["cosine", "linear", "constant"] = "cosine",
+        schedule: Literal["cosine", "constant"] = "cosine",
         heads: Sequence[tuple[nn.Module, nn.Module]] = (),
     ):
         super().__init__()
@@ -43,8 +43,8 @@ class Teacher(nn.Module):
         for name, value in (("momentum", momentum), ("final_momentum", final_momentum)):
             if not 0 <= value <= 1:
                 raise ModelError(f"teacher.{name} is {value}: give the share of the old weights that stays, in 0..1")
-        if schedule not in ("cosine", "linear", "constant"):
-            raise ModelError(f"teacher.schedule {schedule!r}: choose cosine, linear or constant")
+        if schedule not in ("cosine", "constant"):
+            raise ModelError(f"teacher.schedule {schedule!r}: choose cosine or constant")
         self._student = (student,)  # in a tuple: the student is not a submodule of the teacher
         self.initial, self.final, self.schedule = momentum, final_momentum, schedule
         self.module: DualEncoder = copy.deepcopy(student).requires_grad_(False)
@@ -55,8 +55,7 @@ class Teacher(nn.Module):
         """Return the momentum at `progress` in 0..1 of training."""
         if self.schedule == "constant":
             return self.initial
-        left = 1 - progress if self.schedule == "linear" else (math.cos(math.pi * progress) + 1) / 2
-        return self.final - (self.final - self.initial) * left
+        return self.final - (self.final - self.initial) * (math.cos(math.pi * progress) + 1) / 2
 
     @torch.no_grad()
     def update(self, progress: float, skip: Tensor | None = None) -> float:

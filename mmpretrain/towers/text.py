@@ -142,6 +142,3 @@ class TextTransformer(Tower):
 
     def compile_trunk(self) -> None:
         self.transformer.compile(dynamic=False)
-
-    def no_weight_decay(self) -> set[str]:
-        return {"positional_embedding"}

@@ -133,9 +133,6 @@ class VisionTransformer(Tower):
     def compile_trunk(self) -> None:
         self.transformer.compile(dynamic=False)
 
-    def no_weight_decay(self) -> set[str]:
-        return {"positional_embedding", "class_embedding"}
-
 
 def visible(x: Tensor, hidden: Tensor) -> Tensor:
     """Select the tokens that are not hidden: x [B, N, D] -> [B, K, D] in raster order.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +14,10 @@ import torch
 from open_clip.model import convert_to_custom_text_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from mmpretrain.errors import ModelError
 from mmpretrain.towers.dual import DualEncoder
-from mmpretrain.towers.vision import resize_grid
+from mmpretrain.towers.positions import resize_positions
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,28 @@ def load_pickled(path: Path) -> Any:
         raise ValueError(
             f"it holds more than tensors and plain data, and is not unpickled ({refused[0] if refused else 'refused'})"
         ) from None
+
+
+def savable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict as safetensors writes it: on the CPU, contiguous, each tensor with memory of its own (CoaT's blocks share modules)."""
+    seen: set[int] = set()
+    result = {}
+    for key, value in state.items():
+        value = value.detach().cpu().contiguous()
+        start = value.untyped_storage().data_ptr()
+        result[key] = value.clone() if start in seen and value.numel() else value
+        seen.add(start)
+    return result
+
+
+def recorded_preprocess(path: str | Path) -> dict[str, Any]:
+    """The `preprocess_cfg` in a model folder; empty where the path is not one, or records none."""
+    file = Path(path) / "open_clip_config.json"
+    try:
+        recorded = json.loads(file.read_text(encoding="utf-8"))["preprocess_cfg"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -90,7 +113,8 @@ def load_weights(dual: DualEncoder, path: str | Path, absent: Literal["error", "
     state = read_weights(path)
     towers = [name for name in ("visual", "text") if getattr(dual, name) is not None]
     own = dual.weights()
-    _resize(dual, state, own)
+    for message in resize_positions(state, own, dual):
+        log.info("%s: %s", path, message)
     for name in [name for name in towers if absent == "keep" and not any(key.startswith(f"{name}.") for key in state)]:
         log.warning("%s holds no %s tower: it keeps its initial weights", path, name)
         towers.remove(name)
@@ -109,23 +133,10 @@ def load_weights(dual: DualEncoder, path: str | Path, absent: Literal["error", "
         ],
     }
     if any(problems.values()):
-        summary = "; ".join(
-            f"{len(keys)} {what}: {', '.join(keys[:8])}{' ...' * (len(keys) > 8)}" for what, keys in problems.items() if keys
-        )
-        raise ModelError(f"{path} does not fit this model: {summary}. Give the `model` that the checkpoint was trained with")
+        told = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:8])}{' ...' * (len(keys) > 8)}" for what, keys in problems.items() if keys)
+        remedy = "Give the `model` that the checkpoint was trained with"
+        if problems["of another shape"] and not problems["missing"] and not problems["unexpected"]:
+            remedy += ", or its image_size: what depends on it here cannot be resized"
+        raise ModelError(f"{path} does not fit this model: {told}. {remedy}")
     dual.load_state_dict(given, strict=False)  # complete for the towers it has, as checked above
     return {key: value for key, value in state.items() if key.split(".")[0] not in ("visual", "text")}
-
-
-def _resize(dual: DualEncoder, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    key = "visual.positional_embedding"
-    grid = getattr(dual.visual, "grid", None)
-    if key in state and key in own and grid and len(state[key]) != len(own[key]):
-        side = round((len(state[key]) - 1) ** 0.5)
-        if side * side + 1 == len(state[key]):
-            log.info("position embedding resized from %s to %s patches", (side, side), grid)
-            state[key] = resize_grid(state[key], (side, side), grid)
-    key = "text.positional_embedding"
-    if key in state and key in own and len(state[key]) != len(own[key]):
-        log.info("text position embedding resized from %d to %d", len(state[key]), len(own[key]))
-        state[key] = F.interpolate(state[key].float().mT[None], size=len(own[key]), mode="linear")[0].mT.to(state[key].dtype)

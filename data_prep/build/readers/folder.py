@@ -11,6 +11,7 @@ from data_prep import files
 from data_prep.build.readers.base import chunks, safe
 from data_prep.build.readers.members import attempt, read_image
 from data_prep.records import InputError, Record, Skipped
+from mmpretrain.data.folders import class_folders, is_image
 from mmpretrain.data.schema import BadSample
 
 
@@ -28,7 +29,8 @@ class Folder:
             raise InputError(f"{folder}: no such folder, or nothing in it. Give the folder that holds the images.")
         if not label_from_folder:
             return Folder(folder)
-        classes = sorted({name.split("/", 1)[0] for name in files.walk(folder) if "/" in name})
+        # By the names of images, so that a folder of notes is no class; where no file has an image's suffix, by all.
+        classes = class_folders(filter(is_image, files.walk(folder))) or class_folders(files.walk(folder))
         if not classes:
             raise InputError(f"{folder} has no class folders (--label-from-folder)")
         return Folder(folder, tuple(classes))
@@ -53,7 +55,10 @@ class Folder:
         if number:
             if "/" not in relative:
                 raise BadSample("missing_label", "it lies in no class folder")
-            members["cls"] = str(number[relative.split("/", 1)[0]]).encode()
+            name = relative.split("/", 1)[0]
+            if name not in number:
+                raise BadSample("missing_label", f"no file in {name} has the suffix of an image, so the folder is not taken for a class")
+            members["cls"] = str(number[name]).encode()
         # Names may collide once dots and spaces are replaced: the path's digest keeps keys apart.
         digest = hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest()[:10]
         stem = safe(os.path.splitext(relative)[0].replace("/", "_")) or "image"

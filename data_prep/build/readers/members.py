@@ -17,7 +17,7 @@ from data_prep.records import InputError, Record, Skipped
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, SAFE_KEY, BadSample, ShardError
 from mmpretrain.data.shard_names import is_remote
 
-IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS) - {".avif", ".img"}  # of files that are read as images
+IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS) - {".img"}  # of files that are taken for images
 
 
 def attempt(where: str, make: Callable[[], Record]) -> Record | Skipped:

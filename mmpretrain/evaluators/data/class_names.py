@@ -6,7 +6,6 @@ sorted labels (integers by value, text by code point).
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmpretrain.config.build import hint
 from mmpretrain.data.formats import read_json
 from mmpretrain.data.shards import load_classes
 from mmpretrain.evaluators.base import OptionError
@@ -83,10 +83,8 @@ def resolve(labels: Sequence[Label], classes: list[str] | dict[str, str] | None,
         labels = [str(label) if isinstance(classes, dict) else readable(str(label)) for label in labels]
     unknown = sorted({str(label) for label in labels if label not in index})
     if unknown:
-        near = difflib.get_close_matches(unknown[0], [str(key) for key in index], n=1)
         raise OptionError(
-            f"{where}: {len(unknown)} labels have no class name, first {unknown[0]!r}"
-            + (f" (nearest name {near[0]!r})" if near else "")
+            f"{where}: {len(unknown)} labels have no class name, first {unknown[0]!r}{hint(unknown[0], map(str, index))}"
             + '; class names are matched by name, not by position: give classes=FILE.json with {"label": "name", ...}'
         )
     return _indices(labels, index), names

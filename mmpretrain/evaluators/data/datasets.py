@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor
 
 from mmpretrain.data.decode import ImageLimits
+from mmpretrain.data.folders import is_image
 from mmpretrain.data.formats import read_text
 from mmpretrain.data.holdout import in_part
 from mmpretrain.data.schema import BadSampleBudgetError
@@ -26,6 +27,7 @@ from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.data import class_names, items
 from mmpretrain.evaluators.data.items import Item
 from mmpretrain.rng import combine, permutation
+from mmpretrain.types import Preprocess
 
 logger = logging.getLogger(__name__)
 Task = Literal["classification", "retrieval", "images"]
@@ -54,7 +56,7 @@ class DataConfig:
     include: str | None = None  # regular expression: keep only classes whose name matches (retrieval: items with a caption that does)
     split: EvalSplit | None = None  # evaluate on a part, divided as by a source's `split`; default of probes: holdout 0.2
     limit: int | None = None  # evaluate on this number of items, drawn by `seed`
-    background: tuple[int, int, int] = (255, 255, 255)  # colour behind transparent images: red, green, blue, 0..255
+    background: tuple[int, int, int] | None = None  # colour behind transparent images: red, green, blue, 0..255; default: the model's
     batch_size: int = 64  # images a forward, on each process
     threads: int = 4  # threads that read and decode ahead, on each process
     cache: str | None = None  # folder to keep features in, keyed by weights and data
@@ -97,7 +99,7 @@ class EvalSet:
     labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [n]
     classes: list[str] = field(default_factory=list)
     templates: list[str] | None = None  # the data set's own prompts, if it has any
-    limits: ImageLimits = field(default_factory=ImageLimits)
+    background: tuple[int, int, int] | None = None  # behind transparent images; None: the model's
     skipped: list[dict[str, str]] = field(default_factory=list)  # {key, reason} of items that cannot be used
 
     def __len__(self) -> int:
@@ -105,10 +107,15 @@ class EvalSet:
 
     def fingerprint(self) -> str:
         """Return a digest of the images without labels: features depend on the images alone."""
-        digest = hashlib.sha256(repr(self.limits).encode())
+        digest = hashlib.sha256(repr(ImageLimits(background=self.background or "")).encode())
         for item in self.items:
             digest.update(f"{item.key}\0{item.size}\0{item.stamp}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+    def limits(self, preprocess: Preprocess | None = None) -> ImageLimits:
+        """How its images are decoded, for a model of that preprocessing."""
+        behind = self.background or (preprocess.opaque() if preprocess is not None else Preprocess.background)
+        return ImageLimits(background=behind)
 
     def subset(self, rows: Tensor) -> EvalSet:
         """Return the items of `rows`, with the same classes."""
@@ -132,7 +139,7 @@ def kind_of(data: str) -> Literal["benchmark", "folder", "csv", "shards"]:
     if path.is_dir():
         if any(path.glob("*/nshards.txt")):
             return "benchmark"
-        if any(path.glob("*.tar")) or (any(path.glob("*/*.tar")) and not any(path.glob("*/*.[jJpPwW][pPnNeE]*"))):
+        if any(path.glob("*.tar")) or (any(path.glob("*/*.tar")) and not any(is_image(file.name) for file in path.glob("*/*"))):
             return "shards"
         if any(p.is_dir() for p in path.iterdir()):
             return "folder"
@@ -172,10 +179,9 @@ def open_dataset(config: DataConfig, task: Task, *, subset: str | None = None) -
     check_budget(skipped, len(items) + len(skipped), config.max_bad_fraction, config.data)
     if not items:
         raise OptionError(f"data={config.data!r}: no items to evaluate (subset={subset})")
-    if not all(0 <= part <= 255 for part in config.background):
+    if config.background is not None and not all(0 <= part <= 255 for part in config.background):
         raise OptionError(f"background={list(config.background)}: expected three numbers from 0 to 255, such as [255, 255, 255]")
-    limits = ImageLimits(background=config.background)
-    result = EvalSet(_name(config.data, subset), items, templates=templates, limits=limits, skipped=skipped)
+    result = EvalSet(_name(config.data, subset), items, templates=templates, background=config.background, skipped=skipped)
     if task == "classification":
         result.labels, names = class_names.resolve(_labels(items), given, config.data)
         result.labels, result.classes = class_names.merge_duplicates(result.labels, names)
@@ -327,7 +333,7 @@ def _beside(folder: Path, given: list[str] | dict[str, str] | None) -> tuple[lis
     """Read class names, unless given, and prompts from the text files that CLIP_benchmark and `data_prep` put beside shards."""
     names, prompts = folder / "classnames.txt", folder / "zeroshot_classification_templates.txt"
     if given is None and names.is_file():
-        given = load_classes(str(names))
+        given = [class_names.readable(name) for name in load_classes(str(names)) or []]  # as for the folders that they may come from
     return given, items.lines_of(prompts) if prompts.is_file() else None
 
 

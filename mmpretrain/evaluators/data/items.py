@@ -14,8 +14,9 @@ from typing import Any
 from mmpretrain.data.cache import ShardCache
 from mmpretrain.data.captions import CaptionTemplate
 from mmpretrain.data.fields import Fields, place_of
+from mmpretrain.data.folders import is_image, walk
 from mmpretrain.data.formats import clean_text, read_text
-from mmpretrain.data.schema import IMAGE_EXTENSIONS, BadSample, ShardError, image_extension
+from mmpretrain.data.schema import BadSample, ShardError, image_extension
 from mmpretrain.data.shard_names import expand
 from mmpretrain.data.shards import ShardSet
 from mmpretrain.data.source_config import SourceConfig
@@ -51,7 +52,7 @@ def _file_item(key: str, path: Path, **known: Any) -> Item:
 
 
 def folder_items(root: Path, subset: str | None) -> Iterator[Item]:
-    """List the images of torchvision's ImageFolder layout, root/[subset/]CLASS/**/image; the label is the folder's name."""
+    """List the images of an ImageFolder, root/[subset/]CLASS/**/image, without hidden ones; the label is the folder's name."""
     base = root
     folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if subset is not None:
@@ -60,10 +61,9 @@ def folder_items(root: Path, subset: str | None) -> Iterator[Item]:
             raise OptionError(f"{root}: no subset {subset!r}; folders there are {', '.join(folders[:20]) or 'none'}")
     elif folders and {name.lower() for name in folders} <= SPLITS:
         raise OptionError(f"{root}: its folders {', '.join(folders)} are subsets, not classes: add subset={folders[0]}")
-    for directory in sorted(p for p in base.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        for path in sorted(directory.rglob("*")):
-            if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and path.is_file():
-                yield _file_item(path.relative_to(root).as_posix(), path, label=directory.name)
+    for name in walk(base):
+        if "/" in name and is_image(name):
+            yield _file_item((base / name).relative_to(root).as_posix(), base / name, label=name.split("/", 1)[0])
 
 
 def _column(wanted: str | None, usual: tuple[str, ...], columns: list[str], what: str, path: Path) -> str | None:
