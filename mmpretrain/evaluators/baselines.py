@@ -160,7 +160,7 @@ def _features(names: Sequence[str], dataset: EvalSet, accelerator: Accelerator, 
 
     def work(row: int) -> list[np.ndarray] | None:
         try:
-            image = decode_image(dataset.items[row].read(), dataset.limits).permute(1, 2, 0).numpy()
+            image = decode_image(dataset.items[row].read(), dataset.limits()).permute(1, 2, 0).numpy()
         except BadSample:  # counted where the model's features are computed
             return None
         return [BASELINES[name][1](image) for name in names]

@@ -132,7 +132,7 @@ def example_rows(dataset: EvalSet, rows: Tensor, labels: Tensor, predicted: Tens
         where = torch.nonzero((labels == predicted) == right).flatten()
         for i in where[torch.linspace(0, len(where) - 1, min(count, len(where))).long()].tolist():
             item = dataset.items[rows[i]]
-            pixels = decode_image(item.read(), dataset.limits).permute(1, 2, 0).numpy()
+            pixels = decode_image(item.read(), dataset.limits()).permute(1, 2, 0).numpy()
             shown.append(
                 {
                     "thumbnail": base64.b64encode(thumbnail(pixels, THUMBNAIL_SIDE, "PNG")).decode(),

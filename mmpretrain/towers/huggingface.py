@@ -198,7 +198,7 @@ def rule_of(folder: str) -> Rule | None:
         return replace(rule, text_masked=False) if kind == "vision-text-dual-encoder" and text in _UNMASKED else rule
     parts = set(getattr(config, "sub_configs", ())) | {name for name in vars(config) if name.endswith("_config")}
     if parts - {"backbone_config", "quantization_config", "rope_config"}:
-        raise ValueError(
+        raise ModelError(
             f"hf:{folder}: a model of type {kind} has parts ({', '.join(sorted(parts))}) whose features are not known to agree with "
             f"transformers' own: use one of {', '.join(RULES)}, or a plain image or text model"
         )
