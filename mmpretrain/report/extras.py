@@ -1,4 +1,4 @@
-"""What an evaluator found beyond its metrics (tables, figures), kept beside the run's results until the report is written."""
+"""Tables and figures of evaluators beyond their metrics, stored beside the run's results for the report."""
 
 from __future__ import annotations
 
