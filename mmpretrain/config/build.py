@@ -1,4 +1,4 @@
-"""Conversion of plain data to dataclasses: types and ranges are checked, unknown names refused with the nearest known one."""
+"""Conversion of plain data to dataclasses: types and ranges are checked, unknown names refused (did you mean ...?)."""
 
 from __future__ import annotations
 
