@@ -19,7 +19,7 @@ class ImageConfig:
     size: Annotated[int | None, Range(1, MAX_IMAGE_SIZE)] = None  # pixels a side of the views; default: the model's
     mean: Any = None  # openai, imagenet, half, or three numbers; default: the model's
     std: Any = None  # openai, imagenet, half, or three numbers; default: the model's
-    background: Annotated[list[int], Range(0, 255)] | Literal["random", "drop"] = field(
+    background: Annotated[list[int] | Literal["random", "drop"], Range(0, 255)] = field(
         default_factory=lambda: [255, 255, 255]
     )  # RGB that shows through transparency; random: a colour of each row's own; drop: what lies under it, as PIL's convert("RGB") does
 
