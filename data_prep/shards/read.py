@@ -288,5 +288,6 @@ def spans(names: list[str]) -> Iterator[Span]:
 
 
 def damage_lines(shard: Shard) -> list[str]:
-    """Returns a line per unreadable region of a shard, for a report."""
-    return [f"{shard.name} at byte {d.offset}: {d.reason}: {d.detail}; about {d.lost} samples lost" for d in shard.index.damage]
+    """Returns a line per unreadable region or member of a shard, for a report."""
+    regions = [f"{shard.name} at byte {d.offset}: {d.reason}: {d.detail}; about {d.lost} samples lost" for d in shard.index.damage]
+    return regions + [f"{shard.name} at byte {m.offset}: {m.reason}: {m}" for m in shard.index.left_out or ()]

@@ -190,6 +190,7 @@ class Sound:
     def __init__(self, layout: Layout, checks: Checks) -> None:
         index = layout.index
         self._file, self._size, self._checks, self._crossed = layout.file, layout.size, checks, layout.crossed
+        self._linked = None if layout.linked is None or not layout.linked.any() else layout.linked
         self._keys, self._names = index.keys, index.extensions
         self._starts, self._kinds = index.starts.tolist(), index.extension.tolist()
         self._offsets, self._sizes = index.offset.tolist(), index.size.tolist()
@@ -207,6 +208,8 @@ class Sound:
         if not self._any or len(key) > MAX_KEY or not SAFE_KEY.fullmatch(key) or (self._crossed is not None and self._crossed[i]):
             return False
         first, end = self._starts[i], self._starts[i + 1]
+        if self._linked is not None and self._linked[first:end].any():
+            return False  # to report it
         kinds = tuple(self._kinds[first:end])
         if kinds not in self._roles:
             self._roles[kinds] = self._plan([self._names[kind] for kind in kinds])

@@ -27,6 +27,50 @@ def sniff(data: bytes) -> str | None:
     return "ppm" if data[:1] == b"P" and data[1:2] in b"123456" and data[2:3].isspace() else None
 
 
+_UNPACK = "Unpack it first."
+_CONVERT = "Convert it to JPEG or PNG."
+_UTF8 = "Convert it to UTF-8, e.g. with iconv -f UTF-16 -t UTF-8."
+# (first bytes, offset of more, those, what it is, remedy)
+_FOREIGN = (
+    (b"version https://git-lfs.github.com/", 0, b"", "a Git LFS pointer", "Run `git lfs pull` to fetch the file that it stands for."),
+    (b"/annex/objects/", 0, b"", "a git-annex pointer", "Run `git annex get` to fetch the file that it stands for."),
+    (b"\x1f\x8b", 0, b"", "a gzip-compressed file", _UNPACK),
+    (b"\x28\xb5\x2f\xfd", 0, b"", "a zstd-compressed file", _UNPACK),
+    (b"BZh", 0, b"", "a bzip2-compressed file", _UNPACK),
+    (b"\xfd7zXZ\0", 0, b"", "an xz-compressed file", _UNPACK),
+    (b"7z\xbc\xaf\x27\x1c", 0, b"", "a 7z archive", _UNPACK),
+    (b"PK\3\4", 0, b"", "a ZIP archive or an Excel workbook", "Unpack it, or save it as CSV."),
+    (b"\xd0\xcf\x11\xe0", 0, b"", "an Excel or Word file", "Save it as CSV."),
+    (b"PAR1", 0, b"", "a parquet file", "Use `build parquet`."),
+    (b"SQLite format 3\0", 0, b"", "an SQLite database", "Export its table as CSV."),
+    (b"%PDF-", 0, b"", "a PDF document", ""),
+    (b"\0\0", 4, b"ftyphei", "a HEIC image", _CONVERT),
+    (b"\0\0", 4, b"ftypmif1", "a HEIF image", _CONVERT),
+    (b"\0\0\0\x0cJXL ", 0, b"", "a JPEG XL image", _CONVERT),
+    (b"\xff\x0a", 0, b"", "a JPEG XL image", _CONVERT),
+    (b"\0\0\0\x0cjP  ", 0, b"", "a JPEG 2000 image", _CONVERT),
+    (b"8BPS", 0, b"", "a Photoshop file", _CONVERT),
+    (b"\xff\xfe", 0, b"", "a text in UTF-16", _UTF8),
+    (b"\xfe\xff", 0, b"", "a text in UTF-16", _UTF8),
+)
+
+
+def foreign_kind(data: bytes) -> tuple[str, str] | None:
+    """What the first bytes of a file show it to be, where it is often found in place of the file that was meant.
+
+    Returns:
+        (a noun with its article, a sentence with the remedy, or ""); None for anything else.
+    """
+    for start, at, more, noun, remedy in _FOREIGN:
+        if data.startswith(start) and data[at : at + len(more)] == more:
+            return noun, remedy
+    text = data[:512].removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.startswith(b"<"):
+        svg = b"<svg" in text
+        return ("an SVG drawing", _CONVERT) if svg else ("an XML document", "") if text.startswith(b"<?xml") else ("a web page", "")
+    return None
+
+
 def clean_text(text: str) -> str:
     """Text in NFC without outer white space. Raises BadSample: empty_caption."""
     text = unicodedata.normalize("NFC", text).replace("\0", "").strip()

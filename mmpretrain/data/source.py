@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from mmpretrain.data import buffers, decode
 from mmpretrain.data.block import Block
 from mmpretrain.data.cache import ShardCache
 from mmpretrain.data.fields import Fields, member_of, place_of
-from mmpretrain.data.index import Member
+from mmpretrain.data.index import LeftOut, Member
 from mmpretrain.data.order import Blend, Order
 from mmpretrain.data.schema import BadSample, BadSampleBudgetError, ShardError, image_extension
 from mmpretrain.data.shards import ShardSet, load_classes, shard_label
@@ -44,6 +45,11 @@ class _Tally:
             self.reasons[record["reason"]] += 1
             self.examples.setdefault(record["reason"], "{shard}/{key}: {reason}: {detail}".format_map(record))
         return self
+
+
+def _by_shard(members: list[tuple[str, LeftOut]]) -> Iterator[tuple[str, list[LeftOut]]]:
+    for name, group in itertools.groupby(members, key=lambda pair: pair[0]):
+        yield name, [member for _, member in group]
 
 
 class Source:
@@ -120,23 +126,28 @@ class Source:
                     raise ShardError(
                         f"{where}: 0 of {n} samples have {extension}; they have {has}. Set `caption:` or `label:` to a member they have."
                     )
-            lost = sum(damage.lost for _, damage in shards.damage)
+            lost = sum(damage.lost for _, damage in shards.damage) + sum(member.lost for _, member in shards.left_out)
             for name, damage in shards.damage:
                 log.warning("%s: %s at byte %d: %s; about %d samples lost", name, damage.reason, damage.offset, damage.detail, damage.lost)
+            for name, members in _by_shard(shards.left_out):
+                some = "; ".join(map(str, members[:3])) + ("; ..." if len(members) > 3 else "")
+                count = sum(member.lost for member in members)
+                log.warning("%s: %d members cannot be read, %d samples lost: %s", name, len(members), count, some)
             if lost > 10 + self.config.max_bad_fraction * order.total:
-                name, damage = shards.damage[0]
+                places = [*shards.damage, *shards.left_out]
+                name, first = places[0]
                 raise ShardError(
-                    f"{where}: {len(shards.damage)} damaged shards, about {lost} samples lost; the first is {name}, {damage.reason} "
-                    f"at byte {damage.offset}: {damage.detail}. Fetch or build them again, or raise max_bad_fraction "
+                    f"{where}: {len({name for name, _ in places})} damaged shards, about {lost} samples lost; the first is {name}, "
+                    f"{first.reason} at byte {first.offset}: {first.detail}. Fetch or build them again, or raise max_bad_fraction "
                     f"({self.config.max_bad_fraction})."
                 )
 
     def damaged(self) -> list[dict[str, Any]]:
-        """What preflight quarantined: one record per damaged shard, as in skipped.jsonl."""
+        """What preflight quarantined: one record per damaged shard and per member that cannot be read, as in skipped.jsonl."""
         return [
             {"source": self.name, "shard": shard_label(name), "key": d.key, "reason": d.reason, "detail": f"byte {d.offset}: {d.detail}"}
             for shards in self.shard_sets
-            for name, d in shards.damage
+            for name, d in (*shards.damage, *shards.left_out)
         ]
 
     def read_ahead(self, slot: int) -> None:

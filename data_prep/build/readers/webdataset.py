@@ -86,6 +86,7 @@ class Shards:
         for damage in index.damage:
             detail = f"{damage.detail}; {len(index)} samples lie before it, about {damage.lost} are lost"
             problems.append(Skipped(f"{name}, byte {damage.offset}", damage.reason, detail))
+        problems += [Skipped(f"{name}, {member.name}", member.reason, str(member)) for member in index.left_out or () if member.lost]
         if stated is not None and stated[0] != len(index):
             problems.append(Skipped(name, "count_disagrees", f"{len(index)} samples found, {stated[1]} says {stated[0]}"))
         keys = key_digests(self.key(name, key) for key in index.keys)

@@ -162,6 +162,9 @@ def shard_items(
     for name, damage in shards.damage:
         for _ in range(damage.lost):
             skip(f"{name}@{damage.offset}", damage.reason)
+    for name, member in shards.left_out:
+        if member.lost:
+            skip(f"{Path(name).name}/{member.key}", f"{member.reason}: {member}")
     found = 0
     for shard, (name, count) in enumerate(shards):
         written = 0
