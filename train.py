@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from mmpretrain import cpu, import_stubs
-from mmpretrain.errors import MMPretrainError
+from mmpretrain.errors import MMPretrainError, file_errors
 
 cpu.bound_spinning()  # read when torch is imported, which everything below may do
 
@@ -46,7 +46,8 @@ def main() -> int:
         if arguments.print_config:
             print(recipes.dump(config))
             return 0
-        return run(config, demo)
+        with file_errors():
+            return run(config, demo)
     except MMPretrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status

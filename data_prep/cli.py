@@ -16,6 +16,7 @@ from data_prep.engine import ENGINES
 from data_prep.records import InputError
 from mmpretrain.config.build import OptionError
 from mmpretrain.data.schema import ShardError
+from mmpretrain.errors import MMPretrainError, file_errors
 
 
 def _engine(name: str) -> str:
@@ -52,19 +53,24 @@ def command_line() -> str:
 
 
 @contextmanager
-def one_line(*kinds: type[Exception], status: int = 1) -> Iterator[None]:
-    """Prints an error of these kinds as one line and exits with `status`."""
+def one_line(status: int | None = None) -> Iterator[None]:
+    """Prints a known error (MMPretrainError, or what the operating system refuses) as one line and exits; a bug keeps its traceback.
+
+    Args:
+        status: the exit status; by default the error's own.
+    """
     try:
-        yield
-    except kinds as error:
+        with file_errors():
+            yield
+    except MMPretrainError as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(status) from error
+        raise typer.Exit(error.status if status is None else status) from error
 
 
 @contextmanager
-def input_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Exits with status 2 for errors in the command itself, and with 1 for unreadable data (ValueError, OSError, `kinds`)."""
-    with one_line(ValueError, OSError, *kinds):
+def input_errors() -> Iterator[None]:
+    """As `one_line`, but an error in the command itself is shown with its usage, and exits with status 2."""
+    with one_line():
         try:
             yield
         except (InputError, OptionError) as error:

@@ -21,6 +21,7 @@ import numpy as np
 from data_prep import engine as engines
 from data_prep.perceptual import DIFFERENCE, HASH_DISTANCE, THUMBNAIL, alike_in_colour, decoded, differences, pairs_within, small
 from data_prep.shards.read import SPAN, Place, Shard
+from mmpretrain.config.build import OptionError
 from mmpretrain.data.shard_names import is_remote
 
 KEEP = ("first", "largest", "longest-caption")
@@ -39,10 +40,10 @@ def ranks(signatures: np.ndarray, training: int, keep: str) -> np.ndarray:
         int64 [N]: the rank of each sample, 0 is kept before all others.
 
     Raises:
-        ValueError: an unknown `keep`.
+        OptionError: an unknown `keep`.
     """
     if keep not in KEEP:
-        raise ValueError(f"--keep {keep!r}: expected {', '.join(KEEP)}")
+        raise OptionError(f"--keep {keep!r}: expected {', '.join(KEEP)}")
     count = len(signatures)
     none = np.zeros(count, np.int64)
     score = {"first": none, "largest": signatures["area"], "longest-caption": signatures["caption"]}[keep].astype(np.int64)

@@ -21,6 +21,7 @@ from mmpretrain.checkpoint import find_checkpoint
 from mmpretrain.data.decode import ImageLimits
 from mmpretrain.data.fields import member_of
 from mmpretrain.data.schema import BadSample
+from mmpretrain.errors import UnsuitableModelError
 from mmpretrain.evaluators.data.items import Item
 from mmpretrain.evaluators.features import NO_FEATURES, center_view, check_finite, cut
 from mmpretrain.evaluators.models import load_model
@@ -114,14 +115,14 @@ class Encoder:
             float32 [b,E], normalised, on the CPU.
 
         Raises:
-            TypeError: the model has no features of the kind asked for.
-            RuntimeError: an output is not finite.
+            UnsuitableModelError: the model has no features of the kind asked for.
+            NotFiniteError: an output is not finite.
         """
         params = {name: value.to(self.device) for name, value in batch.params.items()}
         encoded = self.model.images(self.view.render(batch.pixels.to(self.device), params).data)
         value = encoded.features if encoded.features is not None or joint else encoded.pooled
         if value is None:
-            raise TypeError(NO_FEATURES.format("a similarity score"))
+            raise UnsuitableModelError(NO_FEATURES.format("a similarity score"))
         value = normalize(value.float(), dim=-1).cpu()
         check_finite(value, lambda row: f"image {batch.keys[row]}", self.model)
         return value
@@ -133,8 +134,8 @@ class Encoder:
             float32 [b].
 
         Raises:
-            TypeError: the model has no joint features or no text tower.
-            RuntimeError: an output is not finite.
+            UnsuitableModelError: the model has no joint features or no text tower.
+            NotFiniteError: an output is not finite.
 
         Source: DataComp (Gadre et al., 2023), CLIP score filtering.
         """
@@ -142,7 +143,7 @@ class Encoder:
         texts = [text for several in batch.captions for text in several]
         encoded = self.model.texts(texts)
         if encoded is None:
-            raise TypeError("this model has no text tower, which a similarity score needs")
+            raise UnsuitableModelError("this model has no text tower, which a similarity score needs")
         text = normalize(encoded.float(), dim=-1).cpu()
         check_finite(text, lambda row: f"text {texts[row]!r:.80}", self.model)
         owner = torch.repeat_interleave(torch.arange(len(image)), torch.tensor([len(several) for several in batch.captions]))

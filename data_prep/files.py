@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from mmpretrain.atomic import write_atomically
+from mmpretrain.config.build import OptionError
 from mmpretrain.data.cache import retried
 from mmpretrain.data.schema import ShardError
 from mmpretrain.data.shard_names import is_remote
@@ -36,9 +37,9 @@ def place(name: str | Path) -> str | Path:
 
 
 def local_folder(name: str | Path) -> Path:
-    """Returns the path of a local folder. Raises ValueError for a URL, also one mangled by a Path ("s3:/bucket")."""
+    """Returns the path of a local folder. Raises OptionError for a URL, also one mangled by a Path ("s3:/bucket")."""
     if re.match(r"(?!file:)\w{2,}:/", str(name)):
-        raise ValueError(f"{name} is a URL; this writes to a local folder only. Copy the result there afterwards.")
+        raise OptionError(f"{name} is a URL; this writes to a local folder only. Copy the result there afterwards.")
     return Path(local_path(name) or name)
 
 

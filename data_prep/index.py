@@ -12,7 +12,7 @@ import typer
 
 from data_prep import files
 from data_prep.cli import Engine, Processes, one_line
-from data_prep.engine import WorkerLostError, run
+from data_prep.engine import run
 from mmpretrain.data import index as shard_index
 from mmpretrain.data.cache import remote_index
 from mmpretrain.data.index import BYTES
@@ -132,7 +132,7 @@ def index(
 
     failed = 0
     counts: dict[str, int] = {}
-    with one_line(ValueError, OSError, WorkerLostError):
+    with one_line(status=1):
         names = [name.removeprefix("file://") for name in expand(shards)]
         for result in run(IndexShard(checksums, replace), names, engine=engine, processes=processes, title="shards"):
             for line in (*result.damage, *result.notes):

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.shards.read import Shard, image_member, pixels
+from mmpretrain.config.build import OptionError
 from mmpretrain.data.decode import ImageLimits
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, BadSample
 
@@ -53,10 +54,10 @@ def pairs_within(hashes: np.ndarray, distance: int) -> Iterator[np.ndarray]:
         int64 [p,2], i < j: together all pairs, some of them repeatedly.
 
     Raises:
-        ValueError: a distance outside 0..32.
+        OptionError: a distance outside 0..32.
     """
     if not 0 <= distance <= 32:
-        raise ValueError(f"a hash distance of {distance}: expected 0 to 32 of 64 bits (unrelated pictures lie around 32)")
+        raise OptionError(f"a hash distance of {distance}: expected 0 to 32 of 64 bits (unrelated pictures lie around 32)")
     k, m = bands(distance, len(hashes))
     edges = [64 * band // k for band in range(k + 1)]
     masks = [((1 << (high - low)) - 1) << low for low, high in pairwise(edges)]

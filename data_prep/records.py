@@ -11,6 +11,10 @@ from mmpretrain.errors import MMPretrainError
 TAR_BLOCK = 512
 
 
+class RecordError(MMPretrainError, ValueError):
+    """A sample that cannot be written: its key is unsafe or repeated, or its members have odd names."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One sample: a key without dots, and its members' bytes by extension ("jpg", "txt", "cls", "json")."""
@@ -19,17 +23,17 @@ class Record:
     members: dict[str, bytes]
 
     def check(self) -> None:
-        """Raises ValueError for an unsafe or dotted key, no members, or odd extensions."""
+        """Raises RecordError for an unsafe or dotted key, no members, or odd extensions."""
         if len(self.key) > 200 or not SAFE_KEY.fullmatch(self.key):
-            raise ValueError(
+            raise RecordError(
                 f"key {self.key!r}: expected at most 200 letters, digits, _ and -, with / between folders. "
                 "A dot would begin the extension; other characters are unsafe in paths."
             )
         if not self.members:
-            raise ValueError(f"key {self.key!r} has no members")
+            raise RecordError(f"key {self.key!r} has no members")
         for extension in self.members:
             if not extension or extension != extension.lower() or "/" in extension or "\0" in extension:
-                raise ValueError(f"key {self.key!r}: {extension!r} is not an extension (lower case, no slash)")
+                raise RecordError(f"key {self.key!r}: {extension!r} is not an extension (lower case, no slash)")
 
     def tar_bytes(self) -> int:
         """Returns an upper bound of its bytes in a shard, for members whose names need no pax header."""
@@ -38,6 +42,10 @@ class Record:
 
 class InputError(MMPretrainError, ValueError):
     """An input or option that must be corrected. The message names it, its place and the remedy."""
+
+
+class OutputError(MMPretrainError, FileExistsError):
+    """An output folder that holds something else than what is to be written. It is never overwritten."""
 
 
 @dataclass(frozen=True)

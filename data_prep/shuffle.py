@@ -12,6 +12,7 @@ from data_prep.cli import command_line, input_errors, shard_names
 from data_prep.records import Record
 from data_prep.shards.read import Shard
 from data_prep.shards.serial import write_shards
+from mmpretrain.data.schema import ShardError
 
 CAPTION_MEMBERS = ("txt", "json")
 
@@ -19,12 +20,12 @@ CAPTION_MEMBERS = ("txt", "json")
 def shuffled(names: list[str], seed: int) -> Iterator[Record]:
     """Yields every sample with the caption members of its successor in one random cycle over all samples.
 
-    No sample keeps its own caption. Raises ValueError for fewer than two samples.
+    No sample keeps its own caption. Raises ShardError for fewer than two samples.
     """
     shards = [Shard(name) for name in names]
     places = [(shard, i) for shard in shards for i in range(len(shard))]
     if len(places) < 2:
-        raise ValueError(f"{', '.join(names)}: {len(places)} samples; at least two are needed to exchange captions")
+        raise ShardError(f"{', '.join(names)}: {len(places)} samples; at least two are needed to exchange captions")
     order = list(range(len(places)))
     random.Random(seed).shuffle(order)
     donor_of = {place: order[(n + 1) % len(order)] for n, place in enumerate(order)}

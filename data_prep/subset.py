@@ -18,7 +18,7 @@ import typer
 
 from data_prep import engine as engines
 from data_prep import files
-from data_prep.records import Record, Skipped
+from data_prep.records import Record, RecordError, Skipped
 from data_prep.shards.build import build
 from data_prep.shards.read import Place, Shard, Span, spans
 from data_prep.shards.task import key_digest, key_digests
@@ -66,13 +66,13 @@ def keep(part: Part) -> Iterator[Record | Skipped]:
                 continue
             try:
                 record.check()
-            except ValueError as error:
+            except RecordError as error:
                 raise ShardError(f"{part.name}: {error} `python -m data_prep build shards` replaces such keys: run it first.") from error
             yield record
 
 
 def check_keys(parts: Callable[[], Iterable[Part]]) -> None:
-    """Raises ValueError for a key of two kept samples, before anything is written; keys of unindexed remote shards are not checked."""
+    """Raises RecordError for a key of two kept samples, before anything is written; keys of unindexed remote shards are not checked."""
     digests = [key_digests(key for _, key in _kept_keys(part)) for part in parts()]
     ordered = np.sort(np.concatenate([np.zeros(0, np.uint64), *digests]))
     repeated = {digest.tobytes() for digest in ordered[1:][ordered[1:] == ordered[:-1]]}
@@ -80,7 +80,7 @@ def check_keys(parts: Callable[[], Iterable[Part]]) -> None:
     for part in parts() if repeated else ():
         for place, key in _kept_keys(part):
             if key_digest(key) in repeated and seen.setdefault(key, place) != place:
-                raise ValueError(
+                raise RecordError(
                     f"key {key!r} comes twice, in {seen[key].rpartition('#')[0]} and {part.name}: keys must be unique over the whole data "
                     "set. Where each shard counts from 0, run `python -m data_prep build shards --keys shard` on them first."
                 )
@@ -120,8 +120,8 @@ def write_rest(
         The manifest.
 
     Raises:
-        ValueError: two kept samples have the same key; raised before anything is written.
-        FileExistsError: `out` holds something else; see `build`.
+        RecordError: two kept samples have the same key; raised before anything is written.
+        OutputError: `out` holds something else; see `build`.
     """
     check_keys(selection.parts)
     run: dict[str, Any] = {"engine": engine, "processes": processes, "command": command, "licence": licence}
@@ -134,7 +134,14 @@ def carried(names: Iterable[str]) -> dict[str, str]:
     if len(folders) != 1:
         return {}
     places = {name: files.join(next(iter(folders)), name) for name in CARRIED}
-    return {name: files.read_bytes(place).decode("utf-8") for name, place in places.items() if files.exists(place)}
+    texts = {}
+    for name, place in places.items():
+        if files.exists(place):
+            try:
+                texts[name] = files.read_bytes(place).decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ShardError(f"{place} is not UTF-8 ({error}): convert it") from error
+    return texts
 
 
 def show(result: dict[str, Any], out: str | None, as_json: bool) -> None:

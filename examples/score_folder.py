@@ -17,6 +17,7 @@ from torch import Tensor
 from mmpretrain.checkpoint import find_checkpoint
 from mmpretrain.data.decode import ImageLimits, decode_image
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, BadSample
+from mmpretrain.errors import MMPretrainError
 from mmpretrain.evaluators.features import center_view
 from mmpretrain.evaluators.models import load_model
 from mmpretrain.functional import unit
@@ -55,7 +56,10 @@ def score(model: Model, paths: list[Path], texts: list[str]) -> dict[Path, Tenso
 
 if __name__ == "__main__":
     run, folder, *texts = sys.argv[1:]
-    found = images_in(Path(folder))
+    try:
+        scores = score(load_model(run, find_checkpoint=find_checkpoint), images_in(Path(folder)), texts)
+    except MMPretrainError as error:
+        raise SystemExit(f"error: {error}") from None
     print("image", *texts, sep="\t")
-    for path, similarities in score(load_model(run, find_checkpoint=find_checkpoint), found, texts).items():
+    for path, similarities in scores.items():
         print(path, *(f"{value:.4f}" for value in similarities.tolist()), sep="\t")

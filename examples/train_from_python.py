@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from mmpretrain.config import recipe as recipes
+from mmpretrain.errors import MMPretrainError
 from mmpretrain.tracking.jsonl import read_jsonl
 from mmpretrain.trainer import train
 
@@ -36,5 +37,9 @@ def sweep(recipe: str, overrides: list[str]) -> dict[float, float]:
 
 
 if __name__ == "__main__":
-    for rate, loss in sweep(sys.argv[1], sys.argv[2:]).items():
+    try:
+        losses = sweep(sys.argv[1], sys.argv[2:])
+    except MMPretrainError as error:
+        raise SystemExit(f"error: {error}") from None
+    for rate, loss in losses.items():
         print(f"lr {rate:g}: loss {loss:.4f}")

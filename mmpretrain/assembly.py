@@ -12,11 +12,11 @@ import torch
 from mmpretrain.checkpoint import MANIFEST, find_checkpoint
 from mmpretrain.config.build import OptionError, blaming
 from mmpretrain.config.recipe import Config, NetworkConfig
-from mmpretrain.data.schema import ShardError
 from mmpretrain.data.shards import load_classes
 from mmpretrain.data.source import ImageConfig, Source
 from mmpretrain.data.text import get_tokenizer
 from mmpretrain.distributed import world_size
+from mmpretrain.errors import ModelError
 from mmpretrain.heads import is_batch_norm, use_global_statistics
 from mmpretrain.model import PretrainModel, with_mask_embeddings
 from mmpretrain.objectives import OBJECTIVES, Context, Objective
@@ -91,11 +91,11 @@ def build_model(config: Config, resumed: bool = False, steps: int | None = None)
     teacher = None
     if config.teacher is not None:
         t = config.teacher
-        with blaming("teacher"):
+        with blaming("teacher", ModelError):
             heads = [pair for objective in objectives.values() for pair in copy_heads(objective)]
             teacher = Teacher(towers, t.momentum, t.final_momentum, t.schedule, heads)
     weights = {name: options.weight for name, options in config.objectives.items()}
-    with blaming("objectives"):
+    with blaming("objectives", ModelError):
         model = PretrainModel(
             towers,
             objectives,
@@ -199,12 +199,7 @@ def build_sources(config: Config, model: PretrainModel) -> dict[str, Source]:
     labelled = {config.objectives[name].source for name, objective in model.objectives.items() if objective.wants_label}
     sources = {}
     for name, options in config.sources.items():
-        try:
-            sources[name] = Source(name, options, views[name], name in labelled, config.seed)
-        except (OptionError, ShardError):
-            raise
-        except ValueError as error:
-            raise OptionError(f"sources.{name}: {error}") from error
+        sources[name] = Source(name, options, views[name], name in labelled, config.seed)
     return sources
 
 

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from mmpretrain import distributed
 from mmpretrain.config.build import OptionError
 from mmpretrain.config.recipe import Config, EvaluationConfig
+from mmpretrain.errors import MMPretrainError, file_errors
 from mmpretrain.evaluators import EVALUATORS
 from mmpretrain.evaluators.base import result_line
 from mmpretrain.evaluators.models import TowerModel
@@ -29,7 +30,6 @@ class DataInProgress:
     """Data of evaluators that another process still writes while training begins."""
 
     pending: Mapping[Path, Callable[[], object]] = field(default_factory=dict)  # absolute folder -> waits until it is whole
-    baselines: Mapping[str, Callable[[], dict[str, float]]] = field(default_factory=dict)  # evaluator -> accuracies without learning
 
     def wait(self, data: str) -> Callable[[], object] | None:
         """What to wait with for data in a folder that is still being written."""
@@ -51,10 +51,11 @@ def build_evaluators(config: Config, data: DataInProgress = DataInProgress()) ->
     evaluators = {}
     for name, evaluation in config.evaluators.items():
         try:
-            evaluators[name] = EVALUATORS[evaluation.kind](evaluation.options)
-            if not any(data.wait(path) for path in _data(evaluation.options)) and hasattr(evaluators[name], "preflight"):
-                evaluators[name].preflight()
-        except (ValueError, OSError) as error:
+            with file_errors():
+                evaluators[name] = EVALUATORS[evaluation.kind](evaluation.options)
+                if not any(data.wait(path) for path in _data(evaluation.options)) and hasattr(evaluators[name], "preflight"):
+                    evaluators[name].preflight()
+        except MMPretrainError as error:
             raise OptionError(f"evaluators.{name}: {error}") from error
     return evaluators
 
@@ -113,7 +114,7 @@ class Evaluations:
             towers.train(training)
         line = result_line(evaluation.kind, name, evaluation.options, model, result)
         if self.accelerator.is_main_process:
-            if baselines := evaluation.baselines | self.data.baselines.get(name, dict)():
+            if baselines := evaluation.reference | result.baselines:
                 line["baselines"] = baselines
             save_result_extras(Path(self.config.run_dir), name, step, result)
         self.tracker.result(step, line)

@@ -15,6 +15,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mmpretrain.errors import ModelError
 from mmpretrain.towers.dual import DualEncoder
 from mmpretrain.towers.specs import build_towers
 from mmpretrain.towers.weights import load_weights
@@ -42,17 +43,17 @@ def export_open_clip(dual: DualEncoder, leftovers: Mapping[str, Tensor], folder:
     """Write `open_clip_model.safetensors` and `open_clip_config.json` into a new or empty `folder`; -> the folder.
 
     `leftovers`: logit_scale (its logarithm, of any shape with one element; open_clip's initial value where absent) and logit_bias.
-    Raises ValueError for a model without both towers, or with a transformers tower that open_clip has no config for.
+    Raises ModelError for a model without both towers, or with a transformers tower that open_clip has no config for.
     """
     folder = Path(folder)
     if dual.visual is None or dual.text is None or not {"vision_cfg", "text_cfg"} <= dual.model_cfg.keys():
         lacks = "a transformers model" if "hf_folder" in dual.model_cfg else "one that lacks a tower"
-        raise ValueError(
+        raise ModelError(
             f"open_clip's format needs both towers in its own config format, and this is {lacks}: train with a model of vision_cfg and "
             "text_cfg, or use the checkpoint's model.safetensors directly (`visual.*` are the image tower's weights)"
         )
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} is {'not empty' if folder.is_dir() else 'no folder'}: choose a new folder")
+        raise ModelError(f"{folder} is {'not empty' if folder.is_dir() else 'no folder'}: choose a new folder")
     scale = leftovers.get("logit_scale", torch.tensor(math.log(1 / 0.07)))
     bias = leftovers.get("logit_bias")
     state = {key: value.detach().cpu().contiguous() for key, value in dual.weights().items()}
@@ -77,7 +78,7 @@ def _check(cfg: dict[str, Any], state: dict[str, Tensor]) -> None:
         theirs = CustomTextCLIP(**cfg).state_dict()
     wrong = [key for key in state.keys() | theirs.keys() if key not in state or key not in theirs or state[key].shape != theirs[key].shape]
     if wrong:
-        raise ValueError(
+        raise ModelError(
             f"open_clip would build another model of this config: {', '.join(sorted(wrong)[:5])} differ. It builds timm towers at "
             "their own image size alone: train at that one (leave out image_size) to export"
         )
@@ -87,6 +88,6 @@ def load_model(checkpoint: str | Path) -> tuple[DualEncoder, dict[str, Tensor]]:
     """A checkpoint folder of ours, or any folder of open_clip's format, -> its towers with their weights, and logit_scale and such."""
     folder = Path(checkpoint)
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} has no {CONFIG}: give a run, one of its checkpoints, or a folder of open_clip's format")
+        raise ModelError(f"{folder} has no {CONFIG}: give a run, one of its checkpoints, or a folder of open_clip's format")
     dual = build_towers(str(folder))
     return dual, load_weights(dual, folder)

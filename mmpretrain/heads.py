@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmpretrain.distributed import all_reduce_sum, world_size
+from mmpretrain.errors import ModelError
 
 
 class GlobalBatchNorm(nn.Module):
@@ -96,7 +97,7 @@ def use_global_statistics(module: nn.Module) -> int:
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and not isinstance(part, _GlobalStatistics):
             if not part.track_running_stats:
-                raise ValueError(f"{type(part).__name__} without running statistics cannot be synchronised between ranks")
+                raise ModelError(f"{type(part).__name__} without running statistics cannot be synchronised between ranks")
             part.__class__ = type(f"Global{type(part).__name__}", (_GlobalStatistics, type(part)), {})
             count += 1
     return count
@@ -109,7 +110,7 @@ def _norm(kind: str, width: int, affine: bool = True) -> nn.Module:
         return nn.LayerNorm(width, elementwise_affine=affine)
     if kind == "none":
         return nn.Identity()
-    raise ValueError(f"norm is {kind!r}; expected batch, layer or none")
+    raise ModelError(f"norm is {kind!r}; expected batch, layer or none")
 
 
 class PrototypeHead(nn.Module):

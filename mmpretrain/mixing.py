@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmpretrain import rng
+from mmpretrain.errors import ModelError
 from mmpretrain.types import MixSpec
 
 
@@ -25,9 +26,9 @@ def mix_pictures(spec: MixSpec, pixels: Tensor, seeds: Tensor) -> tuple[Tensor, 
     Source: Zhang et al. 2018 (mixup), equation 1; Yun et al. 2019 (CutMix), equations 1 and 2.
     """
     if len(pixels) % 2:
-        raise ValueError(f"{len(pixels)} rows on a rank or in a chunk: mixing pairs row i with i ^ 1, so their number must be even")
+        raise ModelError(f"{len(pixels)} rows on a rank or in a chunk: mixing pairs row i with i ^ 1, so their number must be even")
     if not (spec.mixup or spec.cutmix) or not (0 <= spec.mixup <= 1 and 0 <= spec.cutmix <= 1):
-        raise ValueError(f"mixup {spec.mixup} and cutmix {spec.cutmix}: expected alphas of 0 to 1, one of them above 0")
+        raise ModelError(f"mixup {spec.mixup} and cutmix {spec.cutmix}: expected alphas of 0 to 1, one of them above 0")
     height, width = pixels.shape[-2:]
     first = seeds.view(-1, 2)[:, 0].repeat_interleave(2)  # [B]
     cuts = torch.full((len(seeds),), bool(spec.cutmix), device=seeds.device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmpretrain.batch import join, slice_of, surrogate, take
 from mmpretrain.config.build import nearest
 from mmpretrain.distributed import all_reduce_sum, world_size
+from mmpretrain.errors import ModelError
 from mmpretrain.functional import exact
 from mmpretrain.heads import is_batch_norm
 from mmpretrain.mixing import mix_pictures
@@ -72,14 +73,14 @@ class PretrainModel(nn.Module):
         networks = {"student": self.towers, "teacher": self.teacher, **self.networks}
         for encode in source_encodes(objective.needs):
             if encode.network not in networks:
-                raise ValueError(f"objective {name!r} encodes with network {encode.network!r}{nearest(encode.network, networks)}")
+                raise ModelError(f"objective {name!r} encodes with network {encode.network!r}{nearest(encode.network, networks)}")
             if networks[encode.network] is None:
-                raise ValueError(f"objective {name!r} needs a teacher: add teacher: {{momentum: 0.996}} to the recipe")
+                raise ModelError(f"objective {name!r} needs a teacher: add teacher: {{momentum: 0.996}} to the recipe")
             if unknown := encode.outputs - OUTPUTS:
-                raise ValueError(f"objective {name!r}: an encode asks for {sorted(unknown)}; a tower gives {sorted(OUTPUTS)}")
+                raise ModelError(f"objective {name!r}: an encode asks for {sorted(unknown)}; a tower gives {sorted(OUTPUTS)}")
         arguments = inspect.signature(objective.forward).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in arguments.values()) and set(arguments) != set(objective.needs):
-            raise ValueError(f"objective {name!r}: forward takes {sorted(arguments)}, but its needs are {sorted(objective.needs)}")
+            raise ModelError(f"objective {name!r}: forward takes {sorted(arguments)}, but its needs are {sorted(objective.needs)}")
 
     def begin_step(self, progress: float) -> None:
         """Settle which objectives this step trains and what they need; progress in [0, 1]."""
@@ -159,7 +160,7 @@ class PretrainModel(nn.Module):
         network = {"student": self.towers, "teacher": self.teacher}.get(encode.network) or self.networks[encode.network]
         tower = network.visual if encode.view.modality == "image" else network.text
         if tower is None:
-            raise ValueError(f"an objective encodes {encode.view.modality} with the {encode.network}, which this recipe does not build")
+            raise ModelError(f"an objective encodes {encode.view.modality} with the {encode.network}, which this recipe does not build")
         return tower
 
     def hidden(self, encode: Encode, batch: Batch, done: dict[Encode, Encoded]) -> Tensor | None:
@@ -168,7 +169,7 @@ class PretrainModel(nn.Module):
             return None
         view, patch = batch[encode.source].views[encode.view], self._tower(encode).patch_size
         if patch is None:
-            raise ValueError("this image tower has no patches to hide; masked objectives need a vision transformer")
+            raise ModelError("this image tower has no patches to hide; masked objectives need a vision transformer")
         grid = (view.data.shape[-2] // patch, view.data.shape[-1] // patch)
         attention = done[bare(encode.mask.from_)].attention if encode.mask.from_ is not None else None
         return draw_mask(encode.mask, batch[encode.source].seeds, grid, attention)
@@ -360,7 +361,7 @@ def asked(objective: str, argument: str, outputs: frozenset[str]) -> type[Reques
         def __getattribute__(self, field: str) -> Any:
             value = super().__getattribute__(field)
             if value is None and field in OUTPUTS:
-                raise ValueError(
+                raise ModelError(
                     f"objective {objective!r} reads {argument}.{field}, but its Encode asks for {sorted(outputs)}: "
                     f"add {field!r} to its outputs"
                 )
@@ -387,9 +388,9 @@ def with_mask_embeddings(towers: DualEncoder, objectives: Iterable[Objective], s
 def check_outputs(name: str, outputs: dict[str, Tensor]) -> None:
     """Raise ValueError where an objective returned no loss, or logs that are not scalars."""
     if "loss" not in outputs:
-        raise ValueError(f"objective {name!r} returned {sorted(outputs)}, without a loss")
+        raise ModelError(f"objective {name!r} returned {sorted(outputs)}, without a loss")
     if wrong := [key for key, value in outputs.items() if not isinstance(value, Tensor) or value.numel() != 1]:
-        raise ValueError(f"objective {name!r}: {', '.join(wrong)} must be scalar tensors: a run logs one number each")
+        raise ModelError(f"objective {name!r}: {', '.join(wrong)} must be scalar tensors: a run logs one number each")
 
 
 def freeze_unused(model: PretrainModel, batch: Batch, progresses: Iterable[float] = (0.0,)) -> tuple[list[str], dict[float, set[str]]]:

@@ -23,7 +23,7 @@ from mmpretrain.config.recipe import Config
 from mmpretrain.cost_probe import CostProbe
 from mmpretrain.data.loader import Loader
 from mmpretrain.data.source import Source
-from mmpretrain.errors import MMPretrainError
+from mmpretrain.errors import MMPretrainError, ModelError
 from mmpretrain.evaluation import DataInProgress, Evaluations, build_evaluators
 from mmpretrain.interrupts import Interrupts
 from mmpretrain.model import PretrainModel, freeze_unused
@@ -137,7 +137,7 @@ def setup(config: Config, closing: ExitStack, data: DataInProgress) -> Run:
         batches = chain([first], batches)
         moments = sorted({0.0, *(f for span in model.spans.values() for f in span if f < 1)})
         few = first_rows(first, 4) if len(moments) == 1 else few_rows(sources, device)
-        with accelerator.autocast(), blaming("objectives"):
+        with accelerator.autocast(), blaming("objectives", ModelError):
             unused, phases = freeze_unused(model, few, moments)
         if unused:
             tracker.message(f"no objective trains these, they stay as they are: {', '.join(unused)}")

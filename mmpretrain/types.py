@@ -195,6 +195,7 @@ class Result:
     dataset: str = ""
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # name -> rows, for the report
     figures: dict[str, Any] = field(default_factory=dict)  # name -> matplotlib Figure
+    baselines: dict[str, float] = field(default_factory=dict)  # name -> acc1 on the same data without a model
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ def show(line: dict[str, Any], messages: list[str]) -> None:
     table.add_column("value", justify="right")
     for name, value in line["metrics"].items():
         table.add_row(Text(name), f"{value:.4f}")
+    for name, value in line.get("baselines", {}).items():
+        table.add_row(Text(f"baseline {name}"), f"{value:.4f}")
     console = Console()
     console.print(Text(plain(f"{line['name']} on {line['dataset']}, {line['n']} samples")))
     console.print(table)
@@ -146,20 +148,16 @@ def main() -> int:
     if arguments.model is None or arguments.evaluator is None:
         p.error("RUN_OR_MODEL and EVALUATOR are required")
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
-    from mmpretrain.config.build import OptionError
+    from mmpretrain.errors import HangError, MMPretrainError, file_errors
 
     try:
-        return evaluate(arguments)
-    except OptionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except TimeoutError as error:
+        with file_errors():
+            return evaluate(arguments)
+    except MMPretrainError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # an ordinary exit would wait for the thread that hangs
-    except (ValueError, RuntimeError, TypeError, OSError) as error:
-        logging.getLogger(__name__).debug("failed", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        if isinstance(error, HangError):
+            os._exit(error.status)  # an ordinary exit would wait for the thread that hangs
+        return error.status
 
 
 if __name__ == "__main__":

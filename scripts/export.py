@@ -14,7 +14,8 @@ from typing import Annotated
 
 import typer
 
-from mmpretrain.checkpoint import MANIFEST, CheckpointError, find_checkpoint
+from mmpretrain.checkpoint import MANIFEST, find_checkpoint
+from mmpretrain.errors import MMPretrainError, file_errors
 from mmpretrain.export import CONFIG, export_open_clip, load_model
 
 
@@ -36,12 +37,13 @@ def main(
 ) -> None:
     """Write a run's model in the format of another library."""
     try:
-        checkpoint = newest_checkpoint(source)
-        dual, leftovers = load_model(checkpoint)
-        export_open_clip(dual, leftovers, out)
-    except (OSError, ValueError, CheckpointError) as error:
+        with file_errors():
+            checkpoint = newest_checkpoint(source)
+            dual, leftovers = load_model(checkpoint)
+            export_open_clip(dual, leftovers, out)
+    except MMPretrainError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        raise typer.Exit(error.status) from None
     print(f'{checkpoint} -> {out}: open_clip.create_model_and_transforms("local-dir:{out}")')
 
 

@@ -13,7 +13,6 @@ import typer
 
 from data_prep import cli, files
 from data_prep.build.readers.base import Reader
-from data_prep.engine import WorkerLostError
 from data_prep.shards.build import build
 from data_prep.shards.task import part_folder
 
@@ -59,7 +58,7 @@ def finish(
     options = repr(produce)
     if re.search(r" at 0x[0-9a-f]+>", options):
         raise TypeError(f"{type(reader).__name__} has no repr that is the same in the next run: {options}")
-    with cli.one_line(ValueError, OSError, WorkerLostError):  # whatever is wrong from here on is wrong with the data, or with OUT
+    with cli.one_line(status=1):  # whatever is wrong from here on is wrong with the data, or with OUT
         manifest = build(
             out,
             produce,

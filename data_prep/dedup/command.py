@@ -40,7 +40,7 @@ def deduplicate(
         InputError: an option must be corrected.
         OptionError: `options.embedding` does not name a model.
         ShardError: a shard cannot be read.
-        FileExistsError: `out` holds something else, see `shards.build`.
+        OutputError: `out` holds something else, see `shards.build`.
     """
     from data_prep import files
     from data_prep.dedup.find import Options, find
@@ -116,7 +116,7 @@ def dedup(
     near = HASH_DISTANCE if near is None and not exact and embedding is None else near
     options = Options(near, difference, embedding, threshold, keep, within, caption)
     run = {"against": against, "options": options, "page": page, "engine": engine, "processes": processes, "command": command_line()}
-    with input_errors(TypeError, RuntimeError):
+    with input_errors():
         result = deduplicate(shards, out, **run)
         if report is not None:
             files.write_json(report, result)

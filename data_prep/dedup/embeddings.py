@@ -10,6 +10,7 @@ import torch
 from data_prep.copies import Copies
 from data_prep.embed import Encoder
 from data_prep.subset import Numbering
+from mmpretrain.config.build import OptionError
 
 TILE = 4096
 
@@ -31,11 +32,10 @@ def drop_alike(copies: Copies, numbering: Numbering, model: str, threshold: floa
         (sample, reason) of those that could not be embedded: they are kept without a comparison.
 
     Raises:
-        ValueError: a threshold out of range.
-        OptionError: `model` does not name a model.
+        OptionError: a threshold out of range, or `model` does not name a model.
     """
     if not 0 < threshold <= 1:
-        raise ValueError(f"--threshold {threshold}: expected a cosine above 0, at most 1")
+        raise OptionError(f"--threshold {threshold}: expected a cosine above 0, at most 1")
     encoder = Encoder(model)
     samples = np.sort(copies.first[copies.of[copies.first] < 0])
     not_embedded: list[tuple[int, str]] = []

@@ -66,7 +66,7 @@ def find(names: list[str], against: list[str], options: Options, *, engine_name:
 
     Raises:
         ShardError: a shard cannot be read.
-        ValueError: an option is out of range.
+        OptionError: an option is out of range.
     """
     findings = Findings(names, against, options)
     parts = []

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from data_prep.demo.command import ensure_demo, module_command, unwritten
 from data_prep.demo.scenes import SPLITS
-from mmpretrain.errors import MMPretrainError
+from data_prep.records import OutputError
+from mmpretrain.errors import MMPretrainError, file_errors
 from mmpretrain.system import hold
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Writing:
         try:
             if missing := unwritten(self.root, splits=self.splits):
                 self._process = self._start(missing, quiet)
-        except FileExistsError as error:
+        except OutputError as error:
             self._refused = str(error)
 
     def _start(self, splits: Sequence[str], quiet: bool) -> subprocess.Popen:
@@ -90,11 +91,11 @@ def main(arguments: list[str]) -> int:
     if quiet and hasattr(os, "nice"):
         os.nice(QUIETLY)
     try:
-        with hold(lock_path(root)):  # one process writes them; the others of this machine wait, and find them
+        with file_errors(), hold(lock_path(root)):  # one process writes them; the others of this machine wait, and find them
             ensure_demo(root, splits=splits)
-    except (OSError, RuntimeError) as error:
+    except MMPretrainError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.status
     return 0
 
 
@@ -122,18 +123,7 @@ class DemoData:
         self._evaluation = later = Writing(self.root, EVALUATION, quiet=True)
         if any(str(self.root / split) in repr(source.shards) for split in EVALUATION for source in config.sources.values()):
             later.wait()
-        pending = {(self.root / split).absolute(): later.wait for split in EVALUATION}
-        test = config.evaluators.get("test")
-        if test is not None and Path(str(getattr(test.options, "data", ""))) == self.root / "test":
-            return DataInProgress(pending, {"test": self._baselines})
-        return DataInProgress(pending)
-
-    def _baselines(self) -> dict[str, float]:
-        from data_prep.demo.checks import nearest_neighbour_baselines
-
-        with hold(lock_path(self.root)):
-            found = nearest_neighbour_baselines(self.root)
-        return {name: found[name] for name in ("colour_histogram_knn", "raw_pixel_knn")}
+        return DataInProgress({(self.root / split).absolute(): later.wait for split in EVALUATION})
 
     def stop(self) -> None:
         for writing in (self._training, self._evaluation):

@@ -17,18 +17,19 @@ from data_prep.demo.scenes import GENERATOR_VERSION, SIDE
 from data_prep.perceptual import DIFFERENCE, HASH_DISTANCE, alike_in_colour, differences, signature, small
 from mmpretrain.atomic import write_atomically
 from mmpretrain.data import index as shard_index
+from mmpretrain.errors import MissingFileError
+from mmpretrain.evaluators.baselines import NEIGHBOURS, colour_histogram, neighbour_hits, raw_pixels
 from mmpretrain.system import cores
 
 LIMIT = 0.25
-NEIGHBOURS = (1, 5, 20, 50)  # the best of these is reported: a baseline should be as strong as it can be
 CACHE = "baselines.json"
 
 
 def read_split(folder: Path | str) -> tuple[np.ndarray, np.ndarray]:
-    """-> (images uint8 [n, S, S, 3], class int64 [n], -1 where there is none), in shard order. Raises FileNotFoundError."""
+    """-> (images uint8 [n, S, S, 3], class int64 [n], -1 where there is none), in shard order. Raises MissingFileError."""
     paths = sorted(Path(folder).glob("*.tar"))
     if not paths:
-        raise FileNotFoundError(f"no .tar in {folder}: write the demo shards first (python -m data_prep demo {Path(folder).parent})")
+        raise MissingFileError(f"no .tar in {folder}: write the demo shards first (python -m data_prep demo {Path(folder).parent})")
     images, labels = [], []
 
     def decode(data: bytes) -> np.ndarray:
@@ -44,36 +45,10 @@ def read_split(folder: Path | str) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(images), np.array(labels)
 
 
-def colour_histogram(images: np.ndarray) -> np.ndarray:
-    """uint8 [n, S, S, 3] -> float32 [n, 512]: eight bins a channel, as square roots of frequencies, so that a dot product of two rows is
-    their Bhattacharyya coefficient."""
-    high = images >> 5
-    flat = (high[..., 0].astype(np.uint16) << 6 | high[..., 1] << 3 | high[..., 2]).reshape(len(images), -1)
-    return np.sqrt(np.stack([np.bincount(row, minlength=512) for row in flat]) / flat.shape[1]).astype(np.float32)
-
-
-def raw_pixels(images: np.ndarray) -> np.ndarray:
-    """uint8 [n, S, S, 3] -> float32 [n, (S/2)**2 * 3] in 0..1: means of 2x2 pixels, which also averages the noise away."""
-    pairs = images[:, ::2].astype(np.uint16) + images[:, 1::2]
-    return (pairs[:, :, ::2] + pairs[:, :, 1::2]).reshape(len(images), -1).astype(np.float32) / 1020
-
-
 def nearest_neighbours(train: np.ndarray, labels: np.ndarray, test: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Accuracy of majority vote among the k nearest by Euclidean distance, for each k of NEIGHBOURS; ties go to the nearer."""
-    square = (train**2).sum(1)
-    correct = dict.fromkeys(NEIGHBOURS, 0)
-    most = min(max(NEIGHBOURS), len(train))
-    for low in range(0, len(test), 256):
-        distance = square - 2 * test[low : low + 256] @ train.T
-        near = np.argpartition(distance, most - 1, axis=1)[:, :most]
-        near = np.take_along_axis(near, np.argsort(np.take_along_axis(distance, near, 1), 1, kind="stable"), 1)
-        votes = labels[near]  # [b, most], nearest first
-        for k in NEIGHBOURS:
-            score = np.zeros((len(votes), int(labels.max()) + 1))
-            for rank, vote in enumerate(votes[:, :k].T):
-                score[np.arange(len(votes)), vote] += 1 - 1e-6 * rank
-            correct[k] += int((score.argmax(1) == truth[low : low + 256]).sum())
-    return {f"k={k}": n / len(test) for k, n in correct.items()}
+    """Accuracy of majority vote among the k nearest by Euclidean distance, for each k of NEIGHBOURS; see `neighbour_hits`."""
+    hits = neighbour_hits(train, labels, test, truth)
+    return {f"k={k}": n / len(test) for k, n in zip(NEIGHBOURS, hits.tolist(), strict=True)}
 
 
 def nearest_neighbour_baselines(root: Path | str, split: str = "test") -> dict:
@@ -87,8 +62,10 @@ def nearest_neighbour_baselines(root: Path | str, split: str = "test") -> dict:
     if cache.exists() and (kept := json.loads(cache.read_text()))["key"] == key:
         return kept["result"]
     (train, labels), (test, truth) = read_split(root / "pairs"), read_split(root / split)
-    histogram = nearest_neighbours(colour_histogram(train), labels, colour_histogram(test), truth)
-    pixels = nearest_neighbours(raw_pixels(train), labels, raw_pixels(test), truth)
+    histogram, pixels = (
+        nearest_neighbours(np.stack([*map(features, train)]), labels, np.stack([*map(features, test)]), truth)
+        for features in (colour_histogram, raw_pixels)
+    )
     result = {
         "split": split,
         "n": len(test),
@@ -131,5 +108,5 @@ def duplicates(root: Path | str) -> dict[str, int]:
     root = Path(root)
     train, test = ([read_split(root / name)[0] for name in names if (root / name).exists()] for names in (TRAIN, TEST))
     if not train or not test:
-        raise FileNotFoundError(f"{root} needs a training split ({', '.join(TRAIN)}) and a test split ({', '.join(TEST)})")
+        raise MissingFileError(f"{root} needs a training split ({', '.join(TRAIN)}) and a test split ({', '.join(TEST)})")
     return count_duplicates(np.concatenate(train), np.concatenate(test))

@@ -18,11 +18,12 @@ from typing import Annotated
 import typer
 
 from data_prep import engine
+from data_prep.cli import input_errors
 from data_prep.demo.captions import TEMPLATES
 from data_prep.demo.records import chunk
 from data_prep.demo.scenes import CLASS_NAMES, GENERATOR_VERSION, NUM_TRAINED, SPLITS
 from data_prep.files import local_folder
-from data_prep.records import Record
+from data_prep.records import InputError, OutputError, Record
 from data_prep.shards.serial import write_shards
 from mmpretrain.system import cores
 
@@ -55,13 +56,13 @@ def _mark(seed: int, split: str, count: int) -> dict[str, object]:
 
 
 def _found(folder: Path) -> dict[str, object] | None:
-    """What made this split; None where it is absent. Raises FileExistsError where something else lies there."""
+    """What made this split; None where it is absent. Raises OutputError where something else lies there."""
     if not folder.exists():
         return None
     try:
         return json.loads((folder / MARK).read_text())
     except (FileNotFoundError, ValueError) as error:
-        raise FileExistsError(
+        raise OutputError(
             f"{folder} exists but has no readable {MARK}, so this command did not write it and will not replace it. "
             "Choose another folder, or move that one away."
         ) from error
@@ -98,12 +99,12 @@ def unwritten(
     wanted = list(splits or SPLITS)
     for name in [*wanted, *counts]:
         if name not in SPLITS:
-            raise ValueError(f"no demo split {name!r}; there are {', '.join(SPLITS)}")
+            raise InputError(f"no demo split {name!r}; there are {', '.join(SPLITS)}")
     for name, count in counts.items():
         if count < 1:
-            raise ValueError(f"split {name!r}: {count} scenes asked for; at least 1 is needed")
+            raise InputError(f"split {name!r}: {count} scenes asked for; at least 1 is needed")
     if seed < 0:
-        raise ValueError(f"seed {seed}: demo seeds are 0 or greater")
+        raise InputError(f"seed {seed}: demo seeds are 0 or greater")
     return [name for name in wanted if _found(Path(root) / name) != _mark(seed, name, counts.get(name, SPLITS[name].count))]
 
 
@@ -121,7 +122,8 @@ def ensure_demo(
     splits: names from SPLITS, all by default. counts: scenes per split, where not the benchmark's own number. processes: one per core by
     default. say: receives progress lines.
 
-    Raises ValueError for an unknown split or count or a URL, FileExistsError where a split's folder was not written by this generator.
+    Raises InputError for an unknown split or count, OptionError for a URL, OutputError where a split's folder was not written by this
+    generator.
     """
     root, counts = local_folder(root), dict(counts or {})
     missing = unwritten(root, seed, splits=splits, counts=counts)
@@ -151,12 +153,10 @@ def demo(
 ) -> None:
     """Write the demo benchmark: rendered scenes of shapes with captions (see docs/demo.md)."""
     start = time.perf_counter()
-    try:
+    with input_errors():
         ensure_demo(out, seed, splits=split, counts={"pairs": pairs, "photos": photos, "test": test}, processes=processes, say=typer.echo)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    typer.echo(f"demo shards of generator version {GENERATOR_VERSION}, seed {seed}, in {out} ({time.perf_counter() - start:.1f} s)")
-    if check:
-        from data_prep.demo.checks import duplicates, nearest_neighbour_baselines
+        typer.echo(f"demo shards of generator version {GENERATOR_VERSION}, seed {seed}, in {out} ({time.perf_counter() - start:.1f} s)")
+        if check:
+            from data_prep.demo.checks import duplicates, nearest_neighbour_baselines
 
-        typer.echo(json.dumps({"duplicates": duplicates(out), "baselines": nearest_neighbour_baselines(out)}, indent=1))
+            typer.echo(json.dumps({"duplicates": duplicates(out), "baselines": nearest_neighbour_baselines(out)}, indent=1))

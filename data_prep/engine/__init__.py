@@ -38,6 +38,7 @@ def run(
         title: of a progress bar, shown where standard error is a terminal.
 
     Raises:
+        EngineError: Ray is missing or does not start.
         WorkerLostError: the workers of a task died repeatedly.
         ValueError: an unknown engine, or fewer than one process.
         Exception: whatever `function` raises.

@@ -12,6 +12,10 @@ ENGINES = ("local", "ray")
 REPEATS = 3  # of a task whose worker died
 
 
+class EngineError(MMPretrainError, ValueError):
+    """An engine that cannot be used here: its library is missing, or it does not start."""
+
+
 class WorkerLostError(MMPretrainError, RuntimeError):
     """The worker process of a task died, and so did the workers of every retry."""
 

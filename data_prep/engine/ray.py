@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
-from data_prep.engine.common import REPEATS, ahead, lost
+from data_prep.engine.common import REPEATS, EngineError, ahead, lost
 from mmpretrain.system import cores
 
 START_ATTEMPTS = 3
@@ -18,7 +18,7 @@ def results_of(function: Callable[[Any], Any], tasks: Iterator[Any], processes: 
         import ray
         from ray.exceptions import RayTaskError, WorkerCrashedError
     except ImportError as error:
-        raise ValueError("--engine ray needs Ray: pip install 'mmpretrain-clip[ray]'; or use --engine local") from error
+        raise EngineError("--engine ray needs Ray: pip install 'mmpretrain-clip[ray]'; or use --engine local") from error
     _connect(ray, processes)
     max_workers = processes or int(ray.cluster_resources().get("CPU", 1))
     remote = ray.remote(max_retries=REPEATS, retry_exceptions=False, num_cpus=1)(_apply)
@@ -48,7 +48,7 @@ def _connect(ray: Any, processes: int | None) -> None:
         except Exception as error:  # a busy machine exceeds Ray's 30 s for starting a node
             ray.shutdown()
             if attempt == START_ATTEMPTS - 1:
-                raise OSError(f"Ray did not start ({address or 'on this machine'}): {error}") from error
+                raise EngineError(f"Ray did not start ({address or 'on this machine'}): {error}") from error
 
 
 def _apply(function: Callable[[Any], Any], task: Any) -> Any:

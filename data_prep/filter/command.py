@@ -99,7 +99,7 @@ def select(
         ShardError: a shard cannot be read.
         InputError: an option must be corrected.
         OptionError: `score` does not name a model.
-        FileExistsError: `out` holds something else, see `shards.build`.
+        OutputError: `out` holds something else, see `shards.build`.
     """
     from data_prep import captions
     from data_prep.filter.rules import Rules
@@ -160,7 +160,7 @@ def filter_(
         min_score is not None and keep_top is not None
     ):
         raise typer.BadParameter("--score MODEL goes with one of --min-score and --keep-top, or with --save-scores alone")
-    with input_errors(TypeError, RuntimeError):
+    with input_errors():
         predicate = None if where is None else Predicate.read(where)
         languages = () if language is None else tuple(code.strip() for code in language.split(","))
         lengths = (min_side, max_aspect, min_words, max_words, min_chars, max_chars)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from data_prep.cli import input_errors
+from mmpretrain.errors import MMPretrainError, file_errors
 
 if TYPE_CHECKING:
     from mmpretrain.config.recipe import Config
@@ -81,15 +82,15 @@ def _model(config: Config) -> PretrainModel:
 
 def _sources(config: Config, views: dict[str, Any], labelled: set[str]) -> tuple[dict[str, Source], list[str]]:
     """Opens the sources; those that fail become warnings, so that one call reports them all."""
-    from mmpretrain.config.build import OptionError
     from mmpretrain.data.schema import ShardError
     from mmpretrain.data.source import Source
 
     opened, warnings = {}, []
     for name, options in config.sources.items():
         try:
-            opened[name] = Source(name, options, views[name], name in labelled, config.seed)
-        except (OptionError, ShardError, ValueError, OSError) as error:
+            with file_errors():
+                opened[name] = Source(name, options, views[name], name in labelled, config.seed)
+        except MMPretrainError as error:
             text = str(error)
             warnings.append(text if f"source {name!r}" in text else f"source {name!r}: {text}")
     if not opened:

@@ -16,7 +16,7 @@ import numpy as np
 from data_prep import files
 from data_prep.engine import run
 from data_prep.files import write_json
-from data_prep.records import InputError, Record, Skipped, Split
+from data_prep.records import InputError, OutputError, Record, RecordError, Skipped, Split
 from data_prep.shards.serial import write_shards
 from data_prep.shards.tar_writer import MANIFEST, SIZES, manifest_of
 from data_prep.shards.task import UNFINISHED, Done, Job, digest_of, index_keys, key_digest, part_folder
@@ -68,8 +68,8 @@ def build(
         The manifest; with `split`, the sum of the parts' manifests, with each of them under "parts".
 
     Raises:
-        FileExistsError: OUT holds anything else.
-        ValueError: a key is repeated or unsafe.
+        OutputError: OUT holds anything else.
+        RecordError: a key is repeated or unsafe.
         InputError: an input cannot be used, and `allow_skipped` is false.
     """
     out = str(files.place(out))
@@ -103,33 +103,31 @@ def _finished(out: str, parts: tuple[str, ...]) -> bool:
 
 
 def _read_object(name: str, out: str) -> dict[str, Any]:
-    """Reads a JSON object of a build. Raises FileExistsError where it is damaged: the build cannot be identified."""
+    """Reads a JSON object of a build. Raises OutputError where it is damaged: the build cannot be identified."""
     try:
         content = json.loads(files.read_bytes(name))
         if not isinstance(content, dict):
             raise ValueError("expected an object")
         return content
     except ValueError as error:
-        raise FileExistsError(f"{name} is damaged ({error}). Delete {out} and build again, or choose another --out.") from error
+        raise OutputError(f"{name} is damaged ({error}). Delete {out} and build again, or choose another --out.") from error
 
 
 def _finished_manifest(out: str, parts: tuple[str, ...], job: Job, tasks: Iterable[Any]) -> dict[str, Any]:
-    """Returns the manifest of a finished build. Raises FileExistsError for a build of other tasks, or with a missing shard."""
+    """Returns the manifest of a finished build. Raises OutputError for a build of other tasks, or with a missing shard."""
     build_digest = _total(job.plan, (job.task_digest(numbered) for numbered in enumerate(tasks)))
     manifests = {}
     for part in parts:
         folder = part_folder(out, part)
         manifest = _read_object(files.join(folder, MANIFEST), out)
         if manifest.get("build") != build_digest:
-            raise FileExistsError(
+            raise OutputError(
                 f"{folder} exists and holds other samples than these inputs give, or an input has changed since. "
                 "Choose another --out, or delete the old build."
             )
         for name, shard in manifest["shards"].items():
             if files.size(files.join(folder, name)) != shard["bytes"]:
-                raise FileExistsError(
-                    f"{files.join(folder, name)} is gone or has changed since it was built. Delete {out} and build again."
-                )
+                raise OutputError(f"{files.join(folder, name)} is gone or has changed since it was built. Delete {out} and build again.")
         manifests[part] = manifest
     return _sum(manifests)
 
@@ -138,16 +136,16 @@ def _finished_manifest(out: str, parts: tuple[str, ...], job: Job, tasks: Iterab
 def _locked(out: str, plan_digest: str) -> Iterator[None]:
     """Locks OUT, records the plan, and on success removes the state of the unfinished build.
 
-    Raises FileExistsError where OUT holds something else, or another process builds there.
+    Raises OutputError where OUT holds something else, or another process builds there.
     """
     files.make_folder(out)
     state = files.join(out, UNFINISHED)
     plan = files.join(state, PLAN)
     if files.exists(plan):
         if _read_object(plan, out).get("plan") != plan_digest:
-            raise FileExistsError(f"{out} holds an unfinished build of other inputs or options. Choose another --out, or delete it.")
+            raise OutputError(f"{out} holds an unfinished build of other inputs or options. Choose another --out, or delete it.")
     elif others := [name for name in files.listing(out) if name != state]:
-        raise FileExistsError(
+        raise OutputError(
             f"{out} is not empty ({others[0]}) and holds no unfinished build of ours. Choose another --out, or empty the folder."
         )
     files.make_folder(state)
@@ -155,7 +153,7 @@ def _locked(out: str, plan_digest: str) -> Iterator[None]:
     try:
         lock = hold(Path(state) / "lock", wait=False) if local else None
     except BlockingIOError:
-        raise FileExistsError(f"another process is building in {out}. Wait for it, or choose another --out.") from None
+        raise OutputError(f"another process is building in {out}. Wait for it, or choose another --out.") from None
     try:
         files.write_json(plan, {"plan": plan_digest})
         _sweep(out)
@@ -190,7 +188,7 @@ def _total(plan_digest: str, tasks: Iterable[str]) -> str:
 def _gather(
     results: Iterator[Done], out: str, parts: tuple[str, ...], plan_digest: str, skipped: IO[str], command: str | None, licence: str | None
 ) -> dict[str, dict[str, Any]]:
-    """Collects the manifest of each part, and writes skipped.jsonl. Raises ValueError for a repeated key."""
+    """Collects the manifest of each part, and writes skipped.jsonl. Raises RecordError for a repeated key."""
     shards: dict[str, dict[str, dict[str, Any]]] = {part: {} for part in parts}
     keys: list[np.ndarray] = []
     left_out = 0
@@ -223,18 +221,18 @@ def _gather(
 
 
 def _check_no_other_shards(shards: dict[str, dict[str, dict[str, Any]]], out: str) -> None:
-    """Raises FileExistsError for a shard in OUT that is not part of this build: readers would include it."""
+    """Raises OutputError for a shard in OUT that is not part of this build: readers would include it."""
     for part, written in shards.items():
         present = [name for name in files.listing(part_folder(out, part)) if name.endswith(".tar")]
         extra = [name for name in present if name.rpartition("/")[2] not in written]
         if extra:
-            raise FileExistsError(
+            raise OutputError(
                 f"{extra[0]} is not of this build. Did an input change after the build had been stopped? Delete {out} and build again."
             )
 
 
 def _check_unique(keys: list[np.ndarray], shards: list[str]) -> None:
-    """Raises ValueError for a repeated key; keys whose digests collide are compared themselves."""
+    """Raises RecordError for a repeated key; keys whose digests collide are compared themselves."""
     digests = np.concatenate([np.zeros(0, np.uint64), *keys])
     keys.clear()  # the only memory that grows with the corpus: eight bytes a sample
     digests.sort()
@@ -245,7 +243,7 @@ def _check_unique(keys: list[np.ndarray], shards: list[str]) -> None:
             if key_digest(key) not in repeated:
                 continue
             if key in seen:
-                raise ValueError(f"key {key!r} comes twice, in {seen[key]} and {shard}: keys must be unique over the whole data set")
+                raise RecordError(f"key {key!r} comes twice, in {seen[key]} and {shard}: keys must be unique over the whole data set")
             seen[key] = shard
 
 

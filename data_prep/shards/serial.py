@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import local_folder, write_json
-from data_prep.records import Record
+from data_prep.records import OutputError, Record, RecordError
 from data_prep.shards.tar_writer import MANIFEST, SIZES, ShardFile, manifest_of, open_temporary
 from mmpretrain.data import index as shard_index
 
@@ -24,7 +24,7 @@ def _groups(records: Iterable[Record], max_count: int, max_bytes: int) -> Iterat
         record.check()
         digest = hashlib.blake2b(record.key.encode(), digest_size=12).digest()
         if digest in seen:
-            raise ValueError(f"key {record.key!r} comes twice: keys must be unique over the whole data set")
+            raise RecordError(f"key {record.key!r} comes twice: keys must be unique over the whole data set")
         seen.add(digest)
         length = record.tar_bytes()
         if group and (len(group) >= max_count or size + length > max_bytes):
@@ -95,14 +95,15 @@ def write_shards(
         The manifest.
 
     Raises:
-        ValueError: duplicate, dotted or unsafe keys, or `out` is a URL.
-        FileExistsError: `out` holds something else.
+        RecordError: duplicate, dotted or unsafe keys.
+        OptionError: `out` is a URL.
+        OutputError: `out` holds something else.
     """
     out = local_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     ours = (out / MANIFEST).exists() or (out / UNFINISHED).exists()
     if not ours and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty and holds no build of ours. Choose another --out, or empty the folder.")
+        raise OutputError(f"{out} is not empty and holds no build of ours. Choose another --out, or empty the folder.")
     if not (out / MANIFEST).exists():
         write_json(out / UNFINISHED, {"max_count": max_count, "max_bytes": max_bytes})
     for leftover in out.glob("*.tmp*"):
@@ -113,12 +114,12 @@ def write_shards(
         path = out / f"{number:05d}.tar"
         if not path.exists():
             if (out / MANIFEST).exists():
-                raise FileExistsError(f"{out} holds a finished build with fewer samples than these inputs give. Choose another --out.")
+                raise OutputError(f"{out} holds a finished build with fewer samples than these inputs give. Choose another --out.")
             sha256 = _write(group, path)
         elif _same(group, path):
             sha256 = _sha256(path)
         else:
-            raise FileExistsError(
+            raise OutputError(
                 f"{path} exists and holds other samples than these inputs give. Choose another --out, or delete the old build."
             )
         shards[path.name] = {"count": len(group), "bytes": path.stat().st_size, "sha256": sha256}
@@ -127,7 +128,7 @@ def write_shards(
                 members[extension] = members.get(extension, 0) + 1
     extra = sorted(p.name for p in out.glob("*.tar") if p.name not in shards)
     if extra:
-        raise FileExistsError(f"{out} also holds {', '.join(extra[:3])}, which these inputs do not give. Choose another --out.")
+        raise OutputError(f"{out} also holds {', '.join(extra[:3])}, which these inputs do not give. Choose another --out.")
     manifest = manifest_of(shards, members, command, licence)
     write_json(out / SIZES, {name: shard["count"] for name, shard in shards.items()})
     write_json(out / MANIFEST, manifest)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_prep import files
-from data_prep.records import InputError, Record, Skipped, Split
+from data_prep.records import InputError, OutputError, Record, RecordError, Skipped, Split
 from data_prep.shards.tar_writer import ShardFile, open_temporary
 from mmpretrain.data import index as shard_index
 from mmpretrain.data.cache import remote_index
@@ -140,7 +140,7 @@ class Job:
         with suppress(ValueError, KeyError):  # truncated by a crash of the machine
             content = json.loads(files.read_bytes(note))
             if content["task"] != digest:
-                raise FileExistsError(
+                raise OutputError(
                     f"{self.out} holds an unfinished build of other samples than these inputs give, or an input has "
                     f"changed since (see {note}). Choose another --out, or delete it."
                 )
@@ -166,7 +166,7 @@ class Job:
                 item.check()
                 key = key_digest(item.key)
                 if key in keys:
-                    raise ValueError(f"key {item.key!r} comes twice: keys must be unique over the whole data set")
+                    raise RecordError(f"key {item.key!r} comes twice: keys must be unique over the whole data set")
                 keys[key] = None
                 shards[self.split(item) if self.split else ""].add(item)
             for part in shards.values():

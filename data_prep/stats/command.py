@@ -76,9 +76,8 @@ def stats(
 ) -> None:
     """Write a report of a shard set: counts, images, captions, classes, the worst samples, duplicates."""
     from data_prep import files
-    from data_prep.engine import WorkerLostError
 
-    with input_errors(WorkerLostError):
+    with input_errors():
         data, page = report(shards, caption=caption, label=label or None, sample=sample, engine=engine, processes=processes)
         files.write_text(out, page)
         if json_out not in (None, "-"):

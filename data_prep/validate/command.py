@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from data_prep.cli import Engine, JsonOutput, Processes, command_line, one_line
-from data_prep.engine import WorkerLostError, run
+from data_prep.engine import run
 from data_prep.shards.read import Shard, expand, image_member
 from mmpretrain.data.decode import ImageLimits
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, ShardError
@@ -59,7 +59,7 @@ def validate(
     from data_prep.validate.report import repaired, show, summarise
     from data_prep.validate.shard import Examine
 
-    with one_line(ValueError, OSError, WorkerLostError, status=2):
+    with one_line(status=2):
         names = expand(shards)
         needed = usual(names) if need is None else [part.strip() for part in need.split(",") if part.strip()]
         needed = list(dict.fromkeys("image" if part in IMAGE_EXTENSIONS else part for part in needed))

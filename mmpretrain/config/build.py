@@ -54,13 +54,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 @contextlib.contextmanager
-def blaming(what: str) -> Iterator[None]:
-    """A ValueError or OSError of what a recipe names (a model, a file) is the recipe's fault: an OptionError that says of what."""
+def blaming(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Raises an error of these kinds, which is the recipe's fault, as an OptionError that names the option `what`.
+
+    Args:
+        kinds: by default ValueError and OSError, with which other libraries, and objectives from outside, refuse a name or an option.
+            Where code runs that takes no options, name what it raises for them (ModelError): a ValueError there is a bug.
+    """
     try:
         yield
     except OptionError:
         raise
-    except (ValueError, OSError) as error:
+    except kinds or (ValueError, OSError) as error:  # noqa: B030 (a tuple of classes)
         raise OptionError(f"{what}: {error}") from error
 
 

@@ -90,7 +90,7 @@ class EvaluationConfig:
     options: Any  # its own Config
     every: Annotated[int, Range(0)] = 0  # steps between evaluations; 0: at the end only
     weights: Literal["student", "teacher"] = "student"  # teacher: the EMA copy
-    baselines: dict[str, float] = field(default_factory=dict)  # accuracies known from elsewhere, shown beside the result
+    reference: dict[str, float] = field(default_factory=dict)  # accuracies known from elsewhere, shown beside the result
 
 
 # What may differ between a run and its continuation: it changes how fast the result comes, not the result's meaning.
@@ -162,7 +162,9 @@ def assemble(data: Any, place: Callable[[str], str] = lambda path: "") -> Config
     for name, options in config.evaluators.items():
         path = f"evaluators.{name}"
         options = dict(_mapping(options, path, place))
-        own = {key: options.pop(key) for key in ("kind", "every", "weights", "baselines") if key in options}
+        if isinstance(options.get("baselines"), dict):  # the earlier spelling of `reference`
+            options["reference"] = options.pop("baselines") | options.get("reference", {})
+        own = {key: options.pop(key) for key in ("kind", "every", "weights", "reference") if key in options}
         kind = own.setdefault("kind", name)
         if kind not in EVALUATORS:
             raise OptionError(f"unknown evaluator {kind!r}{place(path)}{nearest(str(kind), EVALUATORS)}")

@@ -1,10 +1,15 @@
-"""What bytes are: an image's format by its content, a caption as text. Imports no torch: shard builders use it too."""
+"""What bytes are: an image's format by its content, a caption or a named file as text. Imports no torch: shard builders use it too."""
 
 from __future__ import annotations
 
+import json
 import unicodedata
+from pathlib import Path
+from typing import Any
 
+from mmpretrain.config.build import OptionError
 from mmpretrain.data.schema import BadSample
+from mmpretrain.errors import file_errors
 
 # (first bytes, offset of more, those, format)
 _MAGIC = (
@@ -77,6 +82,23 @@ def clean_text(text: str) -> str:
     if not text:
         raise BadSample("empty_caption")
     return text
+
+
+def read_text(path: Path | str) -> str:
+    """A UTF-8 file that an option names. Raises FileError where it is missing or unreadable, OptionError where it is not UTF-8."""
+    try:
+        with file_errors():
+            return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{path} is not UTF-8 ({error}): convert it") from error
+
+
+def read_json(path: Path | str) -> Any:
+    """The JSON of a file that an option names. Raises as `read_text`, and OptionError where it is not JSON."""
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise OptionError(f"{path} is not JSON: {error}") from error
 
 
 def decode_text(data: bytes) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mmpretrain.config.build import OptionError
 from mmpretrain.data.cache import ShardCache, remote_index, stated_counts
+from mmpretrain.data.formats import read_json, read_text
 from mmpretrain.data.holdout import in_part
 from mmpretrain.data.index import Damage, LeftOut, Member, ShardIndex, open_index
 from mmpretrain.data.order import Recent
@@ -127,9 +128,10 @@ def shard_label(name: str) -> str:
 
 
 def load_classes(value: list[str] | str | None) -> list[str] | None:
-    """Class names from a list, or from a file: one a line, or a JSON list."""
+    """Class names from a list, or from a file: one a line, or a JSON list. Raises FileError or OptionError where it cannot be read."""
     if value is None or not isinstance(value, str):
         return None if value is None else list(value)
-    text = Path(value).read_text(encoding="utf-8")
-    names = json.loads(text) if value.endswith(".json") else text.splitlines()
+    names = read_json(value) if value.endswith(".json") else read_text(value).splitlines()
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise OptionError(f"{value}: expected a list of class names, found {str(names)[:60]!r}")
     return [name.strip() for name in names if name.strip()]

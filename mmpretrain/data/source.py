@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmpretrain import rng
-from mmpretrain.config.build import build
+from mmpretrain.config.build import OptionError, blaming, build
 from mmpretrain.data import buffers, decode
 from mmpretrain.data.block import Block
 from mmpretrain.data.cache import ShardCache
@@ -69,8 +69,8 @@ class Source:
         self._labels = bool(labels)
         self._wants = self._needed(self.views)
         if self._wants["label"] and config.label is None:
-            raise ValueError(
-                f"source {name!r}: an objective wants labels. Say which member holds them, e.g. `label: cls` or `label: json:category`."
+            raise OptionError(
+                f"sources.{name}: an objective wants labels. Say which member holds them, e.g. `label: cls` or `label: json:category`."
             )
         image = config.image or ImageConfig()
         self._limits = decode.ImageLimits(config.max_pixels, config.min_side, config.max_aspect, tuple(image.background))
@@ -82,7 +82,8 @@ class Source:
         parts = self._parts(config.shards)
         self.shard_sets = [ShardSet(spec, split, config.shuffle_window, cache, config.verify) for spec, _ in parts]
         self._orders = [Order(s.counts, rng.combine(self._base, i), config.shuffle_window) for i, s in enumerate(self.shard_sets)]
-        self._blend = Blend([weight for _, weight in parts], self._base)
+        with blaming(f"sources.{name}", ValueError):
+            self._blend = Blend([weight for _, weight in parts], self._base)
         self.num_samples = sum(order.total for order in self._orders)
         self._lock = threading.Lock()
         self._tally = _Tally()

@@ -38,7 +38,7 @@ def result_line(kind: str, name: str, config: Any, model: Model, result: Result)
         config: the evaluator's. `seed` is taken from it, since it alone decides what is drawn (null where it has none); the run's seed is
             in the run's config.yaml.
     """
-    return {
+    line = {
         "evaluator": kind,
         "name": name,
         "dataset": result.dataset,
@@ -47,13 +47,15 @@ def result_line(kind: str, name: str, config: Any, model: Model, result: Result)
         "seed": getattr(config, "seed", None),
         "metrics": result.metrics,
     }
+    return line | ({"baselines": result.baselines} if result.baselines else {})
 
 
 def make_config(config_class: type, options: Iterable[str] | Mapping[str, Any]) -> Any:
     """`["k=5", "data=photos"]`, or a mapping (a recipe's YAML), merged over the defaults of `config_class`.
 
     A value is YAML, except where the field takes text alone: there it stays as typed (a regular expression such as `[a-z]` is valid
-    YAML too). Raises OptionError for an unknown key (with the nearest known one), a value of the wrong type, or a missing required one.
+    YAML too). A list may be written without brackets: `c=0.1,1`. Raises OptionError for an unknown key (with the nearest known one), a
+    value of the wrong type, or a missing required one.
     """
     if isinstance(options, Mapping):
         return build(config_class, options)
@@ -78,6 +80,8 @@ def _value(text: str, hint: Any) -> Any:
         parsed = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+    if list in origins and str not in origins and isinstance(parsed, str | int | float):
+        return [yaml.safe_load(item) for item in text.split(",")]
     if isinstance(parsed, dict) and any(map(dataclasses.is_dataclass, origins)):
         return parsed
     return text if isinstance(parsed, dict | list) and not origins & {type(parsed), tuple} else parsed

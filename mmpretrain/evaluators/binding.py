@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 from torch.nn.functional import normalize
 
+from mmpretrain.errors import UnsuitableModelError
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.data.datasets import DataConfig, EvalSet, first_items, open_dataset
 from mmpretrain.evaluators.features import NO_FEATURES, encode_images, encode_texts
@@ -41,7 +42,7 @@ class Binding:
         self._check(dataset)
         found = encode_images(model, dataset, accelerator, config)
         if "features" not in found.values:
-            raise TypeError(NO_FEATURES.format("binding"))
+            raise UnsuitableModelError(NO_FEATURES.format("binding"))
         used = [dataset.items[row] for row in found.rows.tolist()]
         texts = [str(item.metadata[name]) for item in used for name in ("caption", "swap")]
         text = encode_texts(model, texts, accelerator, config.batch_size * 4).unflatten(0, (len(used), 2))  # [n,2,E]

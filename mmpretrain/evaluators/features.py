@@ -19,8 +19,9 @@ from torch import Tensor
 
 from mmpretrain import distributed
 from mmpretrain.data.decode import ImageLimits, decode_image
-from mmpretrain.data.schema import BadSample
+from mmpretrain.data.schema import BadSample, BadSampleBudgetError
 from mmpretrain.data.views import CenterView
+from mmpretrain.errors import HangError, NotFiniteError, UnsuitableModelError
 from mmpretrain.evaluators.data.datasets import DataConfig, EvalSet, check_budget
 from mmpretrain.evaluators.data.items import Item
 from mmpretrain.rng import combine
@@ -62,7 +63,7 @@ def images(dataset: EvalSet, plan: Iterable[list[int]], view: ViewSpec, threads:
     """For every batch of rows in `plan`, in order, its images; a few batches are decoded ahead.
 
     A row's random numbers depend on (seed, batch number, row) alone. Items that do not decode are listed in `bad`.
-    Raises TimeoutError naming the items that a hanging read or decoder is at.
+    Raises HangError naming the items that a hanging read or decoder is at.
     """
 
     def job(number: int, row: int) -> tuple[Tensor, Params] | BadSample:
@@ -83,7 +84,7 @@ def images(dataset: EvalSet, plan: Iterable[list[int]], view: ViewSpec, threads:
             rows, futures = waiting.popleft()
             if wait(futures, TIMEOUT_S).not_done:
                 hung = [dataset.items[row].key for row, future in zip(rows, futures, strict=True) if future.running()]
-                raise TimeoutError(
+                raise HangError(
                     f"{dataset.name}: no batch of images in {TIMEOUT_S:g} s; being read or decoded are {', '.join(hung[:8])}. "
                     "Is the file system alive? Leave these items out otherwise"
                 )
@@ -129,7 +130,8 @@ def gather_rows(local: Tensor) -> Tensor:
 def encode_images(model: Model, dataset: EvalSet, accelerator: Accelerator, config: DataConfig) -> Features:
     """Encode every item once.
 
-    Raises RuntimeError where more than `max_bad_fraction` of the items cannot be used, or where the model gives what is not finite.
+    Raises BadSampleBudgetError where more than `max_bad_fraction` of the items cannot be used, NotFiniteError where an output of the
+    model is not finite.
     """
     stored = _cache_file(model, dataset, config.cache)
     found = _load(stored) if stored is not None and distributed.broadcast_object(stored.is_file()) else None
@@ -140,7 +142,7 @@ def encode_images(model: Model, dataset: EvalSet, accelerator: Accelerator, conf
         distributed.barrier()
     check_budget(found.skipped, len(dataset), config.max_bad_fraction, dataset.name)
     if not len(found.rows):
-        raise RuntimeError(f"{dataset.name}: none of {len(dataset)} images can be used")
+        raise BadSampleBudgetError(f"{dataset.name}: none of {len(dataset)} images can be used")
     for name, value in found.values.items():
         check_finite(value, lambda row, name=name: f"{name} of {dataset.items[int(found.rows[row])].key}", model)
     return found
@@ -173,10 +175,10 @@ def _encode(model: Model, dataset: EvalSet, accelerator: Accelerator, config: Da
 
 
 def check_finite(values: Tensor, what: Callable[[int], str], model: Model) -> None:
-    """Raise RuntimeError naming the model and the first row of `values` [n,D] that holds a NaN or an infinity."""
+    """Raise NotFiniteError naming the model and the first row of `values` [n,D] that holds a NaN or an infinity."""
     wrong = torch.nonzero(~values.isfinite().all(1)).flatten()
     if len(wrong):
-        raise RuntimeError(
+        raise NotFiniteError(
             f"model {model.fingerprint[:12]} gives values that are not finite for {len(wrong)} of {len(values)} inputs, first the "
             f"{what(int(wrong[0]))}: its weights are damaged, or overflow in precision {getattr(model, 'precision', 'fp32')}"
         )
@@ -192,7 +194,7 @@ def _agreed(widths: dict[str, int]) -> tuple[list[str], list[int]]:
 def encode_texts(model: Model, texts: list[str], accelerator: Accelerator, batch_size: int) -> Tensor:
     """[n,E] normalised, float32 on the CPU, on every process.
 
-    Raises TypeError for a model without a text tower, RuntimeError where it gives what is not finite.
+    Raises UnsuitableModelError for a model without a text tower, NotFiniteError where it gives what is not finite.
     """
     mine = part(len(texts))
     parts = []
@@ -200,7 +202,7 @@ def encode_texts(model: Model, texts: list[str], accelerator: Accelerator, batch
         chunk = [texts[i] for i in mine[start : start + batch_size]] or texts[:1]  # every process learns the width
         encoded = model.texts(chunk)
         if encoded is None:
-            raise TypeError("this model has no text tower: use knn, linear_probe or finetune, or give a model with text")
+            raise UnsuitableModelError("this model has no text tower: use knn, linear_probe or finetune, or give a model with text")
         parts.append(torch.nn.functional.normalize(encoded.float(), dim=-1))
     found = gather_rows(torch.cat(parts)[: len(mine)].to(accelerator.device)).cpu()
     check_finite(found, lambda row: f"features of the text {texts[row]!r:.80}", model)

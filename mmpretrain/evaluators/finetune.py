@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mmpretrain import distributed
+from mmpretrain.data.schema import BadSampleBudgetError
 from mmpretrain.data.views import ImageView
 from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.baselines import BaselineConfig, measure
 from mmpretrain.evaluators.data.datasets import EvalSet, check_budget
 from mmpretrain.evaluators.data.train_test import TrainDataConfig, look_at_pair, open_pair
 from mmpretrain.evaluators.features import center_view, gather_rows, images, part, render
@@ -26,7 +28,7 @@ from mmpretrain.types import Model, Result
 
 
 @dataclass
-class Config(TrainDataConfig):
+class Config(BaselineConfig, TrainDataConfig):
     mode: Literal["all", "last_n", "head"] = "all"  # what is trained beside the new head: all, last_n (blocks), or head (nothing else)
     n: int = 2  # how many of the last blocks mode=last_n trains
     lr: float = 1e-4  # peak learning rate of the tower's last layer
@@ -78,7 +80,8 @@ class FineTune:
                 tables |= confusion_tables(labels, predictions(logits, labels), test.classes)
                 if all_skipped := train.skipped + test.skipped + skipped + lost:
                     tables["skipped"] = all_skipped
-        return Result(metrics | {"chance": 1 / len(test.classes)}, n, test.name, tables)
+        baselines = measure(config.baselines, train, test, accelerator, config.threads)
+        return Result(metrics | {"chance": 1 / len(test.classes)}, n, test.name, tables, baselines=baselines)
 
 
 class Classifier(nn.Module):
@@ -164,7 +167,9 @@ def train_classifier(
         bad |= dict(batch.bad)
         count = distributed.all_reduce_sum(torch.tensor(float(len(batch.rows)), device=device))
         if not batch.rows:
-            raise RuntimeError(f"{dataset.name}: no image of an update's part can be used, first {dataset.items[batch.bad[0][0]].key}")
+            raise BadSampleBudgetError(
+                f"{dataset.name}: no image of an update's part can be used, first {dataset.items[batch.bad[0][0]].key}"
+            )
         set_learning_rate(optimizer, optim, step, steps)
         pixels, labels = render(view, batch, device), dataset.labels[batch.rows].to(device)
         with autocast(model, device):

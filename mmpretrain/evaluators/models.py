@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mmpretrain.data.text import get_tokenizer, trim
+from mmpretrain.errors import ModelError, UnsuitableModelError
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.towers.adapters import TimmTower
 from mmpretrain.towers.dual import DualEncoder
-from mmpretrain.towers.specs import build_towers
+from mmpretrain.towers.specs import build_towers, download
 from mmpretrain.towers.weights import load_weights, read_weights
 from mmpretrain.types import Encoded, Model
 
@@ -83,7 +84,7 @@ class TowerModel:
         """[B,3,H,W] normalised, on the towers' device -> features [B,E], pooled [B,D], and tokens [B,N,D] of a patch tower."""
         tower = self.dual.visual
         if tower is None:
-            raise TypeError("this model has no image tower")
+            raise UnsuitableModelError("this model has no image tower")
         outputs = self.outputs | ({"tokens"} if tower.patch_size is not None else set())
         with self._evaluating():
             return tower(pixels, outputs=outputs)
@@ -103,7 +104,7 @@ class TowerModel:
     def copy(self, random: bool = False) -> nn.Module:
         """An image tower to fine-tune, all parameters trainable; `random`: new weights, drawn from torch's generator."""
         if self.dual.visual is None:
-            raise TypeError("this model has no image tower to fine-tune")
+            raise UnsuitableModelError("this model has no image tower to fine-tune")
         device = next(self.dual.visual.parameters()).device
         tower = self._new_tower() if random else copy.deepcopy(self.dual.visual)
         assert tower is not None  # `model_cfg` has vision_cfg while there is an image tower
@@ -194,7 +195,7 @@ def _bad_argument() -> Iterator[None]:
     """A model name or tag that does not exist is the caller's mistake."""
     try:
         yield
-    except ValueError as error:
+    except ModelError as error:
         raise OptionError(str(error)) from error
 
 
@@ -220,7 +221,9 @@ def _pretrained_timm(spec: str) -> DualEncoder:
         dual = build_towers(spec)
     assert isinstance(dual.visual, TimmTower)
     trunk = dual.visual.module.trunk
-    trunk.load_state_dict(timm.create_model(spec.removeprefix("timm:"), pretrained=True, num_classes=0).state_dict())
+    with download(spec):
+        pretrained = timm.create_model(spec.removeprefix("timm:"), pretrained=True, num_classes=0)
+    trunk.load_state_dict(pretrained.state_dict())
     return dual
 
 
@@ -232,7 +235,7 @@ def _new_transformers_tower(folder: str) -> nn.Module:
 
     tower = from_transformers(folder, image=True, text=False)[0]
     if tower is None:
-        raise TypeError(f"hf:{folder} has no image tower to fine-tune")
+        raise UnsuitableModelError(f"hf:{folder} has no image tower to fine-tune")
     fresh = AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
     tower.model.load_state_dict(getattr(fresh, "vision_model", fresh).state_dict())
     if hasattr(fresh, "visual_projection"):

@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.baselines import BaselineConfig, measure
+from mmpretrain.evaluators.data.datasets import EvalSet
 from mmpretrain.evaluators.data.train_test import TrainDataConfig, open_pair
 from mmpretrain.evaluators.features import encode_images
 from mmpretrain.evaluators.metrics import classification_metrics, confusion_tables, predictions
@@ -18,15 +20,16 @@ from mmpretrain.types import Model, Result
 
 
 @dataclass
-class FrozenConfig(TrainDataConfig):
+class FrozenConfig(BaselineConfig, TrainDataConfig):
     features: Literal["pooled", "features", "both"] = "pooled"  # pooled (before the projection), features (after it), or both
     random: bool = False  # also the same architecture with random weights: random_acc1
 
 
 @dataclass
 class EncodedPair:
-    """Features on the CPU, on every process, of both sets."""
+    """Both sets, and their features on the CPU, on every process."""
 
+    sets: tuple[EvalSet, EvalSet]  # to fit on, to test on
     name: str
     classes: list[str]
     train: dict[str, Tensor]  # "pooled" [m,D], "features" [m,E]
@@ -56,6 +59,7 @@ def encode_pair(model: Model, accelerator: Accelerator, config: FrozenConfig) ->
     fitted = encode_images(model, train, accelerator, config)
     tested = encode_images(model, test, accelerator, config)
     return EncodedPair(
+        sets=(train, test),
         name=test.name,
         classes=train.classes,
         train=fitted.values,
@@ -76,6 +80,7 @@ def evaluate_frozen(
     metrics: dict[str, float] = {}
     tables: dict[str, list[dict]] = {}
     n, dataset = 0, ""
+    baselines: dict[str, float] = {}
     for beside, pair in encode_pairs(model, accelerator, config):
         for name, prefix, train, test in pair.feature_sets(config.features):
             scores = score(pair, beside + name, train, test)
@@ -87,6 +92,7 @@ def evaluate_frozen(
         if not beside:
             n, dataset = len(pair.test_labels), pair.name
             metrics["chance"] = 1 / len(pair.classes)
+            baselines = measure(config.baselines, *pair.sets, accelerator, config.threads)
             if pair.skipped:
                 tables["skipped"] = pair.skipped
-    return Result(metrics, n, dataset, tables)
+    return Result(metrics, n, dataset, tables, baselines=baselines)

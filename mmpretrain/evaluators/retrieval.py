@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmpretrain import distributed
+from mmpretrain.errors import UnsuitableModelError
 from mmpretrain.evaluators.data.datasets import DataConfig, first_items, open_dataset
 from mmpretrain.evaluators.features import NO_FEATURES, encode_images, encode_texts, part
 from mmpretrain.evaluators.metrics import TIE
@@ -41,7 +42,7 @@ class Retrieval:
         dataset = open_dataset(config, "retrieval")
         found = encode_images(model, dataset, accelerator, config)
         if "features" not in found.values:
-            raise TypeError(NO_FEATURES.format("retrieval"))
+            raise UnsuitableModelError(NO_FEATURES.format("retrieval"))
         used = [dataset.items[row] for row in found.rows.tolist()]
         texts = [caption for item in used for caption in item.captions]
         owner = torch.tensor([i for i, item in enumerate(used) for _ in item.captions])  # text -> image

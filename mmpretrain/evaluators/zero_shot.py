@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from torchvision.io import encode_png
 from torchvision.transforms.v2.functional import resize
 
 from mmpretrain.data.decode import ImageLimits, decode_image
+from mmpretrain.errors import UnsuitableModelError
 from mmpretrain.evaluators.base import OptionError
+from mmpretrain.evaluators.baselines import BaselineConfig, measure
 from mmpretrain.evaluators.data.datasets import DataConfig, EvalSet, first_items, kind_of, open_dataset
 from mmpretrain.evaluators.data.items import Item, lines_of
 from mmpretrain.evaluators.features import NO_FEATURES, encode_images, encode_texts
@@ -25,7 +27,8 @@ from mmpretrain.types import Model, Result
 
 
 @dataclass
-class Config(DataConfig):
+class Config(BaselineConfig, DataConfig):
+    train: str | None = None  # labelled data whose images `baselines` find neighbours among; default: the other images of the same data
     templates: str | list[str] | None = (
         None  # openai, simple, a file, or a list of prompts with {} or {c}; default: the data's own or simple
     )
@@ -42,6 +45,12 @@ class ZeroShot:
 
     def preflight(self) -> None:
         self._prompts(first_items(self.config, "classification"), sure=kind_of(self.config.data) != "folder")
+        if self.config.train is not None:
+            first_items(self._train_config(), "classification")
+
+    def _train_config(self) -> Config:
+        assert self.config.train is not None
+        return replace(self.config, data=self.config.train, subset=None, split=None, limit=None)
 
     def _prompts(self, dataset: EvalSet, sure: bool = True) -> list[str]:
         """`sure`: whether the data set's classes are known well enough to tell that all are numbers."""
@@ -55,7 +64,7 @@ class ZeroShot:
         prompts = self._prompts(dataset)
         found = encode_images(model, dataset, accelerator, config)
         if "features" not in found.values:
-            raise TypeError(NO_FEATURES.format("zero_shot"))
+            raise UnsuitableModelError(NO_FEATURES.format("zero_shot"))
         weights = class_embeddings(model, dataset.classes, prompts, accelerator, config.batch_size * 4)
         scores = normalize(found.values["features"], dim=-1) @ weights.T  # [m,C]
         labels = dataset.labels[found.rows]
@@ -65,7 +74,12 @@ class ZeroShot:
             tables["predictions"] = example_rows(dataset, found.rows, labels, predicted, scores, config.examples)
         if skipped := dataset.skipped + found.skipped:
             tables["skipped"] = skipped
-        return Result(classification_metrics(scores, labels) | {"chance": 1 / len(dataset.classes)}, len(labels), dataset.name, tables)
+        baselines: dict[str, float] = {}
+        if config.baselines:
+            train = None if config.train is None else open_dataset(self._train_config(), "classification")
+            baselines = measure(config.baselines, train, dataset, accelerator, config.threads)
+        metrics = classification_metrics(scores, labels) | {"chance": 1 / len(dataset.classes)}
+        return Result(metrics, len(labels), dataset.name, tables, baselines=baselines)
 
 
 def read_templates(chosen: str | Sequence[str] | None, own: list[str] | None = None) -> list[str]:

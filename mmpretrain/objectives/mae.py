@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpretrain.config.build import Range
+from mmpretrain.errors import ModelError
 from mmpretrain.functional import exact, patchify, unpatchify
 from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig, require
 from mmpretrain.towers.base import Tokens
@@ -47,11 +48,11 @@ class MAE(Objective):
         self.patch = require(context.patch_size, "an image tower with patches", "mae")
         side, rest = divmod(context.image_size, self.patch)
         if rest:
-            raise ValueError(f"images of {context.image_size} pixels are not a multiple of patches of {self.patch}: change image_size")
+            raise ModelError(f"images of {context.image_size} pixels are not a multiple of patches of {self.patch}: change image_size")
         if not 1 <= round(config.mask_ratio * side**2) < side**2:
-            raise ValueError(f"mask_ratio {config.mask_ratio} hides {round(config.mask_ratio * side**2)} of {side**2} patches")
+            raise ModelError(f"mask_ratio {config.mask_ratio} hides {round(config.mask_ratio * side**2)} of {side**2} patches")
         if config.width % config.heads or config.width % 4:
-            raise ValueError(f"a decoder of width {config.width} does not divide into {config.heads} heads and 4 parts of its positions")
+            raise ModelError(f"a decoder of width {config.width} does not divide into {config.heads} heads and 4 parts of its positions")
         view = context.image_view(config.augment, config.view_index)
         mask = MaskSpec(config.mask_ratio, "drop")
         self.needs = {"image": Encode(config.source, view, mask, outputs=frozenset({"tokens"}))}

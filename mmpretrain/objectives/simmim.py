@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpretrain.config.build import Range
+from mmpretrain.errors import ModelError
 from mmpretrain.functional import exact, patchify, unpatchify
 from mmpretrain.objectives.base import Augment, Context, Objective, ObjectiveConfig, require
 from mmpretrain.types import Encode, MaskSpec, Requested
@@ -39,11 +40,11 @@ class SimMIM(Objective):
         super().__init__()
         self.patch = require(context.patch_size, "an image tower with patches", "simmim")
         if context.image_size % self.patch:
-            raise ValueError(
+            raise ModelError(
                 f"images of {context.image_size} pixels are no multiple of the tower's patches of {self.patch}: change image_size"
             )
         if round(config.mask_ratio * (context.image_size // self.patch) ** 2) < 1:
-            raise ValueError(f"mask_ratio {config.mask_ratio} hides none of {(context.image_size // self.patch) ** 2} patches")
+            raise ModelError(f"mask_ratio {config.mask_ratio} hides none of {(context.image_size // self.patch) ** 2} patches")
         self.normalise_target = config.normalise_target
         mask = MaskSpec(config.mask_ratio, "replace", patch=config.mask_patch)
         view = context.image_view(config.augment, config.view_index)

@@ -16,6 +16,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
+from mmpretrain.errors import ModelError
 from mmpretrain.towers.base import Tokens, Tower, unmasked
 from mmpretrain.towers.huggingface import HFTower, from_transformers
 from mmpretrain.types import Encoded
@@ -48,7 +49,7 @@ class Adapter(Tower):
 
     def trunk(self, tokens: Tokens, attention: bool = False, pooled_only: bool = False) -> tuple[Tensor, Tensor | None]:
         if attention:
-            raise ValueError(f"{type(self.module).__name__} gives no class-token attention: attentive masks need a native ViT")
+            raise ModelError(f"{type(self.module).__name__} gives no class-token attention: attentive masks need a native ViT")
         return self.run(tokens.x), None
 
     def run(self, data: Tensor) -> Tensor:
@@ -222,7 +223,7 @@ def timm_config(name: str) -> tuple[dict, dict, str, bool]:
 
     if not name.startswith("hf-hub:") and not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 3)
-        raise ValueError(f"unknown timm model {name!r}" + (f" (did you mean {', '.join(near)}?)" if near else ""))
+        raise ModelError(f"unknown timm model {name!r}" + (f" (did you mean {', '.join(near)}?)" if near else ""))
     known = timm.get_pretrained_cfg(name, allow_unregistered=True)
     size = known.input_size[1] if known else 224
     vision = {"timm_model_name": name, "image_size": size, "timm_pool": "", "timm_proj": "linear"}

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.errors import ModelError
 from mmpretrain.types import OUTPUTS, Encoded
 
 _BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks|layers|layer|stages|h)\.(\d+)\.")
@@ -41,9 +42,9 @@ def unmasked(module: nn.Module, data: Tensor, hidden: Tensor | None, bidirection
     what = f"{type(module).__name__} of another library"
     negative = not data.is_floating_point() and not data.is_cuda and bool((data < 0).any())
     if hidden is not None or negative:
-        raise ValueError(f"{what} cannot mask tokens: masked objectives need a native tower (a plain ViT or CLIP text config)")
+        raise ModelError(f"{what} cannot mask tokens: masked objectives need a native tower (a plain ViT or CLIP text config)")
     if bidirectional:
-        raise ValueError(f"{what} cannot change its attention mask: bidirectional encodes need a native text tower")
+        raise ModelError(f"{what} cannot change its attention mask: bidirectional encodes need a native text tower")
     return Tokens(data)
 
 
@@ -106,7 +107,7 @@ class Tower(nn.Module):
     ) -> Encoded:
         """One view through the whole tower."""
         if unknown := outputs - OUTPUTS:
-            raise ValueError(f"unknown outputs {sorted(unknown)}: a tower computes {sorted(OUTPUTS)}")
+            raise ModelError(f"unknown outputs {sorted(unknown)}: a tower computes {sorted(OUTPUTS)}")
         tokens = self.embed(data, hidden, mode, bidirectional)
         x, attention = self.trunk(tokens, "attention" in outputs, "tokens" not in outputs)
         return self.readout(x, tokens, outputs, attention)
@@ -116,18 +117,18 @@ class Tower(nn.Module):
 
         Raises ValueError where the tower cannot hide tokens.
         """
-        raise ValueError(
+        raise ModelError(
             f"{type(self).__name__} of another library cannot mask tokens: masked objectives need a native tower "
             "(a plain ViT or CLIP text config)"
         )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass: less memory, about a third more compute."""
-        raise ValueError(f"{type(self).__name__} cannot checkpoint activations: take a tower that can, or leave the option off")
+        raise ModelError(f"{type(self).__name__} cannot checkpoint activations: take a tower that can, or leave the option off")
 
     def compile_trunk(self) -> None:
         """torch.compile the blocks in place, for fixed shapes. A deep copy of the tower is not compiled."""
-        raise ValueError(f"{type(self).__name__} has no trunk to compile: set compile=false, or take a native tower (a plain ViT)")
+        raise ModelError(f"{type(self).__name__} has no trunk to compile: set compile=false, or take a native tower (a plain ViT)")
 
     def no_weight_decay(self) -> set[str]:
         """Parameters, beside those of one dimension, that should not decay."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.errors import ModelError
 from mmpretrain.towers.base import Tokens, Tower, unmasked
 from mmpretrain.types import Encoded, Preprocess
 
@@ -40,7 +41,7 @@ class HFTower(Tower):
 
     def trunk(self, tokens: Tokens, attention: bool = False, pooled_only: bool = False) -> tuple[Tensor, Tensor | None]:
         if attention:
-            raise ValueError(f"{type(self.model).__name__} gives no class-token attention: attentive masks need a native ViT")
+            raise ModelError(f"{type(self.model).__name__} gives no class-token attention: attentive masks need a native ViT")
         return tokens.x, None
 
     def readout(self, x: Tensor, tokens: Tokens, outputs: frozenset[str], attention: Tensor | None = None) -> Encoded:
@@ -77,14 +78,17 @@ class HFTower(Tower):
 def from_transformers(folder: str, image: bool = True, text: bool = True) -> tuple[HFTower | None, HFTower | None, dict, Preprocess]:
     """The towers of a transformers folder: both of a CLIP-like model, or the one of a plain image or text model.
 
-    Raises ValueError where the folder holds no config.json, or its model is of neither kind.
+    Raises ModelError where the folder holds no config.json, or its model cannot be loaded or is of neither kind.
     """
     import transformers
 
     path = Path(folder)
     if not (path / "config.json").is_file():
-        raise ValueError(f"hf:{folder}: no config.json there; save the model and its processor with save_pretrained({folder!r}) first")
-    model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
+        raise ModelError(f"hf:{folder}: no config.json there; save the model and its processor with save_pretrained({folder!r}) first")
+    try:
+        model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ..., by what is wrong in the folder
+        raise ModelError(f"hf:{folder} cannot be loaded: {error}") from error
     config, visual, words = model.config, None, None
     if hasattr(model, "vision_model") and hasattr(model, "text_model"):
         E = getattr(config, "projection_dim", None) or config.text_config.hidden_size
@@ -99,11 +103,11 @@ def from_transformers(folder: str, image: bool = True, text: bool = True) -> tup
     elif model.main_input_name == "input_ids":
         words, size = HFTower(model, nn.Identity(), config.hidden_size, words=True), 224
     else:
-        raise ValueError(f"hf:{folder}: {type(model).__name__} reads {model.main_input_name}, expected pixel_values or input_ids")
+        raise ModelError(f"hf:{folder}: {type(model).__name__} reads {model.main_input_name}, expected pixel_values or input_ids")
     model.train()
     tower = visual or words
     if tower is None:
-        raise ValueError(f"hf:{folder}: no tower left, image={image}, text={text}")
+        raise ModelError(f"hf:{folder}: no tower left, image={image}, text={text}")
     return visual, words, {"embed_dim": tower.embed_dim, "hf_folder": folder}, _hf_preprocess(path, size)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmpretrain import rng
+from mmpretrain.errors import ModelError
 from mmpretrain.types import MaskSpec
 
 _RECTANGLES = 24  # rounds of the block mask; what they leave open is filled patch by patch
@@ -23,7 +24,7 @@ def draw_mask(spec: MaskSpec, seeds: Tensor, grid: tuple[int, int], attention: T
     num = grid[0] * grid[1]
     count = round(spec.ratio * num)
     if not 0 <= spec.ratio <= 1 or (spec.mode == "drop" and count == num):
-        raise ValueError(f"mask ratio {spec.ratio} hides {count} of {num} tokens: give a ratio in 0..1 that leaves some when dropping")
+        raise ModelError(f"mask ratio {spec.ratio} hides {count} of {num} tokens: give a ratio in 0..1 that leaves some when dropping")
     # not `repr(spec)`: `from_` holds a frozenset, whose order differs between processes
     name = ("mask", spec.kind, spec.mode, spec.ratio, spec.patch, spec.index)
     if spec.kind == "block":
@@ -33,9 +34,9 @@ def draw_mask(spec: MaskSpec, seeds: Tensor, grid: tuple[int, int], attention: T
     if spec.kind == "random":
         score = rng.uniform(seeds, name, num_squares)
     elif attention is None:
-        raise ValueError("an attentive mask needs the class-token attention [B,N] of the encode named in MaskSpec.from_")
+        raise ModelError("an attentive mask needs the class-token attention [B,N] of the encode named in MaskSpec.from_")
     elif attention.shape != (len(seeds), num):
-        raise ValueError(f"attention {tuple(attention.shape)} for a mask of {(len(seeds), num)}: `from_` must encode the same patch grid")
+        raise ModelError(f"attention {tuple(attention.shape)} for a mask of {(len(seeds), num)}: `from_` must encode the same patch grid")
     else:
         total = torch.zeros(len(seeds), num_squares, device=seeds.device).index_add_(1, square, attention.float())
         score = total / torch.bincount(square, minlength=num_squares)

@@ -7,6 +7,8 @@ import difflib
 import json
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -16,6 +18,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from mmpretrain.config.build import convert
 from mmpretrain.data.source_config import MAX_IMAGE_SIZE
+from mmpretrain.errors import ModelError
 from mmpretrain.towers import adapters
 from mmpretrain.towers.base import Tower
 from mmpretrain.towers.dual import DualEncoder
@@ -55,7 +58,7 @@ def build_towers(
     `image_size`: pixels, where another than the model's own is wanted; position embeddings are resized on loading.
     `image`, `text`: False leaves that tower out.
 
-    Raises ValueError for an unknown model, field or pretrained tag, naming the nearest known one.
+    Raises ModelError for an unknown model, field or pretrained tag, naming the nearest known one.
     """
     if isinstance(model, str) and model.startswith("hf:"):
         cfg: dict[str, Any] = {"hf_folder": model[3:]}
@@ -85,11 +88,22 @@ def build_towers(
     visual = _build("vision_cfg", cfg, own_modules) if image and vision is not None else None
     words = _build("text_cfg", cfg, own_modules) if text and words_cfg is not None else None
     if visual is None and words is None:
-        raise ValueError(f"model {model!r} gives no tower: image={image}, text={text}, its fields are {sorted(cfg)}")
+        raise ModelError(f"model {model!r} gives no tower: image={image}, text={text}, its fields are {sorted(cfg)}")
     dual = DualEncoder(visual, words, cfg, _preprocess(vision, preprocess_cfg), tokenizer)
     if pretrained is not None:
-        load_weights(dual, open_clip.download_pretrained(tag) if tag else pretrained)
+        with download(str(pretrained)):
+            file = open_clip.download_pretrained(tag) if tag else pretrained
+        load_weights(dual, file)
     return dual
+
+
+@contextmanager
+def download(what: str) -> Iterator[None]:
+    """Raises whatever a network makes a library raise as a ModelError that names `what` could not be fetched."""
+    try:
+        yield
+    except Exception as error:  # each network stack has kinds of its own
+        raise ModelError(f"{what} cannot be downloaded: {type(error).__name__}: {error}") from error
 
 
 def _config(model: str | dict[str, Any]) -> tuple[dict, dict, str, bool]:
@@ -104,13 +118,13 @@ def _config(model: str | dict[str, Any]) -> tuple[dict, dict, str, bool]:
     if path.is_dir() or path.suffix == ".json":
         file = path / "open_clip_config.json" if path.is_dir() else path
         if not file.is_file():
-            raise ValueError(f"{file} does not exist: a model folder holds open_clip_config.json")
+            raise ModelError(f"{file} does not exist: a model folder holds open_clip_config.json")
         try:
             found = json.loads(file.read_text())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file} is no JSON: {error}") from error
+        except (ValueError, OSError, RecursionError) as error:
+            raise ModelError(f"{file} is no JSON: {error}") from error
         if not isinstance(found, dict) or not isinstance(found.get("model_cfg", found), dict):
-            raise ValueError(f"{file}: expected a model's fields (open_clip's format), found {str(found)[:60]!r}")
+            raise ModelError(f"{file}: expected a model's fields (open_clip's format), found {str(found)[:60]!r}")
         cfg = _checked(found.get("model_cfg", found), str(file))
         if not path.is_dir():
             _local(cfg, str(file))
@@ -120,7 +134,7 @@ def _config(model: str | dict[str, Any]) -> tuple[dict, dict, str, bool]:
     cfg = open_clip.get_model_config(name.replace("/", "-") if "hf-hub:" not in name else name)
     if cfg is None:
         near = difflib.get_close_matches(name, open_clip.list_models(), 3)
-        raise ValueError(f"unknown model {model!r}: give an open_clip model name{_did_you_mean(near)}, a JSON file, timm:NAME or hf:FOLDER")
+        raise ModelError(f"unknown model {model!r}: give an open_clip model name{_did_you_mean(near)}, a JSON file, timm:NAME or hf:FOLDER")
     return _checked(cfg, name), {}, _tokenizer(cfg, name), own
 
 
@@ -130,34 +144,34 @@ def _checked(cfg: dict, where: str) -> dict:
     top += ["init_logit_scale", "init_logit_bias"]
     for key in cfg:
         if key not in top:
-            raise ValueError(f"{where}: unknown field {key}{_did_you_mean(difflib.get_close_matches(key, top, 1))}")
+            raise ModelError(f"{where}: unknown field {key}{_did_you_mean(difflib.get_close_matches(key, top, 1))}")
     known = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
     for part, kind in known.items():
         if not isinstance(cfg.get(part) or {}, dict):
-            raise ValueError(f"{where}: {part} is {cfg[part]!r}, expected its fields")
+            raise ModelError(f"{where}: {part} is {cfg[part]!r}, expected its fields")
         names, kinds = [field.name for field in fields(kind)], get_type_hints(kind)
         for key, value in (cfg.get(part) or {}).items():
             if key not in names:
-                raise ValueError(f"{where}: unknown field {part}.{key}{_did_you_mean(difflib.get_close_matches(str(key), names, 1))}")
+                raise ModelError(f"{where}: unknown field {part}.{key}{_did_you_mean(difflib.get_close_matches(str(key), names, 1))}")
             if value is None and (key not in _COUNTS or isinstance(cfg[part].get("layers"), list | tuple)):  # a ResNet has no patches
                 continue
             if key in _COUNTS:
                 sizes = value if isinstance(value, list | tuple) else [value]
                 most = MAX_IMAGE_SIZE if key == "image_size" else math.inf
                 if not all(type(size) is int and 1 <= size <= most for size in sizes):
-                    raise ValueError(
+                    raise ModelError(
                         f"{where}: {part}.{key} is {value!r}, expected a whole number from 1{f' to {most}' if most < math.inf else ' on'}"
                     )
             elif isinstance(number := convert(value, kinds[key], f"{part}.{key} of {where}"), int | float) and number < 0:
-                raise ValueError(f"{where}: {part}.{key} is {value!r}, expected 0 or more")
+                raise ModelError(f"{where}: {part}.{key} is {value!r}, expected 0 or more")
     if "hf_folder" in cfg:
         return cfg
     if type(cfg.get("embed_dim")) is not int or cfg["embed_dim"] < 1 or not any(part in cfg for part in known):
-        raise ValueError(
+        raise ModelError(
             f"{where}: found {sorted(cfg)}, expected embed_dim (1 or more) with vision_cfg, text_cfg or both (open_clip's format)"
         )
     if "multimodal_cfg" in cfg:
-        raise ValueError(
+        raise ModelError(
             f"{where}: a CoCa model has a caption decoder, which no objective here trains: choose a model without multimodal_cfg"
         )
     return cfg
@@ -168,7 +182,7 @@ def _local(cfg: dict, where: str) -> dict:
     for key in ("hf_model_name", "hf_tokenizer_name"):
         name = (cfg.get("text_cfg") or {}).get(key)
         if name is not None and not Path(name).is_dir():
-            raise ValueError(f"{where}: text_cfg.{key} is {name!r}, which is no folder here: download it first, and give the folder")
+            raise ModelError(f"{where}: text_cfg.{key} is {name!r}, which is no folder here: download it first, and give the folder")
     return cfg
 
 
@@ -187,7 +201,7 @@ def _pretrained_tag(model: str | dict, tag: str) -> dict:
     found = open_clip.get_pretrained_cfg(name, tag) if name else None
     if not found:
         tags = open_clip.list_pretrained_tags_by_model(name) if name else []
-        raise ValueError(
+        raise ModelError(
             f"pretrained {tag!r} is neither a file, a folder nor a tag of {name or 'this model'}: its tags are {tags or 'none'}"
         )
     return found
@@ -215,7 +229,7 @@ def _preprocess(vision: dict | None, cfg: dict) -> Preprocess:
     size = (vision or {}).get("image_size", 224)
     if not isinstance(size, int):
         if size[0] != size[1]:
-            raise ValueError(f"image_size {size} is not square: this pipeline trains on square images")
+            raise ModelError(f"image_size {size} is not square: this pipeline trains on square images")
         size = size[0]
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in ("mean", "std", "interpolation", "resize_mode")}
     return replace(Preprocess(size), **given)

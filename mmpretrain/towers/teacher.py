@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.errors import ModelError
 from mmpretrain.towers.dual import DualEncoder
 
 
@@ -33,9 +34,9 @@ class Teacher(nn.Module):
         final_momentum = momentum if final_momentum is None else final_momentum
         for name, value in (("momentum", momentum), ("final_momentum", final_momentum)):
             if not 0 <= value <= 1:
-                raise ValueError(f"teacher.{name} is {value}: give the share of the old weights that stays, in 0..1")
+                raise ModelError(f"teacher.{name} is {value}: give the share of the old weights that stays, in 0..1")
         if schedule not in ("cosine", "linear", "constant"):
-            raise ValueError(f"teacher.schedule {schedule!r}: choose cosine, linear or constant")
+            raise ModelError(f"teacher.schedule {schedule!r}: choose cosine, linear or constant")
         self._student = (student,)  # in a tuple: the student is not a part of the teacher
         self.initial, self.final, self.schedule = momentum, final_momentum, schedule
         self.module: DualEncoder = copy.deepcopy(student).requires_grad_(False)
@@ -57,7 +58,7 @@ class Teacher(nn.Module):
         mine: list[Tensor] = [p for _, copied in pairs for p in copied.parameters()]
         theirs = [p.detach() for module, _ in pairs for p in module.parameters()]
         if len(mine) != len(theirs):
-            raise ValueError(f"the student has {len(theirs)} parameters, its teacher {len(mine)}: build the teacher last")
+            raise ModelError(f"the student has {len(theirs)} parameters, its teacher {len(mine)}: build the teacher last")
         if skip is None:
             torch._foreach_lerp_(mine, theirs, 1 - momentum)
         else:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.errors import ModelError
 from mmpretrain.towers.base import Tokens, Tower
 from mmpretrain.towers.transformer import LayerNorm, Transformer, compute_dtype, take
 from mmpretrain.types import Encoded
@@ -89,16 +90,16 @@ class TextTransformer(Tower):
         bidirectional: bool = False,
     ) -> Tokens:
         if data.shape[1] > self.context_length:
-            raise ValueError(f"text of {data.shape[1]} tokens for a tower of context_length {self.context_length}: tokenize to that")
+            raise ModelError(f"text of {data.shape[1]} tokens for a tower of context_length {self.context_length}: tokenize to that")
         if hidden is not None and mode == "drop":
-            raise ValueError("words cannot be dropped from a text tower: use a mask of mode 'replace'")
+            raise ModelError("words cannot be dropped from a text tower: use a mask of mode 'replace'")
         dtype = compute_dtype(self.token_embedding.weight, self.token_embedding.weight)
         pool_at = self._positions(data)
         masked = None
         if self.mask_embedding is not None:
             masked = data < 0 if hidden is None else (data < 0) | hidden
         elif hidden is not None or (not data.is_cuda and bool((data < 0).any())):
-            raise ValueError("masked words need a mask embedding: call add_mask_embedding() once the tower is built")
+            raise ModelError("masked words need a mask embedding: call add_mask_embedding() once the tower is built")
         x = self.token_embedding(data.clamp(min=0)).to(dtype)
         if masked is not None and self.mask_embedding is not None:
             x = torch.where(masked[..., None], self.mask_embedding.to(dtype), x)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mmpretrain.errors import ModelError
 from mmpretrain.towers.base import Tokens
 
 
@@ -67,7 +68,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         if width % heads:
-            raise ValueError(f"width {width} is not a multiple of {heads} heads")
+            raise ModelError(f"width {width} is not a multiple of {heads} heads")
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -153,7 +154,7 @@ class Transformer(nn.Module):
             bias = key_bias = torch.zeros_like(tokens.valid, dtype=x.dtype).masked_fill_(~tokens.valid, -torch.inf)[:, None, None]
         if causal:
             if tokens.valid is not None:
-                raise ValueError("causal attention with key padding is not used by any tower: give one of the two")
+                raise ModelError("causal attention with key padding is not used by any tower: give one of the two")
             if tokens.pool_at is not None:  # what the pooled position may see
                 seen = torch.arange(x.shape[1], device=x.device) <= tokens.pool_at[:, None]
                 key_bias = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -torch.inf)[:, None, None]

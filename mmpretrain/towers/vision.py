@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmpretrain import rng
+from mmpretrain.errors import ModelError
 from mmpretrain.towers.base import Tokens, Tower
 from mmpretrain.towers.transformer import LayerNorm, Transformer, compute_dtype
 from mmpretrain.types import Encoded
@@ -43,7 +44,7 @@ class VisionTransformer(Tower):
         self.width, self.embed_dim, self.patch_size, self.patch_dropout = width, embed_dim, patch_size, patch_dropout
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if patch_size > min(self.image_size) or head_width > width:
-            raise ValueError(
+            raise ModelError(
                 f"vision_cfg: patch_size {patch_size} of image_size {image_size}, head_width {head_width} of width {width}: too large"
             )
         self.grid = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
@@ -83,10 +84,10 @@ class VisionTransformer(Tower):
         if hidden is None and self.patch_dropout and self.training:
             hidden, mode = self._dropped(data, x.shape[1]), "drop"
         if hidden is not None and hidden.shape != x.shape[:2]:
-            raise ValueError(f"mask {tuple(hidden.shape)} for {tuple(x.shape[:2])} patches: draw it for the grid {grid}")
+            raise ModelError(f"mask {tuple(hidden.shape)} for {tuple(x.shape[:2])} patches: draw it for the grid {grid}")
         if hidden is not None and mode == "replace":
             if self.mask_embedding is None:
-                raise ValueError("replacing tokens needs a mask embedding: call add_mask_embedding() once the tower is built")
+                raise ModelError("replacing tokens needs a mask embedding: call add_mask_embedding() once the tower is built")
             x = torch.where(hidden[..., None], self.mask_embedding.to(dtype), x)
         x = x + position[1:]
         if hidden is not None and mode == "drop":
@@ -137,7 +138,7 @@ def visible(x: Tensor, hidden: Tensor) -> Tensor:
     """[B,N,D] -> the tokens that are not hidden, [B,K,D] in raster order; every row must hide as many."""
     keep = int(hidden.shape[1] - hidden[0].sum())
     if not x.is_cuda and not bool((hidden.sum(1) == hidden.shape[1] - keep).all()):
-        raise ValueError("rows hide different numbers of tokens: dropping needs the same number in every row")
+        raise ModelError("rows hide different numbers of tokens: dropping needs the same number in every row")
     order = hidden.to(torch.uint8).argsort(dim=1, stable=True)[:, :keep]
     return x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
 
@@ -153,5 +154,5 @@ def sin_cos_2d(width: int, grid: tuple[int, int]) -> Tensor:
     from open_clip.pos_embed import get_2d_sincos_pos_embed
 
     if grid[0] != grid[1]:
-        raise ValueError(f"pos_embed_type sin_cos_2d needs a square grid, found {grid}: use 'learnable'")
+        raise ModelError(f"pos_embed_type sin_cos_2d needs a square grid, found {grid}: use 'learnable'")
     return torch.from_numpy(get_2d_sincos_pos_embed(width, grid[0], cls_token=True)).float()

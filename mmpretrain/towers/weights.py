@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmpretrain.errors import ModelError
 from mmpretrain.towers.dual import DualEncoder
 from mmpretrain.towers.vision import resize_grid
 
@@ -40,19 +41,19 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if path.is_dir():
         found = next((path / name for name in _NAMES if (path / name).is_file()), None)
         if found is None:
-            raise ValueError(f"no weights in {path}: looked for {', '.join(_NAMES)}; a run's checkpoints lie in RUN/checkpoints/step-N")
+            raise ModelError(f"no weights in {path}: looked for {', '.join(_NAMES)}; a run's checkpoints lie in RUN/checkpoints/step-N")
         path = found
     if not path.is_file():
-        raise ValueError(f"checkpoint {path} does not exist")
+        raise ModelError(f"checkpoint {path} does not exist")
     try:
         state: Any = load_file(path) if path.suffix == ".safetensors" else load_pickled(path)
     except Exception as error:
-        raise ValueError(
+        raise ModelError(
             f"{path} is not a readable checkpoint ({error}): expected safetensors, or a torch file of tensors alone"
         ) from error
     state = state.get("state_dict", state)
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected tensors by name, or a dict with `state_dict`; found {list(state)[:5]}")
+        raise ModelError(f"{path}: expected tensors by name, or a dict with `state_dict`; found {list(state)[:5]}")
     prefix = "module." if all(key.startswith("module.") for key in state) else ""
     state = {key.removeprefix(prefix): value for key, value in state.items()}
     state = convert_to_custom_text_state_dict(state)
@@ -63,7 +64,7 @@ def load_weights(dual: DualEncoder, path: str | Path, absent: Literal["error", "
     """Load a checkpoint into the towers of a DualEncoder; -> what is not theirs, such as logit_scale and logit_bias.
 
     Position embeddings of another image size or context length are resized. A tower of which the checkpoint holds nothing is an
-    error, or with `absent="keep"` keeps its first weights. Raises ValueError naming the missing, unexpected and mismatching keys.
+    error, or with `absent="keep"` keeps its first weights. Raises ModelError naming the missing, unexpected and mismatching keys.
     """
     state = read_weights(path)
     towers = [name for name in ("visual", "text") if getattr(dual, name) is not None]
@@ -88,7 +89,7 @@ def load_weights(dual: DualEncoder, path: str | Path, absent: Literal["error", "
     }
     if any(problems.values()):
         told = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:8])}{' ...' * (len(keys) > 8)}" for what, keys in problems.items() if keys)
-        raise ValueError(f"{path} does not fit this model: {told}. Give the `model` that the checkpoint was trained with")
+        raise ModelError(f"{path} does not fit this model: {told}. Give the `model` that the checkpoint was trained with")
     dual.load_state_dict(given, strict=False)  # complete for the towers it has, as checked above
     return {key: value for key, value in state.items() if key.split(".")[0] not in ("visual", "text")}
 

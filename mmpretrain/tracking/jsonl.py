@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmpretrain.errors import MMPretrainError
+from mmpretrain.errors import FileError, MMPretrainError
 
 
 def file_name(name: str, step: int | None) -> str:
@@ -62,7 +62,7 @@ class JsonLines:
                 raise
             if written < len(line):
                 os.ftruncate(file, size)
-                raise OSError(f"{self.path}: {written} of {len(line)} bytes of a line were written; is the disk full?")
+                raise FileError(f"{self.path}: {written} of {len(line)} bytes of a line were written; is the disk full?")
         finally:
             os.close(file)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mmpretrain import checkpoint
+from mmpretrain.errors import HangError
 from tests.evaluators.fake import COLOURS, colour_folder, picture, write
 from tests.evaluators.two_processes import results
 from tests.tiny import MODEL, towers
@@ -90,7 +91,7 @@ def test_what_hangs_does_not_keep_the_script(evaluate, monkeypatch, capsys):
     """An ordinary exit would wait for the thread that hangs."""
 
     def hang(arguments):
-        raise TimeoutError("no batch of images in 300 s")
+        raise HangError("no batch of images in 300 s")
 
     ends = []
     monkeypatch.setattr(evaluate, "evaluate", hang)

@@ -7,7 +7,6 @@ otherwise the labels found, sorted (integers by value, text by code point).
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmpretrain.data.formats import read_json
 from mmpretrain.data.shards import load_classes
 from mmpretrain.evaluators.base import OptionError
 
@@ -39,7 +39,7 @@ def read_classes(option: str | Sequence[str] | dict | None) -> list[str] | dict[
     if not path.is_file():
         raise OptionError(f"classes={option!r}: no such file; give `imagenet`, a .txt (a name a line), a .json, or a list of names")
     if path.suffix == ".json":
-        return read_classes(json.loads(path.read_text(encoding="utf-8")))
+        return read_classes(read_json(path))
     return load_classes(option)
 
 

@@ -16,7 +16,9 @@ import yaml
 from torch import Tensor
 
 from mmpretrain.data.decode import ImageLimits
+from mmpretrain.data.formats import read_text
 from mmpretrain.data.holdout import in_part
+from mmpretrain.data.schema import BadSampleBudgetError
 from mmpretrain.data.shard_names import is_remote
 from mmpretrain.data.shards import load_classes
 from mmpretrain.data.source_config import SplitConfig
@@ -148,7 +150,7 @@ def kind_of(data: str) -> Literal["benchmark", "folder", "csv", "shards"]:
 def open_dataset(config: DataConfig, task: Task, *, subset: str | None = None) -> EvalSet:
     """Find out what is there and list it. Classification gives labels, retrieval captions, `images` the JSON metadata only.
 
-    Raises OptionError where options and data do not fit, RuntimeError where too many items cannot be used.
+    Raises OptionError where options and data do not fit, BadSampleBudgetError where too many items cannot be used.
     """
     subset = subset if subset is not None else config.subset
     skipped: list[dict[str, str]] = []
@@ -238,7 +240,7 @@ def _source(
 
 
 def check_budget(skipped: list[dict[str, str]], total: int, max_fraction: float, where: str) -> None:
-    """Raise RuntimeError naming counts and examples when too many items are bad; otherwise say what is left out."""
+    """Raise BadSampleBudgetError naming counts and examples when too many items are bad; otherwise say what is left out."""
     if not skipped:
         return
     reasons: dict[str, int] = {}
@@ -249,7 +251,7 @@ def check_budget(skipped: list[dict[str, str]], total: int, max_fraction: float,
     examples = ", ".join(f"{entry['key']} ({entry['reason']})" for entry in skipped[:3])
     message = f"{where}: {len(skipped)} of {total} items cannot be used ({counted}), for example {examples}"
     if len(skipped) > max_fraction * total:
-        raise RuntimeError(f"{message}; more than max_bad_fraction={max_fraction}: repair the data, or raise the budget")
+        raise BadSampleBudgetError(f"{message}; more than max_bad_fraction={max_fraction}: repair the data, or raise the budget")
     logger.warning("%s", message)
 
 
@@ -314,7 +316,7 @@ def _beside(folder: Path, given: list[str] | dict[str, str] | None) -> tuple[lis
 
 
 def _line(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+    return read_text(path).strip() if path.is_file() else None
 
 
 def _name(data: str, subset: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 from mmpretrain.data.cache import ShardCache
 from mmpretrain.data.captions import CaptionTemplate
 from mmpretrain.data.fields import Fields, place_of
-from mmpretrain.data.formats import clean_text
+from mmpretrain.data.formats import clean_text, read_text
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, BadSample, ShardError, image_extension
 from mmpretrain.data.shard_names import expand
 from mmpretrain.data.shards import ShardSet
@@ -88,15 +89,14 @@ def csv_items(
     `caption` is a column, or a template over columns (`"{name}: {keywords}"`). Where captions are wanted, rows of one file are one item.
     `rows`: look at so many rows alone.
     """
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        start = file.readline()
-        file.seek(0)
-        table = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" or "\t" in start else ",", strict=True)
-        try:
-            columns = list(table.fieldnames or [])
-            records = list(table)
-        except csv.Error as error:
-            raise OptionError(f"{path}, line {table.line_num}: {error}") from error
+    text = read_text(path)
+    tabs = path.suffix == ".tsv" or "\t" in text.partition("\n")[0]
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True)
+    try:
+        columns = list(table.fieldnames or [])
+        records = list(table)
+    except csv.Error as error:
+        raise OptionError(f"{path}, line {table.line_num}: {error}") from error
     image = _column(image, ("file", "filepath", "filename", "path", "image"), columns, "image file (image=)", path)
     if image is None:
         raise OptionError(f"{path}: which column holds the image files? Columns are {', '.join(columns)}: add image=COLUMN")
@@ -220,7 +220,10 @@ def benchmark_items(root: Path, subset: str, label: str | None, captions_wanted:
     if not counted.is_file():
         subsets = sorted(p.parent.name for p in root.glob("*/nshards.txt"))
         raise OptionError(f"{counted}: not found; subsets of this CLIP_benchmark folder are {', '.join(subsets) or 'none'}")
-    paths = [root / subset / f"{n}.tar" for n in range(int(counted.read_text()))]
+    count = read_text(counted).strip()
+    if not count.isdigit():
+        raise OptionError(f"{counted}: expected the number of shards, found {count[:60]!r}")
+    paths = [root / subset / f"{n}.tar" for n in range(int(count))]
     if missing := [path for path in paths if not path.is_file()]:
         raise OptionError(f"{missing[0]}: not found, but {counted} says {len(paths)} shards")
     names = [str(path) for path in paths[: 1 if brief else None]]
@@ -228,4 +231,4 @@ def benchmark_items(root: Path, subset: str, label: str | None, captions_wanted:
 
 
 def lines_of(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -108,20 +109,22 @@ def test_training_waits_for_what_it_trains_on(monkeypatch: pytest.MonkeyPatch, s
     in_progress = data.prepare(config)  # type: ignore[arg-type]
     assert _Fake.events == ["start first", "wait first", "start later", *waits]
     assert {path.name for path in in_progress.pending} == set(EVALUATION)
-    assert set(in_progress.baselines) == {"test"}
     data.stop()
     assert _Fake.events[-2:] == ["stop first", "stop later"]
 
 
-def test_an_evaluator_waits_for_its_data_and_shows_what_was_measured_of_it(tmp_path: Path):
+def test_an_evaluator_waits_for_its_data_and_shows_baselines_beside_its_result(tmp_path: Path):
     shards = runs.shards(tmp_path / "shards")
-    late = tmp_path / "late"
-    written = DataInProgress({late: lambda: (shards / "pairs").rename(late)}, {"late": lambda: {"guess": float(late.exists())}})
+    late, neighbours = tmp_path / "late", tmp_path / "neighbours"
+    shutil.copytree(shards / "pairs", tmp_path / "copy")
+    written = DataInProgress({late: lambda: (shards / "pairs").rename(late), neighbours: lambda: (tmp_path / "copy").rename(neighbours)})
     own = runs.shards(tmp_path / "own")
-    config = assemble(runs.recipe(own, tmp_path / "run", steps=1, evaluators={"late": {"kind": "zero_shot", "data": str(late)}}))
+    options = {"kind": "zero_shot", "data": str(late), "train": str(neighbours), "baselines": ["colour_histogram"]}
+    evaluators = {"late": {**options, "reference": {"ceiling": 0.9}}}
+    config = assemble(runs.recipe(own, tmp_path / "run", steps=1, evaluators=evaluators))
     assert train(config, written) == 0
     (line,) = read_jsonl(tmp_path / "run" / "results.jsonl")
-    assert line["baselines"] == {"guess": 1.0}
+    assert line["baselines"] == {"ceiling": 0.9, "colour_histogram_knn": 1.0}
     assert line["n"] == 40
 
 

@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from accelerate import Accelerator
 from PIL import Image
 from typer.testing import CliRunner
 
 from data_prep.demo import checks
 from data_prep.demo import command as demo
 from data_prep.demo.scenes import CLASS_NAMES, NUM_TRAINED, SIDE, SPLITS
+from mmpretrain.evaluators.baselines import colour_histogram, measure, raw_pixels
+from mmpretrain.evaluators.data.datasets import DataConfig, open_dataset
 from tests.data_prep import jobs
 
 COUNTS = {"pairs": 126, "photos": 40, "val": 20, "test": 84, "heldout": 24, "shifted": 20, "binding": 20}
@@ -160,24 +163,16 @@ def test_baselines_are_cached_by_what_they_measured(root: Path, monkeypatch: pyt
 
 def test_baselines_find_what_is_to_be_found(root: Path):
     images, labels = checks.read_split(root / "pairs")
-    for features in (checks.colour_histogram(images), checks.raw_pixels(images)):
-        assert checks.nearest_neighbours(features, labels, features, labels)["k=1"] == 1.0
+    for features in (colour_histogram, raw_pixels):
+        rows = np.stack([features(image) for image in images])
+        assert checks.nearest_neighbours(rows, labels, rows, labels)["k=1"] == 1.0
 
 
-def test_votes_by_hand():
-    train, labels = np.array([[0.0], [1.0], [2.0], [10.0]], dtype=np.float32), np.array([0, 1, 1, 2])
-    found = checks.nearest_neighbours(train, labels, np.array([[0.4], [9.0]], dtype=np.float32), np.array([0, 2]))
-    assert found["k=1"] == 1.0
-    assert found["k=5"] == 0.0  # all four vote: class 1 has two
-
-
-def test_raw_pixels_and_histogram_by_hand():
-    image = np.zeros((1, 4, 4, 3), dtype=np.uint8)
-    image[0, :2, :2] = 255
-    assert checks.raw_pixels(image)[0].tolist() == [1.0] * 3 + [0.0] * 9
-    histogram = checks.colour_histogram(image)[0]
-    assert histogram[511] == pytest.approx(0.5)  # a quarter of the pixels, square root
-    assert (histogram**2).sum() == pytest.approx(1.0)
+def test_the_checks_measure_what_the_evaluator_option_measures(root: Path):
+    train, test = (open_dataset(DataConfig(str(root / name)), "classification") for name in ("pairs", "test"))
+    measured = measure(["colour_histogram", "raw_pixels"], train, test, Accelerator(cpu=True), threads=2)
+    result = checks.nearest_neighbour_baselines(root)
+    assert measured == {name: result[name] for name in ("colour_histogram_knn", "raw_pixel_knn")}
 
 
 def test_duplicates_are_found_where_they_are_and_only_there(root: Path):
