@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterable
+from typing import Any
 
 from mmpretrain.errors import MMPretrainError
 
@@ -33,7 +34,17 @@ class LoaderError(MMPretrainError, RuntimeError):
 
 
 class BadSampleBudgetError(MMPretrainError, RuntimeError):
-    """More samples are bad than the source allows. The message gives counts per reason and examples."""
+    """More samples are bad than the source allows. The message gives counts per reason and examples.
+
+    `records` are the bad samples that nobody has listed before, as in skipped.jsonl.
+    """
+
+    def __init__(self, message: str, records: Iterable[dict[str, Any]] = ()) -> None:
+        super().__init__(message)
+        self.records = list(records)
+
+    def __reduce__(self) -> tuple[type[BadSampleBudgetError], tuple[str, list[dict[str, Any]]]]:
+        return BadSampleBudgetError, (str(self), self.records)
 
 
 def split_name(name: str) -> tuple[str, str] | None:

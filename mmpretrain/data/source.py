@@ -191,7 +191,7 @@ class Source:
                     bad.append(self._record(c, where[0], where[1], slot, error))
                     if len(bad) >= self.config.max_consecutive_bad:
                         found = f"{len(bad)} samples in a row are bad (max_consecutive_bad: {self.config.max_consecutive_bad})"
-                        raise self._over_budget(found, _Tally().add(0, bad)) from error
+                        raise self._over_budget(found, _Tally().add(0, bad), skipped + bad) from error
                     where = self._orders[c].replacement(own_slot, len(bad))
             skipped += [record | {"replaced_by": sample.key} for record in bad]
             samples.append(sample)
@@ -204,7 +204,7 @@ class Source:
             self._tally.add(len(block.keys), block.skipped)
             if self._tally.bad > 10 + self.config.max_bad_fraction * self._tally.read:
                 found = f"{self._tally.bad} of {self._tally.read} samples read are bad"
-                raise self._over_budget(f"{found}, more than max_bad_fraction: {self.config.max_bad_fraction}", self._tally)
+                raise self._over_budget(f"{found}, more than max_bad_fraction: {self.config.max_bad_fraction}", self._tally, block.skipped)
         return block
 
     def read(self, component: int, shard: int, sample: int) -> tuple[str, str, dict[str, bytes]]:
@@ -221,11 +221,12 @@ class Source:
         key = self.shard_sets[c].members(shard, number)[0]
         return {"source": self.name, "shard": shard_label(name), "key": key, "reason": bad.reason, "detail": bad.detail, "slot": slot}
 
-    def _over_budget(self, found: str, tally: _Tally) -> BadSampleBudgetError:
+    def _over_budget(self, found: str, tally: _Tally, records: list[dict[str, Any]]) -> BadSampleBudgetError:
         reasons = ", ".join(f"{n} {reason}" for reason, n in tally.reasons.most_common())
         return BadSampleBudgetError(
             f"source {self.name!r}: {found}: {reasons}. "
-            f"For instance {'; '.join(list(tally.examples.values())[:3])}. Repair the shards or raise the limit."
+            f"For instance {'; '.join(list(tally.examples.values())[:3])}. Repair the shards or raise the limit.",
+            records,
         )
 
     def _sample(self, c: int, shard: int, number: int, wants: dict[str, bool]) -> Sample:
