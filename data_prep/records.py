@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from mmpretrain.data.schema import SAFE_KEY
@@ -17,10 +17,11 @@ class RecordError(MMPretrainError, ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """One sample: a key without dots, and its members' bytes by extension ("jpg", "txt", "cls", "json")."""
+    """One sample: a key without dots, its members' bytes by extension ("jpg", "txt", "cls", "json"), and where they come from."""
 
     key: str
     members: dict[str, bytes]
+    where: str = field(default="", compare=False)  # the file or the row, for messages
 
     def check(self) -> None:
         """Raises RecordError for an unsafe or dotted key, no members, or odd extensions."""

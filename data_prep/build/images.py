@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -14,6 +14,7 @@ from PIL import Image
 from data_prep.build.readers.base import extension_of
 from data_prep.build.readers.members import json_member
 from data_prep.records import Record, Skipped
+from mmpretrain.data.formats import decoder_message
 from mmpretrain.data.holdout import is_held_out
 from mmpretrain.data.schema import METADATA_EXTENSION, BadSample, image_extension
 
@@ -134,10 +135,10 @@ class Images:
                 return record
             changed = scaled(members, encoded.before, encoded.after) if encoded.before != encoded.after else {}
         except BadSample as error:
-            return Skipped(record.key, error.reason, error.detail)
+            return Skipped(record.where or record.key, error.reason, error.detail)
         except (Exception, MemoryError) as error:  # decoders raise all sorts over hostile bytes
-            return Skipped(record.key, "undecodable_image", f"{extension}: {' '.join(str(error).split())[:200]}")
-        return Record(record.key, members | changed | {encoded.extension: encoded.data})
+            return Skipped(record.where or record.key, "undecodable_image", f"{extension}: {decoder_message(error)}")
+        return replace(record, members=members | changed | {encoded.extension: encoded.data})
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,6 @@ def _mask(data: bytes, before: Size, after: Size) -> bytes:
     except BadSample:
         raise
     except (Exception, MemoryError) as error:  # decoders raise all sorts over hostile bytes
-        raise BadSample("bad_mask", f"{MASK}: {' '.join(str(error).split())[:200]}") from error
+        raise BadSample("bad_mask", f"{MASK}: {decoder_message(error)}") from error
     resized.save(out, "PNG")
     return out.getvalue()

@@ -23,7 +23,7 @@ from data_prep.records import InputError, Record
 from data_prep.shards.read import Shard, Span, captions, damage_lines, image_member, pixels
 from mmpretrain.data import decode
 from mmpretrain.data.fields import decode_json, member_of
-from mmpretrain.data.formats import decode_text
+from mmpretrain.data.formats import decoder_message, decode_text
 from mmpretrain.data.schema import LABEL_EXTENSION, METADATA_EXTENSION, BadSample
 
 LIMITS = decode.ImageLimits(min_side=1, max_aspect=float("inf"))
@@ -72,7 +72,7 @@ class Sample:
             with Image.open(io.BytesIO(self.image_bytes), formats=[decode.PILLOW_FORMATS[kind]]) as image:
                 return image.size
         except Exception as error:  # decoders raise various errors for hostile bytes
-            raise BadSample("undecodable_image", f"{kind}: {' '.join(str(error).split())[:200]}") from error
+            raise BadSample("undecodable_image", f"{kind}: {decoder_message(error)}") from error
 
     @cached_property
     def image(self) -> np.ndarray:

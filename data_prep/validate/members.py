@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from data_prep.validate.kinds import Problem
 from data_prep.validate.layout import MAX_KEY, Layout
 from mmpretrain.data import decode
 from mmpretrain.data.decode import ImageLimits
 from mmpretrain.data.fields import MAX_CAPTION_BYTES, FieldName, Fields, decode_json, member_of
-from mmpretrain.data.formats import decode_text
+from mmpretrain.data.formats import decode_text, decoder_message
 from mmpretrain.data.index import BYTES, Member, checksum
 from mmpretrain.data.schema import LABEL_EXTENSION, METADATA_EXTENSION, SAFE_KEY, BadSample, image_extension
 from mmpretrain.data.tar import read_at
@@ -84,10 +84,8 @@ def _dimensions(kind: str, data: bytes) -> tuple[int, int]:
             return image.size
     except Image.DecompressionBombError as error:
         raise BadSample("too_many_pixels", str(error)) from error
-    except UnidentifiedImageError as error:  # its message would name an object in memory
-        raise BadSample("undecodable_image", f"{kind}: its header cannot be read") from error
     except (Exception, MemoryError) as error:  # decoders raise various errors for hostile bytes
-        raise BadSample("undecodable_image", f"{kind}: {' '.join(str(error).split())[:200]}") from error
+        raise BadSample("undecodable_image", f"{kind}: {decoder_message(error)}") from error
 
 
 def image(data: Callable[[int], bytes], size: int, checks: Checks) -> None:

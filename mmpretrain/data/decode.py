@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mmpretrain.data.formats import sniff
+from mmpretrain.data.formats import decoder_message, sniff
 from mmpretrain.data.schema import BadSample
 
 EXIF = b"Exif\0\0"
@@ -179,4 +179,4 @@ def decode_image(data: bytes, limits: ImageLimits = ImageLimits()) -> Tensor:
     except Image.DecompressionBombError as error:  # Pillow's own limit comes before ours
         raise BadSample("too_many_pixels", str(error)) from error
     except (Exception, MemoryError) as error:  # decoders raise all sorts over hostile bytes
-        raise BadSample("undecodable_image", f"{kind}: {' '.join(str(error).split())[:200]}") from error
+        raise BadSample("undecodable_image", f"{kind}: {decoder_message(error)}") from error

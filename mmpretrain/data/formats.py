@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,14 @@ def foreign_kind(data: bytes) -> tuple[str, str] | None:
         svg = b"<svg" in text
         return ("an SVG drawing", _CONVERT) if svg else ("an XML document", "") if text.startswith(b"<?xml") else ("a web page", "")
     return None
+
+
+def decoder_message(error: BaseException) -> str:
+    """What a decoder says of a file, in one line, without the object in memory that Pillow names in place of the file."""
+    text = " ".join(str(error).split())
+    if text.startswith("cannot identify image file"):
+        return "its header cannot be read"
+    return re.sub(r"<[\w.]+( object)? at 0x[0-9a-fA-F]+>", "the file", text)[:200] or type(error).__name__
 
 
 def clean_text(text: str) -> str:

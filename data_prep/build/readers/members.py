@@ -8,6 +8,7 @@ import os
 import posixpath
 import stat
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -23,7 +24,7 @@ IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS) - 
 def attempt(where: str, make: Callable[[], Record]) -> Record | Skipped:
     """The record, or why there is none."""
     try:
-        return make()
+        return replace(make(), where=printable(where))
     except BadSample as error:
         return Skipped(printable(where), error.reason, printable(error.detail))
 
