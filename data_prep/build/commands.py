@@ -196,11 +196,13 @@ def _folder_of(inputs: list[str]) -> str:
 @kind("csv", "python -m data_prep build csv pairs.csv --out shards/pairs --image-column file --caption '{name}: {keywords}'")
 @_with_columns
 def build_csv(
-    file: Annotated[str, typer.Argument(help="the table, a path or URL; UTF-8, with a header line")],
+    file: Annotated[str, typer.Argument(help="the table, a path or URL, with a header line; UTF-8, or UTF-16 with a byte order mark")],
     columns: Any,
     where: Annotated[list[str], typer.Option(help="COLUMN=VALUE: keep only rows that hold it")] = [],  # noqa: B006
     exclude_regex: Annotated[list[str], typer.Option(help="COLUMN=PATTERN: drop rows that match")] = [],  # noqa: B006
-    separator: Annotated[str, typer.Option(help="field separator; tab for tabs")] = ",",
+    separator: Annotated[
+        str | None, typer.Option(help="field separator; tab for tabs. Default: what the header line shows: a comma, a tab, ; or |")
+    ] = None,
 ) -> Reader:
     """Shards from a table with image paths and captions."""
     from data_prep.build.readers.csv_table import Table

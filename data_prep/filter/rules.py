@@ -23,7 +23,7 @@ from data_prep.records import InputError, Record
 from data_prep.shards.read import Shard, Span, captions, damage_lines, image_member, pixels
 from mmpretrain.data import decode
 from mmpretrain.data.fields import decode_json, member_of
-from mmpretrain.data.formats import decoder_message, decode_text
+from mmpretrain.data.formats import decode_text, decoder_message
 from mmpretrain.data.schema import LABEL_EXTENSION, METADATA_EXTENSION, BadSample
 
 LIMITS = decode.ImageLimits(min_side=1, max_aspect=float("inf"))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mmpretrain.data.formats import decoder_message, sniff
+from mmpretrain.data.formats import decoder_message, foreign_kind, sniff
 from mmpretrain.data.schema import BadSample
 
 EXIF = b"Exif\0\0"
@@ -168,7 +168,9 @@ def decode_image(data: bytes, limits: ImageLimits = ImageLimits()) -> Tensor:
     """
     kind = sniff(data)
     if kind is None:
-        raise BadSample("unknown_format", f"begins with {bytes(data[:12])!r}; decoded are {', '.join(PILLOW_FORMATS)}")
+        noun, _ = foreign_kind(data) or ("", "")
+        what = f"{noun}, which begins" if noun else "begins"
+        raise BadSample("unknown_format", f"{what} with {bytes(data[:12])!r}; decoded are {', '.join(PILLOW_FORMATS)}")
     try:
         if kind == "png" and len(data) >= 24:
             limits.check(*struct.unpack(">II", data[16:24]))

@@ -62,7 +62,8 @@ class Headers(NamedTuple):
     unread: list[Unread]
 
 
-NO_HEADERS = Headers([], *np.zeros((3, 0), np.int64), [])
+_NONE = np.zeros(0, np.int64)
+NO_HEADERS = Headers([], _NONE, _NONE, _NONE, [])
 
 
 def _number(digits: bytes) -> int:

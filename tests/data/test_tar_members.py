@@ -72,7 +72,8 @@ def test_links_are_read_as_the_file_that_they_lead_to(format: int) -> None:
     index = scan_bytes(data, "x.tar")
     assert index.keys == ["a/001", "a/007", "b/008", "b/009", "later", "z", long, f"{long}2", "through"]
     assert list(contents(index, data).values()) == [b"one", b"one", b"one", b"one", b"last", b"last", b"long", b"long", b"one"]
-    assert index.left_out == [] and not index.damage
+    assert index.left_out == []
+    assert not index.damage
 
 
 def test_what_cannot_be_read_is_listed_with_its_reason() -> None:
@@ -99,7 +100,9 @@ def test_what_cannot_be_read_is_listed_with_its_reason() -> None:
     assert reasons(index) == dangling | special | {"again.d": "link_to_folder"}
     assert [member.key for member in index.left_out or () if member.lost] == [f"{i:03d}" for i in range(1, 9)]
     details = {member.name: member.detail for member in index.left_out or ()}
-    assert "'/etc/passwd'" in details["001.jpg"] and "circle" in details["003.jpg"] and "FIFO" in details["006.jpg"]
+    assert "'/etc/passwd'" in details["001.jpg"]
+    assert "circle" in details["003.jpg"]
+    assert "FIFO" in details["006.jpg"]
 
 
 def test_sparse_files_are_listed_and_what_follows_is_read(tmp_path: Path) -> None:
@@ -112,7 +115,8 @@ def test_sparse_files_are_listed_and_what_follows_is_read(tmp_path: Path) -> Non
     more[504] = 1  # the first of them goes on in the second
     data = bytes(sparse[:512] + more + sparse[512:]) + tar_of([("t.jpg", FILE, b"t")])
     index = scan_bytes(data, "x.tar")
-    assert index.keys == ["t"] and not index.damage
+    assert index.keys == ["t"]
+    assert not index.damage
     assert reasons(index) == {"s.jpg": "sparse_member"}
 
 
@@ -124,7 +128,8 @@ def test_sparse_files_of_pax_are_listed_under_their_own_name() -> None:
         info.size = 3
         tar.addfile(info, io.BytesIO(b"1\n0"))
     index = scan_bytes(out.getvalue(), "x.tar")
-    assert not len(index) and reasons(index) == {"s.jpg": "sparse_member"}
+    assert not len(index)
+    assert reasons(index) == {"s.jpg": "sparse_member"}
 
 
 def test_a_hard_link_that_carries_the_bytes_again_is_a_file() -> None:
@@ -135,8 +140,10 @@ def test_a_hard_link_that_carries_the_bytes_again_is_a_file() -> None:
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     index = scan_bytes(bytes(data), "x.tar")
-    assert contents(index, bytes(data)) == {"a.jpg": b"abc", "b.jpg": b"abc"} and not index.damage
-    assert index.linked is not None and not index.linked.any()
+    assert contents(index, bytes(data)) == {"a.jpg": b"abc", "b.jpg": b"abc"}
+    assert not index.damage
+    assert index.linked is not None
+    assert not index.linked.any()
 
 
 def test_pax_records_of_any_size_are_passed_over() -> None:
@@ -148,13 +155,15 @@ def test_pax_records_of_any_size_are_passed_over() -> None:
             info.pax_headers = {"LIBARCHIVE.xattr.note": "A" * 70_000, "SCHILY.xattr.user.x": "B" * 3_000_000} if i == 1 else {}
             tar.addfile(info, io.BytesIO(b"%d" % i))
     index = scan_bytes(out.getvalue(), "x.tar")
-    assert contents(index, out.getvalue()) == {"0.jpg": b"0", "1.jpg": b"1", "2.jpg": b"2"} and not index.damage
+    assert contents(index, out.getvalue()) == {"0.jpg": b"0", "1.jpg": b"1", "2.jpg": b"2"}
+    assert not index.damage
 
 
 def test_a_pax_path_of_absurd_length_is_damage() -> None:
     data = tar_of([("a" * 70_000 + ".jpg", FILE, b"x")])
     (damage,) = scan_bytes(data, "x.tar").damage
-    assert damage.reason == "corrupt_header" and "70004 bytes" in damage.detail
+    assert damage.reason == "corrupt_header"
+    assert "70004 bytes" in damage.detail
 
 
 PATHS = st.sampled_from(["a.jpg", "b.jpg", "d/a.jpg", "d/b.jpg", "d/e/c.jpg", "f.jpg", "d2", "d2/g.jpg", "d/e/up"])
@@ -196,7 +205,8 @@ def test_an_index_written_without_a_look_at_links_is_written_again(tmp_path: Pat
     shard_index.save(earlier, shard_index.index_path(shard), shard.stat().st_mtime_ns)
     assert shard_index.open_index(shard).keys == ["0", "1"]
     saved, _ = shard_index.load(shard_index.index_path(shard))
-    assert saved.keys == ["0", "1"] and saved.left_out == []
+    assert saved.keys == ["0", "1"]
+    assert saved.left_out == []
 
 
 def test_an_index_with_checksums_that_passes_over_links_is_used_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -218,7 +228,8 @@ def test_training_reads_links_and_counts_what_it_cannot_read(tmp_path: Path, cap
     assert source.num_samples == 2
     assert {bytes(source.read(0, 0, i)[2]["jpg"]) for i in range(2)} == {photo}
     (record,) = source.damaged()
-    assert (record["key"], record["reason"]) == ("2", "dangling_link") and "/nowhere/2.jpg" in record["detail"]
+    assert (record["key"], record["reason"]) == ("2", "dangling_link")
+    assert "/nowhere/2.jpg" in record["detail"]
     assert "1 members cannot be read, 1 samples lost" in caplog.text
 
 
@@ -232,5 +243,6 @@ def test_a_shard_of_dangling_links_is_refused(tmp_path: Path) -> None:
 def test_headers_keep_the_order_of_the_tar_where_links_lead_back() -> None:
     data = tar_of([("0.jpg", FILE, b"0"), ("0.txt", FILE, b"a"), ("1.jpg", HARD, "0.jpg"), ("1.txt", FILE, b"b")])
     index = scan_bytes(data, "x.tar")
-    assert index.header is not None and (np.diff(index.header) > 0).all()
+    assert index.header is not None
+    assert (np.diff(index.header) > 0).all()
     assert contents(index, data) == {"0.jpg": b"0", "0.txt": b"a", "1.jpg": b"0", "1.txt": b"b"}

@@ -12,7 +12,9 @@ from typing import Any
 from data_prep import files
 from data_prep.build.readers.members import attempt, caption_members, inside, json_member, path_key, read_image
 from data_prep.records import InputError, Record, Skipped
+from mmpretrain.data.formats import foreign_kind
 from mmpretrain.data.schema import BadSample
+from mmpretrain.data.tables import some
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,41 @@ class Coco:
         return made | ({"iscrowd": 1} if crowd == 1 else {})
 
 
+def flavour_of(value: Any) -> str | None:
+    """What another kind of annotation file is; None for COCO's own kinds and for what is not known."""
+    if isinstance(value, list):
+        first = value[0] if value else None
+        if not isinstance(first, dict):
+            return None
+        if "image_id" in first and "score" in first:
+            return "a list of detections, COCO's results format. Add the `images` and `categories` of the ground truth"
+        if "regions" in first:
+            return "Visual Genome's region descriptions. Write them as JSON Lines, one region a line, for `build jsonl`"
+        if "annotations" in first and ("data" in first or "completions" in first):
+            return "an export of Label Studio. Export it there as COCO"
+        return f"a list of objects with {some(first, 8)}. If each is an image with its caption, write one a line for `build jsonl`"
+    if not isinstance(value, dict):
+        return None
+    images, notes = value.get("images"), value.get("annotations")
+    image = images[0] if isinstance(images, list) and images and isinstance(images[0], dict) else {}
+    note = notes[0] if isinstance(notes, list) and notes and isinstance(notes[0], dict) else {}
+    if "_via_img_metadata" in value or "_via_settings" in value:
+        return "a project of the VGG Image Annotator. Export it there as COCO"
+    if "shapes" in value and "imagePath" in value:
+        return "the annotation of one image by LabelMe. Convert the folder with labelme2coco"
+    if "sentences" in image:
+        return "Karpathy's split, with `sentences` in each image. Write one caption a line for `build jsonl`"
+    if "segments_info" in note:
+        return "COCO's panoptic annotations, which have segments in place of boxes. Use the instances file"
+    if "anns" in value and "imgs" in value:
+        return "an index of annotations (`imgs`, `anns`), as COCO-Text has it. Write their values as lists `images` and `annotations`"
+    if "question" in note or "questions" in value:
+        return "questions and answers (VQA). Write one question a line for `build jsonl`"
+    if image and "file_name" not in image and "coco_url" in image:
+        return "LVIS's annotations, whose images have `coco_url` in place of `file_name`. Add the last part of it as `file_name`"
+    return None
+
+
 def _drop_outlines(value: dict[str, Any]) -> dict[str, Any]:
     value.pop("segmentation", None)  # most of the file, and not used
     return value
@@ -93,10 +130,15 @@ def _drop_outlines(value: dict[str, Any]) -> dict[str, Any]:
 
 def _load(file: str) -> dict[str, list[dict[str, Any]]]:
     """Raises InputError for a file that is no COCO annotation file."""
+    data = files.read_bytes(file)
     try:
-        value = json.loads(files.read_bytes(file), object_hook=_drop_outlines)
+        value = json.loads(data, object_hook=_drop_outlines)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not readable as JSON ({error})") from error
+        noun, remedy = foreign_kind(data) or ("", "")
+        what = f"{noun}, expected COCO annotations in JSON. {remedy}".rstrip() if noun else f"not readable as JSON ({error})"
+        raise InputError(f"{file}: {what}") from error
+    if flavour := flavour_of(value):
+        raise InputError(f"{file}: {flavour}; expected COCO's instances or captions, with `images` and `annotations`.")
     lists = {name: value.get(name, []) for name in ("images", "annotations", "categories")} if isinstance(value, dict) else {}
     wanted = {"images": ("id", "file_name"), "annotations": ("image_id",), "categories": ("id", "name")}
     if not lists or "images" not in value or "annotations" not in value:

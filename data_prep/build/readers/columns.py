@@ -10,17 +10,18 @@ import binascii
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from data_prep import files
 from data_prep.build.readers.base import safe
-from data_prep.build.readers.members import caption_members, image_member, json_member, label_member, read, some
+from data_prep.build.readers.members import caption_members, image_member, json_member, label_member, read
 from data_prep.records import InputError, Record
 from mmpretrain.data.captions import CaptionTemplate, cell_text, lookup
 from mmpretrain.data.schema import BadSample
 from mmpretrain.data.shard_names import is_remote
+from mmpretrain.data.tables import slashed, some
 
 _DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
 
@@ -39,6 +40,7 @@ class Columns:
     base64: bool = False
     root: str = ""
     folders: tuple[str, ...] = ()
+    table: str | None = field(default=None, repr=False)  # the table's folder, which `../` may lead out of where `root` allows it
 
     @cached_property
     def texts(self) -> list[CaptionTemplate]:
@@ -89,16 +91,26 @@ class Columns:
         if len(path) > 4000 or "\0" in path:
             raise BadSample("bad_path", f"column {self.image} holds {len(path)} characters, {path[:24]!r} ...: for base64 pass --base64")
         if is_remote(self.root):
+            path = path if "/" in path else path.replace("\\", "/")
             if ".." in path.split("/") or (path.startswith("/") and not is_remote(path)):
                 raise BadSample("outside_root", f"{path[:200]} does not lie in {self.root}; see --root")
             return path if is_remote(path) else files.join(self.root, path)
+        try:
+            os.fsencode(path)
+        except UnicodeEncodeError as error:
+            raise BadSample("bad_path", f"column {self.image} holds {path[:200]!r}, which no file can be called") from error
+        root = str(files.place(self.root or "."))
+        path = slashed(root, path)
         if ".." not in path and not path.startswith("/"):
             return files.join(self.root, path)
-        found = os.path.join(files.place(self.root or "."), path)
-        if not any(_inside(str(files.place(folder)), found) for folder in (self.root or ".", *self.folders)):
-            remedy = "pass --root with a folder that holds it" + ("" if path.startswith("/") else ", and write such paths relative to that")
+        places = [os.path.join(root, path)]
+        if self.table is not None and not path.startswith("/"):
+            places.append(os.path.join(files.place(self.table or "."), path))
+        allowed = [found for found in places if any(_inside(str(files.place(f)), found) for f in (self.root or ".", *self.folders))]
+        if not allowed:
+            remedy = "pass --root with a folder that holds it" + (", and write such paths relative to that" if path.startswith("/") else "")
             raise BadSample("outside_root", f"{path[:200]} does not lie in {self.root or '.'}: if it is yours to read, {remedy}")
-        return found
+        return next((found for found in allowed if os.path.exists(found)), allowed[0])
 
     def source(self, row: Mapping[str, Any]) -> str | None:
         """The file that a row's image lies in, where it is one that may be read."""

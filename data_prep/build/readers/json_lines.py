@@ -17,10 +17,10 @@ from data_prep.build.readers.members import attempt, class_names
 from data_prep.records import InputError, Record, Skipped
 from mmpretrain.data.schema import BadSample
 from mmpretrain.data.shard_names import is_remote
+from mmpretrain.data.tables import START, Header, TableError, check_text
 
 MAX_LINE = 256 << 20  # a longer line is skipped, and never held
 CHUNK = 4 << 20
-_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd", b"BZ": "bzip2", b"\xfd7": "xz"}
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _checked(reader: Lines) -> Lines:
             if existing:
                 reader.columns.check(existing, file)
         else:
-            reader.columns.check(reader.header, file)
+            reader.columns.check([name for name in reader.header if name.strip()], file)
     if reader.columns.label is None or reader.columns.classes is not None:
         return reader
     found = class_names(_labels(reader, reader.columns.label), f"column {reader.columns.label}")
@@ -184,9 +184,12 @@ def _labels(reader: Lines, label: str) -> Iterator[Any]:
 
 def _first_bytes(file: str, check: Callable[[bytes], str | None]) -> bytes:
     with open_bytes(file) as handle:
-        start = handle.readline(1 << 16)
-    problem = f"{_PACKED[start[:2]]}-compressed, which is not read: unpack it first" if start[:2] in _PACKED else check(start)
-    if problem:
+        start = handle.readline(START)
+    try:
+        check_text(file, start, bytewise=True)
+    except TableError as error:
+        raise InputError(str(error)) from error
+    if problem := check(start):
         raise InputError(f"{file}: {problem}")
     return start
 
@@ -216,6 +219,10 @@ def tab_separated(inputs: list[str], columns: Columns, header: list[str] | None 
             if found is not None and names != found:
                 raise InputError(f"{file}: its header ({', '.join(names)}) differs from that of {inputs[0]} ({', '.join(found)})")
             found = names
-    if found is None or len(set(found)) != len(found):
-        raise InputError(f"{inputs[0]}: column names {', '.join(found or ['(none)'])}: expected different ones")
+    if not found:
+        raise InputError(f"{inputs[0]}: no column names, expected a header line or --columns")
+    names = Header(inputs[0], tuple(found))
+    for column in columns.top(found):
+        if column in found:
+            names.place(column)
     return _checked(Lines(tuple(inputs), columns, tuple(found), header is None))

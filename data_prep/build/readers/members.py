@@ -15,8 +15,11 @@ from typing import Any
 from data_prep import files
 from data_prep.build.readers.base import caption_text, extension_of, safe
 from data_prep.records import InputError, Record, Skipped
+from mmpretrain.data.fields import MAX_CAPTION_BYTES
+from mmpretrain.data.formats import clean_texts, foreign_kind, is_utf8, printable
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, SAFE_KEY, BadSample, ShardError
 from mmpretrain.data.shard_names import is_remote
+from mmpretrain.data.tables import distinct_integers
 
 IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS) - {".avif", ".img"}  # of files that are taken for images
 
@@ -29,23 +32,14 @@ def attempt(where: str, make: Callable[[], Record]) -> Record | Skipped:
         return Skipped(printable(where), error.reason, printable(error.detail))
 
 
-def printable(text: str) -> str:
-    """File names that are not UTF-8 are written as such nowhere."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def some(names: Iterable[object], most: int = 50) -> str:
-    """Names for a message, which stays one that can be read; what is not UTF-8 in them is replaced."""
-    given = [printable(str(name)) for name in names]
-    return ", ".join(given[:most]) + (f" and {len(given) - most} more" if len(given) > most else "")
-
-
 def image_member(data: bytes, what: str) -> tuple[str, bytes]:
     """(extension by content, the bytes as they are). Raises BadSample: unknown_format."""
     extension = extension_of(data)
     if extension is None:
         found = f"it begins with {bytes(data[:12])!r}" if data else "it is empty"
-        raise BadSample("unknown_format", f"{what} is no image that is read: {found}")
+        foreign = foreign_kind(data)
+        kind = f"{foreign[0]}, not an image that is read" if foreign else "no image that is read"
+        raise BadSample("unknown_format", f"{what} is {kind}: {found}" + (f". {foreign[1]}".rstrip(". ") if foreign else ""))
     return extension, data
 
 
@@ -77,24 +71,30 @@ def inside(base: str, name: str) -> str:
 
 
 def text_member(text: str, what: str) -> bytes:
-    """A caption as UTF-8 in NFC without outer white space. Raises BadSample: empty_caption, not_utf8."""
+    """A caption as UTF-8 in NFC without outer white space. Raises BadSample: empty_caption, not_utf8, too_many_bytes."""
     try:
-        return caption_text(text).encode()
+        data = caption_text(text).encode()
     except BadSample as error:
         raise BadSample(error.reason, f"{what}: {error.detail}" if error.detail else what) from error
+    if len(data) > MAX_CAPTION_BYTES:
+        raise BadSample("too_many_bytes", f"{what}: a caption of {len(data)} bytes, training reads up to {MAX_CAPTION_BYTES}")
+    return data
 
 
 def caption_members(texts: Iterable[str], several: bool, metadata: dict[str, Any], what: str) -> dict[str, bytes]:
     """`txt` is the first caption; where `several`, all different ones are in the json's `captions`. Empty ones are left out.
 
-    Raises BadSample: empty_caption where all are, not_utf8 for lone surrogates.
+    Raises BadSample: empty_caption where all are, not_utf8 for lone surrogates, too_many_bytes for the first.
     """
-    kept = list(dict.fromkeys(text_member(text, what) for text in texts if text.strip()))
+    try:
+        kept = list(dict.fromkeys(clean_texts(texts)))
+    except BadSample as error:
+        raise BadSample(error.reason, f"{what}: {error.detail}") from error
     if not kept:
         raise BadSample("empty_caption", what)
     if several:
-        metadata["captions"] = [text.decode() for text in kept]
-    return {"txt": kept[0]}
+        metadata["captions"] = kept
+    return {"txt": text_member(kept[0], what)}
 
 
 def json_member(value: dict[str, Any]) -> bytes:
@@ -117,31 +117,38 @@ def path_key(relative: str, shared: bool = False) -> str:
 
 
 def class_names(labels: Iterable[Any], what: str) -> tuple[str, ...] | None:
-    """The sorted names among labels, or None where all are numbers or digits. Raises InputError where they are mixed."""
+    """The sorted names among labels, or None where all are numbers or digits, each number spelt in one way.
+
+    Raises InputError where names and numbers are mixed.
+    """
     names: set[str] = set()
-    numbers = 0
+    numbers: set[int] = set()
     for label in labels:
-        if isinstance(label, str) and label.strip():
+        if isinstance(label, str) and label.strip() and is_utf8(label):
             names.add(label.strip())
         elif isinstance(label, int) and not isinstance(label, bool):
-            numbers += 1
-    if numbers and not all(name.isdecimal() for name in names):
-        raise InputError(f"{what} holds names ({sorted(names)[-1]!r}) and {numbers} numbers. Make it all names, or all class indices.")
-    return None if all(name.isdecimal() for name in names) else tuple(sorted(names))
+            numbers.add(label)
+    # 007 and 7 are two classes
+    indices = all(name.isdecimal() for name in names) and distinct_integers(names | {str(number) for number in numbers})
+    if numbers and not indices:
+        raise InputError(f"{what} holds names ({sorted(names)[-1]!r}) and {len(numbers)} numbers. Make it all names, or all class indices.")
+    return None if indices else tuple(sorted(names))
 
 
 def label_member(value: Any, classes: Mapping[str, int] | None, what: str) -> bytes:
     """The class index as digits. Raises BadSample: missing_label, bad_label."""
     if value is None or value == "":
         raise BadSample("missing_label", what)
+    if isinstance(value, str) and not is_utf8(value):
+        raise BadSample("not_utf8", f"{what} holds {value[:50]!r}")
     if isinstance(value, str) and classes is not None:
         if value.strip() not in classes:
             near = ", ".join(list(classes)[:5]) + (", ..." if len(classes) > 5 else "")
             raise BadSample("bad_label", f"{what} holds {value!r}, not among the {len(classes)} classes {near}")
         return str(classes[value.strip()]).encode()
-    if isinstance(value, str) and value.strip().isdecimal():
+    if isinstance(value, str) and value.strip().isdecimal() and len(value.strip()) < 20:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0 or (classes is not None and value >= len(classes)):
         limit = "an index of 0 or more" if classes is None else f"an index below {len(classes)}"
-        raise BadSample("bad_label", f"{what} holds {value!r}, expected {limit}")
+        raise BadSample("bad_label", f"{what} holds {str(value)[:50]!r}, expected {limit}")
     return str(value).encode()

@@ -16,6 +16,7 @@ from data_prep.build.readers.columns import Columns, lookup
 from data_prep.build.readers.json_lines import open_bytes
 from data_prep.build.readers.members import attempt, class_names
 from data_prep.records import InputError, Record, Skipped
+from mmpretrain.data.formats import foreign_kind
 
 BATCH = 32  # rows decoded at a time: they may hold whole photos
 
@@ -42,7 +43,12 @@ def opened(file: str) -> Iterator[Any]:
         try:
             table = parquet.ParquetFile(handle, buffer_size=4 << 20)  # else a row group's column is held whole
         except (pyarrow.ArrowInvalid, OSError) as error:
-            raise InputError(f"{file}: not a readable parquet file ({error}). Fetch or write it again.") from error
+            handle.seek(0)
+            noun, remedy = foreign_kind(handle.read(512)) or ("", "")
+            what = (
+                f"{noun}, not a parquet file. {remedy}" if noun and noun != "a parquet file" else f"not a readable parquet file ({error})."
+            )
+            raise InputError(f"{file}: {what}{'' if remedy else ' Fetch or write it again.'}") from error
         yield table
 
 

@@ -21,6 +21,7 @@ from data_prep.records import InputError, Record, Skipped
 from data_prep.shards.read import Shard, ShardRange, opened
 from data_prep.shards.task import key_digests
 from mmpretrain.data.cache import read_sizes, remote_index
+from mmpretrain.data.formats import foreign_kind
 from mmpretrain.data.index import ShardIndex
 from mmpretrain.data.schema import SAFE_KEY, BadSample, ShardError, image_extension
 from mmpretrain.data.shard_names import is_remote
@@ -166,7 +167,9 @@ def check_members(members: Mapping[str, bytes]) -> None:
     extension = image_extension(list(members))
     if extension is not None and extension_of(members[extension]) is None:
         data = members[extension]
-        raise BadSample("unknown_format", f"{extension}: {f'begins with {data[:12]!r}' if data else 'is empty'}")
+        noun, _ = foreign_kind(data) or ("", "")
+        what = f"{noun}, which begins" if noun else "begins"
+        raise BadSample("unknown_format", f"{extension}: {f'{what} with {data[:12]!r}' if data else 'is empty'}")
     if "txt" in members:
         caption_text(members["txt"])
 

@@ -24,7 +24,7 @@ from mmpretrain.data.shards import load_classes
 from mmpretrain.data.source_config import SplitConfig
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.data import class_names, items
-from mmpretrain.evaluators.data.items import Item
+from mmpretrain.evaluators.data.items import Item, settle_labels
 from mmpretrain.rng import combine, permutation
 
 logger = logging.getLogger(__name__)
@@ -168,6 +168,8 @@ def open_dataset(config: DataConfig, task: Task, *, subset: str | None = None) -
     limits = ImageLimits(background=config.background)
     result = EvalSet(_name(config.data, subset), items, templates=templates, limits=limits, skipped=skipped)
     if task == "classification":
+        if kind_of(config.data) != "folder":
+            settle_labels(items)
         result.labels, names = class_names.resolve(_labels(items), given, config.data)
         result.labels, result.classes = class_names.merge_duplicates(result.labels, names)
     result = _filtered(result, config, task)
@@ -189,6 +191,8 @@ def first_items(config: DataConfig, task: Task, *, subset: str | None = None, mo
     if not items and not bad and not _remote(config.data):
         raise OptionError(f"data={config.data!r}: no items to evaluate (subset={subset})")
     if items and task == "classification":
+        if kind_of(config.data) != "folder":
+            settle_labels(items)
         result.labels, result.classes = class_names.resolve(_labels(items), given, config.data)
     _patterns(config)
     return result

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mmpretrain.data.cache import ShardCache
 from mmpretrain.data.captions import CaptionTemplate
 from mmpretrain.data.fields import Fields, place_of
-from mmpretrain.data.formats import clean_text, read_text
+from mmpretrain.data.formats import clean_texts, is_utf8, printable, read_text
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, BadSample, ShardError, image_extension
 from mmpretrain.data.shard_names import expand
 from mmpretrain.data.shards import ShardSet
 from mmpretrain.data.source_config import SourceConfig
+from mmpretrain.data.tables import MAX_FIELD, Header, distinct_integers, open_local, read_rows, separator_of, slashed, some
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.data.class_names import Label
 
@@ -69,7 +68,7 @@ def folder_items(root: Path, subset: str | None) -> Iterator[Item]:
 def _column(wanted: str | None, usual: tuple[str, ...], columns: list[str], what: str, path: Path) -> str | None:
     if wanted is not None:
         if wanted not in columns:
-            raise OptionError(f"{path}: no column {wanted!r} for the {what}; columns are {', '.join(columns)}")
+            raise OptionError(f"{path}: no column {wanted!r} for the {what}; columns are {some(columns)}")
         return wanted
     return next((name for name in usual if name in columns), None)
 
@@ -89,49 +88,64 @@ def csv_items(
     `caption` is a column, or a template over columns (`"{name}: {keywords}"`). Where captions are wanted, rows of one file are one item.
     `rows`: look at so many rows alone.
     """
-    text = read_text(path)
-    tabs = path.suffix == ".tsv" or "\t" in text.partition("\n")[0]
-    table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True)
-    try:
-        columns = list(table.fieldnames or [])
-        records = list(table)
-    except csv.Error as error:
-        raise OptionError(f"{path}, line {table.line_num}: {error}") from error
+    with open_local(path) as text:
+        separator = "\t" if path.suffix.lower() == ".tsv" else separator_of(text.readline(MAX_FIELD))
+    with open_local(path) as text:
+        table = read_rows(text, separator)
+        header = Header.read(str(path), table)
+        fitted = ((line, fields if isinstance(fields, str) else header.fit(fields)) for line, fields in table)
+        at = header.place("split") if subset is not None and "split" in header.named else None
+        listed = list(islice((row for row in fitted if at is None or isinstance(row[1], str) or row[1][at] == subset), rows))
+    columns = header.named
     image = _column(image, ("file", "filepath", "filename", "path", "image"), columns, "image file (image=)", path)
     if image is None:
-        raise OptionError(f"{path}: which column holds the image files? Columns are {', '.join(columns)}: add image=COLUMN")
-    if subset is not None:
-        if "split" not in columns:
-            raise OptionError(f"{path}: subset={subset!r} needs a column `split`; columns are {', '.join(columns)}")
-        records = [record for record in records if record["split"] == subset]
+        raise OptionError(f"{path}: which column holds the image files? Columns are {some(columns)}: add image=COLUMN")
+    if subset is not None and "split" not in columns:
+        raise OptionError(f"{path}: subset={subset!r} needs a column `split`; columns are {some(columns)}")
     if captions_wanted:
         template = caption or next((c for c in ("caption", "title", "text", "name") if c in columns), None)
         if template is None:
-            raise OptionError(f"{path}: which column holds the captions? Columns are {', '.join(columns)}: add caption=COLUMN")
+            raise OptionError(f"{path}: which column holds the captions? Columns are {some(columns)}: add caption=COLUMN")
         texts = CaptionTemplate((), template) if template in columns else CaptionTemplate.parse(template)
         if unknown := [name for name in texts.columns if name not in columns]:
-            raise OptionError(f"{path}: caption={caption!r} names no column {unknown[0]!r}; columns are {', '.join(columns)}")
+            raise OptionError(f"{path}: caption={caption!r} names no column {unknown[0]!r}; columns are {some(columns)}")
     else:
         label = _column(label, ("label", "class", "name", "title"), columns, "label (label=)", path)
         if label is None:
-            raise OptionError(f"{path}: which column holds the labels? Columns are {', '.join(columns)}: add label=COLUMN")
+            raise OptionError(f"{path}: which column holds the labels? Columns are {some(columns)}: add label=COLUMN")
+    for column in [image, *(texts.columns if captions_wanted else [label])]:
+        header.place(column)
     grouped: dict[str, Item] = {}
-    for number, record in enumerate(records[:rows]):
-        name = record[image] or ""
-        file_path = path.parent / name
-        if not name or not file_path.is_file():
-            skip(name or f"row {number + 2}", "missing_file")
+    for line, fields in listed:
+        if isinstance(fields, str):
+            skip(f"line {line}", f"bad_row: {fields}")
+            continue
+        record = dict(zip(header.names, fields))
+        name = record[image]
+        try:
+            file_path = path.parent / slashed(str(path.parent), name)
+            found = bool(name) and file_path.is_file()
+        except (BadSample, ValueError):  # a path of another system, or one that no file can have
+            found = False
+        if not found:
+            skip(printable(name) or f"line {line}", "missing_file")
             continue
         if not captions_wanted:
-            if not (record[label] or "").strip():
-                skip(name, "missing_label")
+            text = record[str(label)].strip()
+            if not text or not is_utf8(text):
+                skip(name, "not_utf8: its label" if text else "missing_label")
                 continue
-            key = name if name not in grouped else f"{name}#{number + 2}"
-            grouped[key] = _file_item(key, file_path, label=_label(record[label]), metadata=record, bare_key=name)
+            key = name if name not in grouped else f"{name}#{line}"
+            grouped[key] = _file_item(key, file_path, label=_label(text), metadata=record, bare_key=name)
+            continue
+        try:
+            texts_of_row = clean_texts(texts.fill(record))
+        except BadSample as error:
+            skip(f"{name}, line {line}", str(error))
             continue
         if name not in grouped:
             grouped[name] = _file_item(name, file_path, metadata=record)
-        grouped[name].captions += [clean_text(text) for text in texts.fill(record) if text.strip()]
+        grouped[name].captions += texts_of_row
     for name, item in grouped.items():
         if captions_wanted and not item.captions:
             skip(name, "missing_caption")
@@ -205,10 +219,18 @@ def _reader(shards: ShardSet, shard: int, sample: int) -> Callable[[], bytes]:
 def _label(value: Any) -> Label:
     if isinstance(value, str):
         value = value.strip()
-        return int(value) if re.fullmatch(r"-?\d+", value) else value
+        return int(value) if value.removeprefix("-").isdecimal() and len(value) < 20 and str(int(value)) == value else value
     if not isinstance(value, int):
         raise BadSample("bad_label", f"expected an integer or a name, found {value!r:.50}")
     return int(value)
+
+
+def settle_labels(items: list[Item]) -> None:
+    """Make labels that are all integers, as written in tables and shards, numbers, zero-padded ones too; 007 beside 7 leaves them texts."""
+    texts = [str(item.label) for item in items]
+    if any(isinstance(item.label, str) for item in items) and distinct_integers(texts):
+        for item, text in zip(items, texts):
+            item.label = int(text)
 
 
 def benchmark_items(root: Path, subset: str, label: str | None, captions_wanted: bool, skip: Skip, brief: bool = False) -> Iterator[Item]:

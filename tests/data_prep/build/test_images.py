@@ -125,14 +125,19 @@ def test_an_image_that_cannot_be_decoded_is_named_by_its_file(options: tuple[str
     assert left_out == {"input": "deep/broken one.png", "reason": "undecodable_image", "detail": "png: its header cannot be read"}
 
 
+def refusal(data: bytes) -> str:
+    try:
+        decode_image(data, ImageLimits(min_side=1))
+    except BadSample as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_no_message_of_a_decoder_names_an_object_in_memory() -> None:
-    refused = 0
+    messages = []
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"):
         whole = image((9, 200, 30), kind)
-        for data in (whole[:20], whole[: len(whole) // 2], whole[:12] + b"\xff" * 40, whole[:30] + b"\0" * 40):
-            try:
-                decode_image(data, ImageLimits(min_side=1))
-            except BadSample as error:
-                refused += 1
-                assert " at 0x" not in str(error)
-    assert refused > 10
+        messages += map(refusal, (whole[:20], whole[: len(whole) // 2], whole[:12] + b"\xff" * 40, whole[:30] + b"\0" * 40))
+    assert sum(map(bool, messages)) > 10
+    assert not [message for message in messages if " at 0x" in message]

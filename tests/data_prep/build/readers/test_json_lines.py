@@ -166,6 +166,6 @@ def test_no_line_is_lost(found: list[bytes], count: int) -> None:
         file = Path(folder) / "t.jsonl"
         data = b"\n".join(found)
         file.write_bytes(data)
-        reader = json_lines.Lines((str(file),), Columns(captions=("caption",), base64=True))
+        reader = reader_module.Lines((str(file),), Columns(captions=("caption",), base64=True))
         good, bad = collect(reader, count)
         assert len(good) + len(bad) == sum(bool(line.strip(b" \t\r\n\xef\xbb\xbf")) for line in data.split(b"\n"))
