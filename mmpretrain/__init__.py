@@ -7,15 +7,15 @@ __version__ = "0.1.0"
 
 
 def _refuse_a_second_distribution() -> None:
-    """Raise ImportError where OpenMMLab's mmpretrain, whose packages have the same import name, is installed in this environment.
+    """Raise ImportError where OpenMMLab's mmpretrain, whose packages have the same import name, is installed too.
 
-    The names of distributions in the folders of installed packages are enough to see it: their metadata is slower to read than the whole
-    of this package's import.
+    The names of distributions in the folders of installed packages suffice: their metadata takes longer to read than
+    the rest of this package takes to import.
     """
     here = _os.path.dirname(_os.path.dirname(__file__))
     installed = [folder for folder in _sys.path if folder.endswith(("site-packages", "dist-packages"))]
     for folder in dict.fromkeys([here, *installed]):
-        # The import system has listed a folder that it searched before: to list it again takes longer than all else here.
+        # The import system keeps the listing of a folder that it has searched; listing it again is the slowest part here.
         names = getattr(_sys.path_importer_cache.get(folder), "_path_cache", None)
         try:
             names = names or _os.listdir(folder)

@@ -1,4 +1,4 @@
-"""A recipe -> towers, objectives, sources: everything of a run that exists before its first step."""
+"""Construction of a run from its recipe: towers, objectives, teacher, frozen networks and sources."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ from mmpretrain.towers.weights import load_weights
 
 
 def build_model(config: Config, resumed: bool = False, steps: int | None = None) -> tuple[PretrainModel, Teacher | None]:
-    """Towers, objectives and teacher, drawn from `config.seed`; towers that nobody encodes with are left out.
+    """Build towers, objectives and teacher, with weights drawn from `config.seed`. Unused towers are left out.
 
-    `steps`: updates of the whole run, where `config.steps` does not say it (epochs).
-    `resumed`: a checkpoint will be put in, so that `init_from` is not read; what it names may be gone.
+    Args:
+        config: the recipe.
+        resumed: a checkpoint will be loaded, so `init_from` is not read; its file may no longer exist.
+        steps: updates of the whole run, where `config.steps` is not given (epochs).
 
     Raises:
         OptionError: a model or objective that cannot be built.
@@ -46,7 +48,7 @@ def build_model(config: Config, resumed: bool = False, steps: int | None = None)
     with blaming("model"):
         try:
             towers = build_towers(config.model, image_size=config.image_size)
-        except RuntimeError as error:  # another library's refusal, or no memory for these sizes
+        except RuntimeError as error:  # raised by another library, or no memory for these sizes
             raise ValueError(f"it cannot be built: {error}") from error
     with blaming("init_from"):
         leftovers = load_weights(towers, pretrained, absent="keep") if pretrained else {}
@@ -58,7 +60,7 @@ def build_model(config: Config, resumed: bool = False, steps: int | None = None)
         known[name] = about(networks[name])
     objectives: dict[str, Objective] = {}
     for name, options in config.objectives.items():
-        torch.manual_seed(config.seed)  # an objective's first weights do not depend on which others stand beside it
+        torch.manual_seed(config.seed)  # an objective's initial weights do not depend on the other objectives
         with blaming(f"objectives.{name}"):
             objectives[name] = OBJECTIVES[options.kind](options, context(config, options.source, towers, steps, known))
     for objective in objectives.values():
@@ -109,14 +111,14 @@ def build_model(config: Config, resumed: bool = False, steps: int | None = None)
 
 
 def copy_heads(objective: Objective) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
-    """Give an objective the EMA copies of what it says is averaged; -> (module, its copy)."""
+    """Create the EMA copies of the submodules that an objective averages; return (module, its copy) of each."""
     copies = {name: copy.deepcopy(objective.get_submodule(name)).requires_grad_(False) for name in objective.averaged}
     objective.teacher = torch.nn.ModuleDict(copies)
     return [(objective.get_submodule(name), module) for name, module in copies.items()]
 
 
 def frozen_network(config: NetworkConfig) -> DualEncoder:
-    """A frozen network of the recipe, with its weights."""
+    """Build a frozen network of the recipe and load its weights."""
     towers = build_towers(config.model, image_size=config.image_size)
     if config.init_from is not None:
         path = Path(config.init_from)
@@ -126,6 +128,7 @@ def frozen_network(config: NetworkConfig) -> DualEncoder:
 
 
 def about(towers: DualEncoder) -> Network:
+    """Describe a network to objectives: input, patches and widths."""
     visual, text, p = towers.visual, towers.text, towers.preprocess
     return Network(
         image_size=p.size, mean=p.mean, std=p.std,
@@ -137,7 +140,7 @@ def about(towers: DualEncoder) -> Network:
 
 
 def check_accumulate(config: Config, towers: DualEncoder, objectives: dict[str, Objective]) -> None:
-    """What would make the chunks of a step differ from one batch."""
+    """Raise OptionError for towers and objectives whose step in chunks would differ from that of one batch."""
     if any(t is not None and not t.mergeable for t in (towers.visual, towers.text)):
         raise OptionError(
             f"accumulate is {config.accumulate}, but this tower's rows cannot be split (BatchNorm, or a foreign module's dropout): "
@@ -152,7 +155,7 @@ def check_accumulate(config: Config, towers: DualEncoder, objectives: dict[str, 
 
 
 def check_vocabulary(towers: DualEncoder) -> None:
-    """An id that the text tower does not know would be found in the middle of a step."""
+    """Raise OptionError for a text tower with fewer ids than its tokenizer: it would fail during a step."""
     size = getattr(getattr(towers.text, "module", towers.text), "vocab_size", None)
     wanted = get_tokenizer(towers.tokenizer).vocab_size
     if isinstance(size, int) and size < wanted:
@@ -164,7 +167,7 @@ def check_vocabulary(towers: DualEncoder) -> None:
 def context(
     config: Config, source: str, towers: DualEncoder, steps: int | None = None, networks: Mapping[str, Network] | None = None
 ) -> Context:
-    """What an objective on `source` may know."""
+    """Return the facts of the run that an objective on `source` is built with."""
     image = config.sources[source].image or ImageConfig()
     visual, text, preprocess = towers.visual, towers.text, towers.preprocess
     with blaming(f"sources.{source}"):
@@ -189,7 +192,7 @@ def context(
 
 
 def build_sources(config: Config, model: PretrainModel) -> dict[str, Source]:
-    """Every source, opened and counted, with the views and labels that its objectives want.
+    """Open and count every source, with the views and labels that its objectives need.
 
     Raises:
         OptionError: options of a source that do not fit.
@@ -204,13 +207,13 @@ def build_sources(config: Config, model: PretrainModel) -> dict[str, Source]:
 
 
 def layers(towers: DualEncoder) -> dict[str, int]:
-    """Parameter name in the model -> depth, equal for the last layers of both towers."""
+    """Return parameter name in the model -> depth, equal for the last layers of both towers."""
     parts = [(name, tower.layer_ids()) for name, tower in (("visual", towers.visual), ("text", towers.text)) if tower is not None]
     return align_tops({f"towers.{name}.{key}": depth for key, depth in part.items()} for name, part in parts)
 
 
 def check_division(config: Config, processes: int) -> None:
-    """`batch_size` is global: processes x accumulate only split it."""
+    """Raise OptionError unless processes x accumulate divides every `batch_size`, which is global."""
     parts = processes * config.accumulate
     for name, source in config.sources.items():
         if source.batch_size % parts:
@@ -221,10 +224,14 @@ def check_division(config: Config, processes: int) -> None:
 
 
 def schedule_views(sources: Mapping[str, Source], model: PretrainModel, steps: int, step: int, positions: Mapping[str, int]) -> None:
-    """Let every source make a view only while an objective that looks at it is active.
+    """Limit each view of a source to the steps in which an objective that uses it is active.
 
     Args:
-        step, positions: where the run starts or goes on; slots count from there.
+        sources: changed in place.
+        model: the objectives and their spans.
+        steps: updates of the whole run.
+        step: the step at which this process starts; slots count from there.
+        positions: source -> its slot at that step.
     """
     for name, spans in model.spans_of_views().items():
         source = sources[name]
@@ -239,7 +246,7 @@ def schedule_views(sources: Mapping[str, Source], model: PretrainModel, steps: i
 
 
 def total_steps(config: Config, sources: dict[str, Source]) -> int:
-    """`steps`, or as many as `epochs` of its source take."""
+    """Return the updates of the run: `steps`, or the number that `epochs` of its source take."""
     if config.epochs is None:
         assert config.steps is not None
         return config.steps

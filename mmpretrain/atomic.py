@@ -1,4 +1,4 @@
-"""Files that are whole or not there, also after a crash of the machine."""
+"""Atomic file writes: a file is complete or absent, even after a crash of the machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 
 def flush(path: Path | str) -> None:
-    """Wait until what was written to a file, or the names in a folder, are on the disk."""
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -19,13 +19,17 @@ def flush(path: Path | str) -> None:
 
 
 def write_atomically(path: Path | str, content: str | bytes | Callable[[BinaryIO], object]) -> None:
-    """Write a file under a temporary name beside it, bring it to the disk, and rename it: readers see the old content or all of the new.
+    """Write a file so that readers see all of the old content or all of the new.
+
+    It is written under a temporary name beside `path`, synced to disk and renamed.
 
     Args:
         path: replaced where it exists. Temporary names begin with its name and `.tmp-`.
-        content: text, written as UTF-8; bytes; or a function that writes to the file it is given.
+        content: text, written as UTF-8; bytes; or a function that writes to a given file.
 
-    Raises OSError, and whatever `content` raises; `path` is then as it was, and nothing temporary is left.
+    Raises:
+        OSError: the file cannot be written. As for any error of `content`, `path` is unchanged and no temporary file
+            remains.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f"{path.name}.tmp-", dir=path.parent)

@@ -1,4 +1,4 @@
-"""Parts of a batch: rows of one chunk, the first rows, and the outputs of chunks joined again."""
+"""Chunks of a batch: slices of its rows, joined outputs, and the surrogate loss that returns gradients to the encoder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmpretrain.types import OUTPUTS, Batch, Encode, Encoded, Rows
 
 
 def take(batch: Batch, i: int, chunks: int) -> Batch:
-    """Chunk `i` of `chunks` of every source's rows, without copying."""
+    """Return chunk `i` of `chunks` of every source's rows, without copying."""
     result = {}
     for name, rows in batch.items():
         n = len(rows.keys) // chunks
@@ -21,7 +21,7 @@ def take(batch: Batch, i: int, chunks: int) -> Batch:
 
 
 def first_rows(batch: Batch, count: int) -> Batch:
-    """The first `count` rows of every source: for pictures and dry runs."""
+    """Return the first `count` rows of every source, for pictures and dry runs."""
     result = {}
     for name, rows in batch.items():
         n = len(rows.keys)
@@ -30,7 +30,13 @@ def first_rows(batch: Batch, count: int) -> Batch:
 
 
 def join(pieces: list[Encoded], rows: Rows, encode: Encode) -> Encoded:
-    """Chunks' outputs -> one Encoded whose tensors are leaves that collect the gradient."""
+    """Concatenate the outputs of chunks to one Encoded, whose tensors are leaves that collect the gradient.
+
+    Args:
+        pieces: outputs of the chunks, in order.
+        rows: of the whole batch.
+        encode: that was encoded; only the student's outputs require a gradient.
+    """
     fields = {}
     for name in OUTPUTS:
         if getattr(pieces[0], name) is not None:
@@ -40,7 +46,7 @@ def join(pieces: list[Encoded], rows: Rows, encode: Encode) -> Encoded:
 
 
 def slice_of(whole: Encoded, i: int, chunks: int, rows: Rows, encode: Encode) -> Encoded:
-    """Chunk `i` of `chunks` of joined outputs, without copying."""
+    """Return chunk `i` of `chunks` of joined outputs, without copying."""
     fields = {}
     for name in (*OUTPUTS, "mask", "mix"):
         value = getattr(whole, name)
@@ -49,7 +55,16 @@ def slice_of(whole: Encoded, i: int, chunks: int, rows: Rows, encode: Encode) ->
 
 
 def surrogate(encoded: Encoded, leaf: Encoded, i: int, chunks: int) -> Tensor:
-    """A scalar whose gradient sends the cached gradients of chunk `i` into the encoder."""
+    """Return a scalar whose backward pass sends the cached gradients of chunk `i` into the encoder.
+
+    Args:
+        encoded: outputs of the chunk, computed again with a graph.
+        leaf: outputs of the whole batch, with gradients; see `join`.
+        i: number of the chunk.
+        chunks: number of chunks.
+
+    Source: GradCache (Gao et al. 2021), section 3.2.
+    """
     assert leaf.rows is not None  # `join` gives every leaf its rows
     total = torch.zeros((), device=leaf.rows.seeds.device)
     for name in OUTPUTS:

@@ -1,7 +1,7 @@
-"""Atomic save, verified resume.
+"""Checkpoints: atomic saving, verified loading, and restoring a run.
 
-A checkpoint is written beside its final name, flushed, given a manifest of sha256 sums last, renamed, read back, and only
-then are older ones removed. At any moment a kill leaves at least one valid checkpoint, if there was one before.
+A checkpoint is written under a temporary name, flushed, completed by a manifest of sha256 sums, renamed and read back;
+only then are older ones removed. A kill at any moment leaves at least one valid checkpoint, if there was one before.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from mmpretrain.towers.weights import load_pickled
 
 MANIFEST = "manifest.json"
 REQUIRED = ("model.safetensors", "optimizer.pt", "state.json")
-STATE = {"step": int, "positions": dict, "skipped_steps": int}  # what a run goes on from
+STATE = {"step": int, "positions": dict, "skipped_steps": int}  # what a resumed run needs
 
 
 class CheckpointError(MMPretrainError, RuntimeError):
-    """A checkpoint that cannot be written, or must not be read."""
+    """A checkpoint cannot be written, or is damaged or unsuitable."""
 
 
 def _sha256(path: Path) -> str:
@@ -43,7 +43,7 @@ def _sha256(path: Path) -> str:
 
 
 def problem(folder: Path) -> str | None:
-    """Why `folder` is not a valid checkpoint; None if it is. Reads every byte."""
+    """Return why `folder` is not a valid checkpoint; None if it is. Reads every byte."""
     try:
         files = dict(json.loads((folder / MANIFEST).read_text())["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -68,13 +68,21 @@ def problem(folder: Path) -> str | None:
 def save(
     root: Path, step: int, tensors: dict[str, dict[str, Tensor]], optimizer: dict[str, Any], documents: dict[str, Any], keep: int
 ) -> Path:
-    """Write `root/step-N`. One process writes; a failure leaves the older checkpoints and no partial folder.
+    """Write the checkpoint `root/step-N`; one process calls it. A failure leaves only the older checkpoints.
 
     Args:
+        root: folder of the checkpoints.
+        step: its number.
         tensors: file stem -> state dict, written as safetensors.
         optimizer: plain state by parameter name, written as optimizer.pt.
         documents: file stem -> JSON-able.
-        keep: how many of the newest checkpoints stay.
+        keep: number of newest checkpoints to keep.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be written, or reads back differently.
     """
     root.mkdir(parents=True, exist_ok=True)
     for stale in root.glob("*.tmp-*"):
@@ -98,10 +106,10 @@ def save(
             shutil.rmtree(final)
         partial.rename(final)
         flush(root)
-    except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError, by who wrote
+    except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError, depending on the writer
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"cannot write {final}: {error}. The earlier checkpoints are untouched; free space or mend the disk, and start again to resume."
+            f"cannot write {final}: {error}. The earlier checkpoints are untouched; free space or repair the disk, then start again."
         ) from error
     wrong = problem(final)
     if wrong:
@@ -113,13 +121,13 @@ def save(
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """Finished checkpoint folders under `root`, newest first."""
+    """Return the finished checkpoint folders under `root`, newest first."""
     folders = [p for p in root.glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
     return sorted(folders, key=lambda p: int(p.name[5:]), reverse=True)
 
 
 def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose sums agree, and a line for each newer one that was passed over."""
+    """Return the newest checkpoint whose sums agree, and one line for each newer one that was skipped."""
     skipped = []
     for folder in checkpoints(root):
         wrong = problem(folder)
@@ -130,7 +138,14 @@ def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A run folder, its `checkpoints` folder, or a checkpoint folder -> a verified checkpoint folder."""
+    """Return the verified checkpoint folder of a run.
+
+    Args:
+        path: a run folder, its `checkpoints` folder, or a checkpoint folder.
+
+    Raises:
+        CheckpointError: there is no valid checkpoint.
+    """
     path = Path(path)
     if (path / MANIFEST).exists():
         wrong = problem(path)
@@ -138,18 +153,20 @@ def find_checkpoint(path: Path) -> Path:
             raise CheckpointError(f"checkpoint {path} is damaged: {wrong}")
         return path
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found, skipped = newest_valid(root)
-    if found is None:
+    newest, skipped = newest_valid(root)
+    if newest is None:
         raise CheckpointError("\n".join([f"{path} holds no valid checkpoint (looked for step-*/{MANIFEST} in {root})", *skipped]))
-    return found
+    return newest
 
 
 def load_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    """Read a safetensors file of a checkpoint. Raises CheckpointError."""
     with _reading(folder / f"{stem}.safetensors") as path:
         return load_file(path)
 
 
 def load_optimizer(folder: Path) -> dict[str, Any]:
+    """Read the optimizer state of a checkpoint: parameter name -> state. Raises CheckpointError."""
     with _reading(folder / "optimizer.pt") as path:
         state = load_pickled(path)
         if not isinstance(state, dict) or not all(isinstance(values, dict) for values in state.values()):
@@ -158,6 +175,7 @@ def load_optimizer(folder: Path) -> dict[str, Any]:
 
 
 def load_json(folder: Path, stem: str) -> dict[str, Any]:
+    """Read a JSON document of a checkpoint. Raises CheckpointError."""
     with _reading(folder / f"{stem}.json") as path:
         document = json.loads(path.read_text())
         if not isinstance(document, dict):
@@ -167,23 +185,32 @@ def load_json(folder: Path, stem: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[Path]:
-    """Whatever a damaged file makes its reader raise becomes a CheckpointError that names the file."""
+    """Turn any error of reading a damaged file into a CheckpointError that names the file."""
     try:
         yield path
-    except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, EOFError, ..., by the kind of damage
+    except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, EOFError, ..., depending on the damage
         raise CheckpointError(f"{path} cannot be read ({error}): remove {path.parent}, and an earlier checkpoint is used") from error
 
 
 def optimizer_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """The optimizer's state keyed by parameter name: independent of group order and number of ranks."""
+    """Return the optimizer's state keyed by parameter name: independent of group order and number of ranks."""
     return {name: dict(optimizer.state[p]) for name, p in _named(optimizer) if p in optimizer.state}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]], strict: bool = True) -> list[str]:
-    """Put `optimizer_by_name`'s state back, on each parameter's device. Without `strict` what does not fit is left out, and named.
+    """Load the state of `optimizer_by_name`, on each parameter's device.
+
+    Args:
+        optimizer: changed in place.
+        state: parameter name -> state.
+        strict: raise for state that does not fit; else leave it out.
+
+    Returns:
+        The names whose state was left out.
 
     Raises:
-        CheckpointError: state of parameters that are not trained, of another shape, or of another kind of optimizer.
+        CheckpointError: with `strict`, state of untrained parameters, of another shape, or of another kind of
+            optimizer.
     """
     names = dict(_named(optimizer))
     kinds = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
@@ -211,7 +238,19 @@ def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter
 def save_run(
     run_dir: str | Path, keep: int, model: PretrainModel, teacher: Teacher | None, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """One checkpoint, independent of the number of processes; the main one writes it. Raises CheckpointError on every process."""
+    """Save one checkpoint of a run, independent of the number of processes; the main one writes it.
+
+    Args:
+        run_dir: its `checkpoints` folder receives the checkpoint.
+        keep: number of newest checkpoints to keep.
+        model: towers and objectives.
+        teacher: the EMA copy.
+        optimizer: its state is saved by parameter name.
+        state: "step" and what else a resumed run needs, as JSON-able data.
+
+    Raises:
+        CheckpointError: on every process.
+    """
 
     def write() -> Path:
         towers = model.towers
@@ -233,10 +272,20 @@ def save_run(
 
 
 def restore_run(folder: Path, model: PretrainModel, teacher: Teacher | None, optimizer: torch.optim.Optimizer, force: bool) -> list[str]:
-    """Put a verified checkpoint back. Where `force` (resume=force) allows another recipe, what it lacks starts fresh: a line for each part.
+    """Load a verified checkpoint into the run.
+
+    Args:
+        folder: the checkpoint.
+        model: changed in place, as are `teacher` and `optimizer`.
+        teacher: the EMA copy.
+        optimizer: receives the saved moments.
+        force: accept another recipe (resume=force); parts that the checkpoint lacks keep their initial weights.
+
+    Returns:
+        One line for each part that does not match.
 
     Raises:
-        CheckpointError: the checkpoint does not fit this model, and `force` is not given.
+        CheckpointError: the checkpoint does not fit this model, and `force` is false.
     """
     weights, extra = load_tensors(folder, "model"), load_tensors(folder, "objectives")
     exported = {name for objective in model.objectives.values() for name in objective.exported}
@@ -251,7 +300,9 @@ def restore_run(folder: Path, model: PretrainModel, teacher: Teacher | None, opt
         lines.append("the checkpoint has no teacher: it starts as a copy of the towers")
     if lines and not force:
         raise CheckpointError(
-            f"{folder} does not fit this recipe:\n  " + "\n  ".join(lines) + "\nresume=force goes on so; or choose another run_dir"
+            f"{folder} does not fit this recipe:\n  "
+            + "\n  ".join(lines)
+            + "\nresume=force continues all the same; or choose another run_dir"
         )
     moments = {older_name(name, model): state for name, state in load_optimizer(folder).items()}
     left_out = restore_optimizer(optimizer, moments, strict=not force)
@@ -261,17 +312,17 @@ def restore_run(folder: Path, model: PretrainModel, teacher: Teacher | None, opt
 
 
 def _load(module: nn.Module, state: dict[str, Tensor], what: str) -> list[str]:
-    """Load what fits; a line about what the module has that `state` lacks, and one about what it has too much."""
+    """Load the matching tensors. Return one message each for missing and for unexpected keys."""
     own = module.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     module.load_state_dict(fitting, strict=False)
     fresh, unused = [k for k in own if k not in fitting], [k for k in state if k not in own]
-    lines = []
+    messages = []
     if fresh:
-        lines.append(f"{what}: the checkpoint lacks {_some(fresh)}: fresh weights")
+        messages.append(f"{what}: the checkpoint lacks {_some(fresh)}: fresh weights")
     if unused:
-        lines.append(f"{what}: the checkpoint's {_some(unused)} are not used")
-    return lines
+        messages.append(f"{what}: the checkpoint's {_some(unused)} are not used")
+    return messages
 
 
 def _some(names: list[str]) -> str:
@@ -279,18 +330,21 @@ def _some(names: list[str]) -> str:
 
 
 def mask_embeddings(towers: DualEncoder) -> dict[str, Tensor]:
-    """The towers' mask embeddings, `towers.visual.mask_embedding`: kept beside the objectives, so that model.safetensors is open_clip's."""
+    """Return the towers' mask embeddings as `towers.visual.mask_embedding`.
+
+    They are saved beside the objectives, so that model.safetensors has the tensors of open_clip alone.
+    """
     return {f"towers.{key}": value for key, value in towers.state_dict().items() if key.endswith("mask_embedding")}
 
 
 def is_older(key: str, model: PretrainModel) -> bool:
-    """Whether a tensor is the mask embedding of an objective, as checkpoints of version 0.1.0 have it."""
+    """Return whether a tensor is an objective's mask embedding, as in checkpoints of version 0.1.0."""
     name, _, rest = key.partition(".")
     return rest == "mask_token" and name in model.objectives and "mask_token" not in dict(model.objectives[name].named_parameters())
 
 
 def older_name(name: str, model: PretrainModel) -> str:
-    """A parameter's name today, from that in a checkpoint of version 0.1.0."""
+    """Return the current name of a parameter from a checkpoint of version 0.1.0."""
     if not name.startswith("objectives.") or not is_older(name.removeprefix("objectives."), model):
         return name
     modality = next(e.view.modality for e in source_encodes(model.objectives[name.split(".")[1]].needs))
@@ -298,4 +352,5 @@ def older_name(name: str, model: PretrainModel) -> str:
 
 
 def older_mask_embeddings(model: PretrainModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the mask embeddings of a checkpoint of version 0.1.0 under their current names."""
     return {older_name(f"objectives.{key}", model): value for key, value in state.items() if is_older(key, model)}

@@ -1,4 +1,4 @@
-"""Which precision pays on this device: measured on a CPU, known on an accelerator."""
+"""The choice of precision for this device: measured on a CPU, known on an accelerator."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 Precision = Literal["fp32", "bf16"]
-MIN_GAIN = 1.25  # bf16 has fewer digits and costs casts: it is chosen where its products are this many times as fast
-FLOPS = 1 << 28  # of one product where 256 to 2,048 rows allow: 2 ms at 130 GFLOP/s, and enough rows to be bound by products as a step is
-HOPELESS = 4.0  # a product of few rows settles it where bf16 takes this many times as long: it is only emulated
-DEFAULT_WIDTH = 768  # where the recipe does not say: ViT-B
-MAX_WIDTH = 1024  # of what is measured; wider products gain as much
+MIN_GAIN = 1.25  # least speed-up of products for which bf16 is chosen: it has fewer digits and costs casts
+FLOPS = 1 << 28  # of one product, within 256 to 2,048 rows: 2 ms at 130 GFLOP/s, and as compute-bound as a step
+EMULATED = 4.0  # bf16 that takes this many times as long for a product of few rows is emulated, and not measured further
+DEFAULT_WIDTH = 768  # of a recipe that states none: ViT-B
+MAX_WIDTH = 1024  # of a measured product; wider ones gain as much
 
 
 @dataclass(frozen=True)
 class Rates:
-    """GFLOP/s of a linear layer's products (forward and both gradients) of a width, on one thread."""
+    """Speed of a linear layer's products (forward and both gradients) in GFLOP/s, on one thread."""
 
     width: int
     fp32: float
@@ -31,7 +31,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Choice:
-    """A precision, why it was taken, and the figures behind it (None where nothing was measured)."""
+    """A chosen precision, the reason, and the measured rates (None: not measured)."""
 
     precision: Precision
     reason: str
@@ -39,20 +39,26 @@ class Choice:
 
 
 def products(x: Tensor, weight: Tensor, grad: Tensor) -> None:
-    """What a linear layer multiplies in a step: [R,D] x [4D,D], the gradient of the input, the gradient of the weight."""
+    """Compute a linear layer's products of one step: [R, D] x [4D, D], the gradients of the input and of the weight."""
     torch.nn.functional.linear(x, weight)
     torch.matmul(grad, weight)
     torch.matmul(grad.mT, x)
 
 
 def product_rows(width: int) -> int:
-    """Rows of the measured products: FLOPS each, within bounds."""
+    """Return the rows of the measured products: FLOPS each, within bounds."""
     return max(256, min(2048, FLOPS // (8 * width * width)))
 
 
 @torch.no_grad()
 def best_seconds(operands: dict[torch.dtype, tuple[Tensor, Tensor, Tensor]], min_rounds: int, ends: float) -> dict[torch.dtype, float]:
-    """The shortest time of each precision's products, which alternate: `min_rounds` of them, and more until the clock shows `ends`."""
+    """Time the products of each precision in turn, and return the shortest time of each.
+
+    Args:
+        operands: dtype -> input, weight, gradient.
+        min_rounds: least number of rounds.
+        ends: repeat until this time of `time.perf_counter`.
+    """
     best = dict.fromkeys(operands, float("inf"))
     rounds = 0
     while rounds < min_rounds or time.perf_counter() < ends:
@@ -67,13 +73,14 @@ def best_seconds(operands: dict[torch.dtype, tuple[Tensor, Tensor, Tensor]], min
 def product_rates(width: int = DEFAULT_WIDTH, seconds: float = 0.1, min_rounds: int = 3) -> Rates:
     """Measure fp32 and bf16 products alternately, on one thread.
 
-    A busy machine slows some rounds and not others: the best round of each precision counts. With several threads it could slow them all,
-    as each product would wait for its last thread. A round of few rows comes first: it warms up, and finds bf16 that is only emulated.
+    A busy machine slows some rounds and not others, so the best round of each precision counts. Several threads could
+    be slowed in all rounds, since each product waits for its last thread. A round of few rows comes first: it warms
+    up, and detects emulated bf16.
 
     Args:
         width: D, of the model.
-        seconds: in all, but for one more round.
-        min_rounds: rounds of each, however long they take.
+        seconds: total time, plus one round.
+        min_rounds: rounds of each precision, however long they take.
     """
     generator = torch.Generator().manual_seed(0)  # the global generator stays as it is
     rows = product_rows(width)
@@ -85,7 +92,7 @@ def product_rates(width: int = DEFAULT_WIDTH, seconds: float = 0.1, min_rounds: 
     try:
         ends = time.perf_counter() + seconds
         best = best_seconds(few, 2, 0.0)
-        if best[torch.bfloat16] > HOPELESS * best[torch.float32]:
+        if best[torch.bfloat16] > EMULATED * best[torch.float32]:
             rows //= 16
         else:
             best_seconds(operands, 1, 0.0)  # warms the caches
@@ -97,14 +104,14 @@ def product_rates(width: int = DEFAULT_WIDTH, seconds: float = 0.1, min_rounds: 
 
 
 def measured_choice(rates: Rates) -> Choice:
-    """bf16 where its products are at least MIN_GAIN times as fast as those of fp32."""
+    """Choose bf16 where its products are at least MIN_GAIN times as fast as those of fp32."""
     precision: Precision = "bf16" if rates.bf16 >= MIN_GAIN * rates.fp32 else "fp32"
     figures = f"products of width {rates.width} reach {rates.fp32:.0f} GFLOP/s in fp32 and {rates.bf16:.0f} in bf16 on one thread"
     return Choice(precision, f"precision {precision}: {figures}", rates)
 
 
 def choose_precision(width: int = DEFAULT_WIDTH) -> Choice:
-    """The precision that pays on this process's device: on CUDA bf16 since Ampere, on MPS fp32, on a CPU what `product_rates` finds."""
+    """Choose the precision for this device: on CUDA bf16 since Ampere, on MPS fp32, on a CPU the faster one as measured."""
     if torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Choice("bf16", "precision bf16: the GPU computes in it")
@@ -115,7 +122,7 @@ def choose_precision(width: int = DEFAULT_WIDTH) -> Choice:
 
 
 def model_width(model: str | dict[str, Any]) -> int:
-    """The width of a recipe's image tower, else of its text tower; DEFAULT_WIDTH where nothing at hand gives one.
+    """Return the width of a recipe's image tower, else of its text tower; DEFAULT_WIDTH where neither is known.
 
     Args:
         model: as in a recipe: fields, a JSON file or folder of open_clip's format, or a name.

@@ -1,7 +1,7 @@
-"""What each objective costs in this run: now and then a live batch goes through all objectives, through one alone, and through the others.
+"""Measurement of each objective's cost during training: a batch is passed through all objectives, one alone, and the others.
 
-Objectives share forwards, so one's cost has two ends: what it takes alone, and what it adds to the others. The second is what leaving it
-out would save.
+Objectives share forward passes, so the cost of one has two values: its cost alone, and the cost that it adds to the
+others, which leaving it out would save.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from mmpretrain.types import Batch
 
 
 class CostProbe:
-    """One objective's turn every `every` steps (0: never), on one chunk of the batch: two to three passes, which is what measuring costs.
+    """Measures one objective in turn every `every` steps (0: never), on one chunk of the batch, in two to three passes.
 
-    Changes nothing: gradients are dropped and buffers put back. Call it where no gradient is held.
+    It changes nothing: gradients are dropped and buffers restored. Call it while no gradient is held.
     """
 
     def __init__(
@@ -31,13 +31,17 @@ class CostProbe:
         self._memory: dict[tuple[str, ...], float] = {}
 
     def due(self, step: int) -> bool:
+        """Return whether to measure at `step`."""
         return self.every > 0 and step % self.every == 0
 
     def measure(self, step: int, batch: Batch) -> dict[str, float]:
-        """cost_s, the seconds of all objectives; NAME/cost_alone_s and cost_without_s; cost_alone and cost_added, the same as fractions of
-        cost_s; NAME/cost_memory_mb, activations kept alone; cost_probe_s, the seconds that measuring took.
+        """Measure the objective whose turn it is at `step`. Every rank calls it at the same step: objectives gather.
 
-        Every rank calls it at the same step: objectives gather.
+        Returns:
+            cost_s: seconds of all objectives; NAME/cost_alone_s and NAME/cost_without_s: seconds of one alone, and of
+                the others;
+            NAME/cost_alone and NAME/cost_added: the same as fractions of cost_s; cost_memory_mb and
+            NAME/cost_memory_mb: activations kept by all, and by one alone; cost_probe_s: seconds of measuring.
         """
         started = time.perf_counter()
         names = self.model.active  # of this step: its batch has their views
@@ -65,7 +69,10 @@ class CostProbe:
         return time.perf_counter() - started
 
     def _kept_mb(self, batch: Batch, names: list[str]) -> float:
-        """What autograd keeps between forward and backward, weights not counted, each storage once. Taken once: shapes hardly change."""
+        """Measure what autograd keeps between forward and backward, without weights, each storage once.
+
+        The result is cached, since shapes rarely change.
+        """
         if (known := self._memory.get(tuple(names))) is not None:
             return known
         weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}

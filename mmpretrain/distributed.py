@@ -1,4 +1,4 @@
-"""Collectives that pass gradients, and who this process is. With one process every call is the identity."""
+"""Collectives with gradients, and the rank of this process. With one process every collective is the identity."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Return the number of this process."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def is_main() -> bool:
+    """Return whether this is the main process, rank 0."""
     return rank() == 0
 
 
 def barrier() -> None:
+    """Wait for all processes."""
     if world_size() > 1:
         dist.barrier()
 
@@ -80,12 +84,12 @@ class _Exchange(torch.autograd.Function):
 
 
 def exchange_with_grad(x: Tensor) -> Tensor:
-    """[world, ...] on each rank: row r goes to rank r, which puts it at the sender's number."""
+    """Exchange rows, with gradient: row r of x [world, ...] goes to rank r, which places it at the sender's rank."""
     return x if world_size() == 1 else _Exchange.apply(x)  # type: ignore[return-value]
 
 
 def all_gather_with_grad(x: Tensor) -> Tensor:
-    """[B, ...] on each rank -> [world * B, ...], ranks in order. Every rank must hold the same number of rows."""
+    """Gather [B, ...] of each rank to [world * B, ...] in rank order, with gradient. B must be equal on all ranks."""
     return x if world_size() == 1 else _AllGather.apply(x)  # type: ignore[return-value]
 
 
@@ -96,7 +100,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average(values: dict[str, Tensor]) -> dict[str, float]:
-    """Mean over ranks of named scalars, in one collective. Every rank must pass the same names."""
+    """Average named scalars over ranks, in one collective. Every rank must pass the same names."""
     if not values:
         return {}
     names = sorted(values)
@@ -110,7 +114,7 @@ def average(values: dict[str, Tensor]) -> dict[str, float]:
 
 @torch.no_grad()
 def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Mean of the gradients over ranks, in buckets of about 25 MB: what DDP's reducer does, made explicit."""
+    """Average the gradients over ranks in buckets of about 25 MB, as DDP's reducer does."""
     if world_size() == 1:
         return
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -130,7 +134,7 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def any_rank(flags: Sequence[bool], device: torch.device | None = None) -> list[bool]:
-    """Each flag, true on every rank when it is true on one: ranks must agree before they leave a loop. One collective."""
+    """Return each flag as true on every rank where it is true on one. Ranks must agree before they leave a loop."""
     if world_size() == 1:
         return list(flags)
     values = torch.tensor(list(flags), dtype=torch.int32, device=device)
@@ -139,7 +143,7 @@ def any_rank(flags: Sequence[bool], device: torch.device | None = None) -> list[
 
 
 def any_rank_later(flags: Tensor) -> Tensor:
-    """The same for flags that lie on the device, bool [n], left there: nobody waits for them yet."""
+    """Combine flags on the device, bool [n], as `any_rank` does, without waiting for the result."""
     if world_size() == 1:
         return flags
     values = flags.to(torch.int32)
@@ -148,7 +152,7 @@ def any_rank_later(flags: Tensor) -> Tensor:
 
 
 def gather_lists(items: list[Any]) -> list[Any]:
-    """Concatenation over ranks of small lists of plain data; complete on the main rank only matters there."""
+    """Concatenate small lists of plain data over ranks, in rank order."""
     if world_size() == 1:
         return items
     parts: list[list[Any]] = [[] for _ in range(world_size())]
@@ -157,7 +161,7 @@ def gather_lists(items: list[Any]) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """The main rank's value, on every rank."""
+    """Return the main rank's value on every rank."""
     if world_size() == 1:
         return value
     box = [value]
@@ -166,13 +170,13 @@ def broadcast_object(value: Any) -> Any:
 
 
 def on_main(action: Callable[[], T]) -> T | None:
-    """Do it on the main rank while the others wait (and get None). What it raises is raised on every rank: none waits for ever."""
+    """Call `action` on the main rank while the others wait and get None. Its exception is raised on every rank."""
     result, error = None, None
     if is_main():
         try:
             result = action()
-        except Exception as found:
-            error = found
+        except Exception as raised:
+            error = raised
     failed = broadcast_object(_sendable(error))
     if failed is not None:
         raise error or failed

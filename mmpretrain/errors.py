@@ -8,9 +8,9 @@ from typing import ClassVar
 
 
 class MMPretrainError(Exception):
-    """Something known to go wrong. The message states what, where, and the remedy."""
+    """An expected failure. The message states what failed, where, and the remedy."""
 
-    status: ClassVar[int] = 1  # what the process exits with; 2: the caller's mistake
+    status: ClassVar[int] = 1  # exit status of the process; 2: the caller's mistake
 
 
 class ModelError(MMPretrainError, ValueError):

@@ -1,4 +1,4 @@
-"""The recipe's evaluators on the live towers."""
+"""Evaluation during training: the recipe's evaluators on the live towers."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from mmpretrain.tracking.tracker import Tracker
 class DataInProgress:
     """Data of evaluators that another process still writes while training begins."""
 
-    pending: Mapping[Path, Callable[[], object]] = field(default_factory=dict)  # absolute folder -> waits until it is whole
+    pending: Mapping[Path, Callable[[], object]] = field(default_factory=dict)  # absolute folder -> waits until it is complete
 
     def wait(self, data: str) -> Callable[[], object] | None:
-        """What to wait with for data in a folder that is still being written."""
+        """Return the function that waits for data in a folder that is still being written; None for other data."""
         path = Path(data).absolute()
         return next((self.pending[folder] for folder in (path, *path.parents) if folder in self.pending), None)
 
 
 def _data(options: Any) -> list[str]:
-    """What an evaluator reads."""
+    """Return the data that an evaluator reads."""
     return [data for name in ("data", "train") if isinstance(data := getattr(options, name, None), str)]
 
 
 def build_evaluators(config: Config, data: DataInProgress = DataInProgress()) -> dict[str, Any]:
-    """Every evaluator, made before the first step: a wrong option, path or first sample must not wait for hours to be found.
+    """Build and check every evaluator before the first step: a wrong option, path or first sample fails at once.
 
     Raises:
-        OptionError: naming the evaluator.
+        OptionError: with the name of the evaluator.
     """
     evaluators = {}
     for name, evaluation in config.evaluators.items():
@@ -61,7 +61,7 @@ def build_evaluators(config: Config, data: DataInProgress = DataInProgress()) ->
 
 
 class Evaluations:
-    """Which evaluators are due, and their results."""
+    """The schedule of the evaluators, and their runs."""
 
     def __init__(
         self,
@@ -78,19 +78,21 @@ class Evaluations:
         self.model, self.teacher, self.tracker = model, teacher, tracker
 
     def due(self, step: int) -> list[str]:
+        """Return the evaluators that are due at `step`."""
+
         def now(e: EvaluationConfig) -> bool:
             return step == self.config.steps or (e.every > 0 and step % e.every == 0)
 
         return [name for name, e in self.config.evaluators.items() if now(e)]
 
     def missing(self, step: int) -> list[str]:
-        """Due at the checkpoint that was loaded, but not in its results: the run ended between saving and evaluating."""
+        """Return the evaluators due at a loaded checkpoint without a result: the run ended before they did."""
         lines = read_jsonl(Path(self.config.run_dir) / "results.jsonl")
         done = distributed.broadcast_object([line.get("name") for line in lines if line.get("step") == step])
         return [name for name in self.due(step) if name not in done]
 
     def run(self, names: Iterable[str], step: int, interrupts: Interrupts) -> str | None:
-        """Run them one after another. Why the rest were left out, if the run was interrupted."""
+        """Run evaluators in order. Return why the rest were left out, if the run was interrupted."""
         for name in names:
             self._one(name, step)
             if reason := agreed(interrupts, self.accelerator.device):
@@ -104,8 +106,8 @@ class Evaluations:
                 wait()
         towers = self.teacher.module if evaluation.weights == "teacher" and self.teacher is not None else self.model.towers
         precision = self.config.precision
-        assert precision != "auto"  # settled when the Accelerator was made
-        with torch.random.fork_rng():  # an evaluator that draws does not move this run
+        assert precision != "auto"  # resolved when the Accelerator was created
+        with torch.random.fork_rng():  # an evaluator that draws random numbers does not change the run
             training = towers.training
             towers.eval()
             joint = any("features" in encode.outputs for encode in self.model.plan)
@@ -121,6 +123,6 @@ class Evaluations:
 
 
 def agreed(interrupts: Interrupts, device: torch.device) -> str | None:
-    """Why to stop, on every rank when one was told to."""
+    """Return why to stop, on every rank where one has a reason; None to continue."""
     reason = interrupts.reason  # read once: a signal may come at any moment
-    return (reason or "another process") if distributed.any_rank([reason is not None], device)[0] else None
+    return (reason or "another process stopped") if distributed.any_rank([reason is not None], device)[0] else None

@@ -1,4 +1,4 @@
-"""Write a model in open_clip's folder format, which open_clip, and through it CLIP_benchmark, load by `local-dir:FOLDER`."""
+"""Export to open_clip's folder format, which open_clip and CLIP_benchmark load as `local-dir:FOLDER`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TOP = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale",
 
 
 def open_clip_config(dual: DualEncoder, logit_bias: float | None = None) -> dict[str, Any]:
-    """{model_cfg, preprocess_cfg} as open_clip reads it; the text tower is named `text.*`, hence custom_text."""
+    """Return {model_cfg, preprocess_cfg} for open_clip; the text tower is named `text.*`, hence custom_text."""
     cfg = {key: copy.deepcopy(value) for key, value in dual.model_cfg.items() if key in _TOP}
     for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
         if part in cfg:
@@ -40,10 +40,18 @@ def open_clip_config(dual: DualEncoder, logit_bias: float | None = None) -> dict
 
 
 def export_open_clip(dual: DualEncoder, leftovers: Mapping[str, Tensor], folder: str | Path) -> Path:
-    """Write `open_clip_model.safetensors` and `open_clip_config.json` into a new or empty `folder`; -> the folder.
+    """Write `open_clip_model.safetensors` and `open_clip_config.json`.
 
-    `leftovers`: logit_scale (its logarithm, of any shape with one element; open_clip's initial value where absent) and logit_bias.
-    Raises ModelError for a model without both towers, or with a transformers tower that open_clip has no config for.
+    Args:
+        dual: the towers.
+        leftovers: logit_scale (its logarithm, with one element; absent: open_clip's initial value) and logit_bias.
+        folder: new or empty.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: a tower is missing, or open_clip has no config for it.
     """
     folder = Path(folder)
     if dual.visual is None or dual.text is None or not {"vision_cfg", "text_cfg"} <= dual.model_cfg.keys():
@@ -53,7 +61,7 @@ def export_open_clip(dual: DualEncoder, leftovers: Mapping[str, Tensor], folder:
             "text_cfg, or use the checkpoint's model.safetensors directly (`visual.*` are the image tower's weights)"
         )
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ModelError(f"{folder} is {'not empty' if folder.is_dir() else 'no folder'}: choose a new folder")
+        raise ModelError(f"{folder} is {'not empty' if folder.is_dir() else 'not a folder'}: choose a new folder")
     scale = leftovers.get("logit_scale", torch.tensor(math.log(1 / 0.07)))
     bias = leftovers.get("logit_bias")
     state = {key: value.detach().cpu().contiguous() for key, value in dual.weights().items()}
@@ -69,7 +77,7 @@ def export_open_clip(dual: DualEncoder, leftovers: Mapping[str, Tensor], folder:
 
 
 def _check(cfg: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Raise where open_clip would build another model of this config than the one whose weights these are."""
+    """Raise ValueError where open_clip would build a model with other weights from this config."""
     cfg = copy.deepcopy(cfg)
     cfg.pop("custom_text")
     if "hf_model_name" in cfg["text_cfg"]:
@@ -85,7 +93,7 @@ def _check(cfg: dict[str, Any], state: dict[str, Tensor]) -> None:
 
 
 def load_model(checkpoint: str | Path) -> tuple[DualEncoder, dict[str, Tensor]]:
-    """A checkpoint folder of ours, or any folder of open_clip's format, -> its towers with their weights, and logit_scale and such."""
+    """Load a checkpoint folder, or any folder in open_clip's format; return its towers, and logit_scale and logit_bias."""
     folder = Path(checkpoint)
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{folder} has no {CONFIG}: give a run, one of its checkpoints, or a folder of open_clip's format")

@@ -1,6 +1,6 @@
-"""Losses as pure functions. n rows of this rank, m rows of all ranks, d features.
+"""Losses as pure functions. n: rows of this rank, m: rows of all ranks, d: features.
 
-Distributed convention: the mean over ranks of what is returned is the loss over the global batch.
+Distributed convention: the mean over ranks of a returned loss is the loss over the global batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _tiles(count: int) -> list[slice]:
 
 
 class _LogSumExp(torch.autograd.Function):
-    """Row-wise and column-wise log-sum-exp of scale * a @ b.T, keeping no tile: the backward pass computes each again."""
+    """Row-wise and column-wise log-sum-exp of scale * a @ b.T in tiles, which the backward pass recomputes."""
 
     @staticmethod
     def _tile(a: Tensor, b: Tensor, rows: slice, columns: slice, offset: int | None) -> Tensor:
@@ -67,23 +67,25 @@ class _LogSumExp(torch.autograd.Function):
 
 
 def exact(x: Tensor) -> Tensor:
-    """At least fp32: a loss in bf16 would cost 1e-2 in its gradient."""
+    """Convert to at least fp32: a loss in bf16 would have gradient errors of 1e-2."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def unit(x: Tensor) -> Tensor:
-    """[n, d] -> rows of length one, at least in fp32."""
+    """Normalise the rows of [n, d] to length one, in at least fp32."""
     return F.normalize(exact(x), dim=1)
 
 
 def info_nce(a: Tensor, b: Tensor, scale: Tensor, symmetric: bool = True) -> Tensor:
-    """Symmetric InfoNCE of matched rows over the global batch, in O(m) memory.
+    """Compute the symmetric InfoNCE of matched rows over the global batch, in O(m) memory.
 
-    Source: Radford et al. 2021, figure 3. `symmetric=False` is the one-directional form, a to b.
+    Source: Radford et al. 2021 (CLIP), figure 3.
 
     Args:
-        a, b: [n, d] unit vectors; row i of `a` matches row i of `b`.
+        a: [n, d] unit vectors.
+        b: [n, d] unit vectors; row i matches row i of `a`.
         scale: scalar or [1], the inverse temperature.
+        symmetric: average both directions; else only a to b.
     """
     with torch.autocast(a.device.type, enabled=False):
         a, b, scale = exact(a), exact(b), exact(scale.reshape(()))
@@ -99,12 +101,14 @@ def info_nce(a: Tensor, b: Tensor, scale: Tensor, symmetric: bool = True) -> Ten
 
 
 def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
-    """NT-Xent over the 2m views of the global batch.
+    """Compute NT-Xent over the 2m views of the global batch: each view against all others, its sibling being positive.
 
-    Source: Chen et al. 2020 (SimCLR), equation 1: every view against all others but itself, its sibling being positive.
+    Source: Chen et al. 2020 (SimCLR), equation 1.
 
     Args:
-        a, b: [n, d] unit vectors, two views of the same n images.
+        a: [n, d] unit vectors, one view of n images.
+        b: [n, d] unit vectors, another view of the same images.
+        temperature: of the softmax.
     """
     with torch.autocast(a.device.type, enabled=False):
         a, b = exact(a), exact(b)
@@ -159,13 +163,15 @@ class _Sigmoid(torch.autograd.Function):
 
 
 def sigmoid_loss(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Pairwise sigmoid loss over the global batch, divided by the number of rows.
+    """Compute the pairwise sigmoid loss over the global batch, divided by the number of rows.
 
     Source: Zhai et al. 2023 (SigLIP), equation 1.
 
     Args:
-        a, b: [n, d] unit vectors; row i of `a` matches row i of `b`.
-        scale, bias: scalars or [1].
+        a: [n, d] unit vectors.
+        b: [n, d] unit vectors; row i matches row i of `a`.
+        scale: scalar or [1], the inverse temperature.
+        bias: scalar or [1].
     """
     with torch.autocast(a.device.type, enabled=False):
         a, b, scale, bias = exact(a), exact(b), exact(scale.reshape(())), exact(bias.reshape(()))
@@ -173,13 +179,13 @@ def sigmoid_loss(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """[B,3,H,W] -> [B, N, 3 * patch * patch], patches in raster order."""
+    """Cut images [B, 3, H, W] into patches [B, N, 3 * patch * patch], in raster order."""
     b, c, h, w = images.shape
     x = images.reshape(b, c, h // patch, patch, w // patch, patch)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // patch) * (w // patch), c * patch * patch)
 
 
 def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify`: [B, N, 3 * patch * patch] -> [B,3,H,W]."""
+    """Assemble patches [B, N, 3 * patch * patch] to images [B, 3, H, W]: the inverse of `patchify`."""
     x = patches.reshape(len(patches), *grid, 3, patch, patch).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(len(patches), 3, grid[0] * patch, grid[1] * patch)

@@ -1,4 +1,4 @@
-"""Projection and prediction heads, and a BatchNorm whose statistics are those of the global batch."""
+"""Projection, prediction and prototype heads, and BatchNorms with the statistics of the global batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from mmpretrain.errors import ModelError
 class GlobalBatchNorm(nn.Module):
     """BatchNorm over [B, D] with the mean and variance of all ranks' rows, on any device (SyncBatchNorm refuses CPU).
 
-    Local statistics would let a network tell the ranks apart, and two ranks would not equal one. Every rank holds as many rows.
+    With local statistics, a network could distinguish the ranks, and two ranks would differ from one. B must be equal
+    on all ranks.
     """
 
     running_mean: Tensor
@@ -49,9 +50,9 @@ class GlobalBatchNorm(nn.Module):
 
 
 class _GlobalStatistics(nn.modules.batchnorm._BatchNorm):
-    """A torch BatchNorm that takes its mean and variance over all ranks' rows; same parameters and buffers."""
+    """A torch BatchNorm with the mean and variance of all ranks' rows; same parameters and buffers."""
 
-    running_mean: Tensor  # there: `use_global_statistics` refuses a BatchNorm that does not track them
+    running_mean: Tensor  # never None: `use_global_statistics` refuses a BatchNorm that does not track them
     running_var: Tensor
     num_batches_tracked: Tensor
 
@@ -85,13 +86,18 @@ class _GlobalStatistics(nn.modules.batchnorm._BatchNorm):
 
 
 def is_batch_norm(module: nn.Module) -> bool:
+    """Return whether a module is a BatchNorm of torch or of this project."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm | GlobalBatchNorm)
 
 
 def use_global_statistics(module: nn.Module) -> int:
-    """Let every BatchNorm in `module` take the statistics of all ranks' rows, on any device; -> how many there are.
+    """Let every BatchNorm in `module` use the statistics of all ranks' rows, on any device; return their number.
 
-    Weights, names and running statistics stay. Frozen ones (open_clip's, torchvision's FrozenBatchNorm) have no batch statistics.
+    Weights, names and running statistics are kept. Frozen ones (FrozenBatchNorm of open_clip and torchvision) have no
+    batch statistics, and are left alone.
+
+    Raises:
+        ValueError: a BatchNorm without running statistics.
     """
     count = 0
     for part in module.modules():
@@ -114,9 +120,10 @@ def _norm(kind: str, width: int, affine: bool = True) -> nn.Module:
 
 
 class PrototypeHead(nn.Module):
-    """An MLP with GELU, a bottleneck of unit length, and the similarities to K prototypes of unit length (Caron et al. 2021, appendix C).
+    """An MLP with GELU, a bottleneck normalised to unit length, and its similarities to K prototypes of unit length.
 
-    The paper normalises the last layer's weights (weight norm with its gain fixed to 1): here they are divided by their length.
+    Source: Caron et al. 2021 (DINO), appendix C. The paper applies weight norm to the last layer, with its gain fixed
+    to 1; here the weights are divided by their length, which is the same function.
     """
 
     def __init__(self, width: int, prototypes: int, hidden: int = 2048, bottleneck: int = 256, layers: int = 3) -> None:
@@ -131,16 +138,22 @@ class PrototypeHead(nn.Module):
         self.last = nn.Linear(bottleneck, prototypes, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B,D] -> similarities [B,K]."""
+        """Map [B, D] to similarities [B, K]."""
         return F.linear(F.normalize(self.mlp(x), dim=-1), F.normalize(self.last.weight, dim=-1))
 
 
 def mlp(
     width: int, hidden: int, out: int, layers: int = 2, norm: Literal["batch", "layer", "none"] = "batch", last_norm: bool = False
 ) -> nn.Sequential:
-    """`layers` linear maps with a norm and ReLU between them: the projection and prediction heads of SimCLR, BYOL and MoCo v3.
+    """Build the projection or prediction head of SimCLR, BYOL and MoCo v3: linear maps with a norm and ReLU between them.
 
-    `last_norm` adds a norm without learned scale after the last map (MoCo v3, section 3; SimCLR v1's code).
+    Args:
+        width: of the input.
+        hidden: width of the hidden layers.
+        out: width of the output.
+        layers: number of linear maps.
+        norm: after each hidden map.
+        last_norm: add a norm without learned scale after the last map (MoCo v3, section 3; the code of SimCLR v1).
     """
     modules: list[nn.Module] = []
     for i in range(layers):

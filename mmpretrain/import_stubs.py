@@ -1,7 +1,8 @@
-"""Reading options without the libraries that compute.
+"""Stubs for heavy libraries, so that `train.py --help` and `--print-config` start without importing them.
 
-`train.py --help` and `--print-config` need the options' dataclasses alone, but these stand in the files of objectives and evaluators,
-which import torch and more: about eight seconds. In a process that only shows options, `install` puts a blank in each such library's place.
+They need only the dataclasses of options, but these are defined in the files of objectives and evaluators, whose
+imports (torch and others) take about eight seconds. In a process that only shows options, `install` replaces each
+library by a stub.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LIBRARIES = frozenset({
 
 
 class Blank:
-    """Whatever a file asks of a library while it is imported: any name of it, called, indexed, derived from or used as a decorator."""
+    """A stub of any object of a library: its attributes, calls, items and bases are stubs too."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -65,9 +66,10 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """From here on this process imports blanks for LIBRARIES. Nothing can be computed afterwards: print and end.
+    """Let this process import stubs in place of LIBRARIES. It cannot compute afterwards: print and exit.
 
-    Where one of them is there already, all are: blanks beside the real ones would break what a process goes on to compute.
+    Where one of them is already imported, nothing is replaced: stubs beside real libraries would break later
+    computation.
     """
     if not LIBRARIES & sys.modules.keys():
         sys.meta_path.insert(0, _Finder())

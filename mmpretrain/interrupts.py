@@ -1,4 +1,4 @@
-"""Signals and a dying launcher: finish the step, save, leave with status 0."""
+"""Handling of signals and of the launcher's exit: the run finishes its step, saves, and exits with status 0."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from types import FrameType
 
 
 def launched() -> bool:
-    """Whether torchrun or `accelerate launch` started this process, rather than a shell."""
+    """Return whether torchrun or `accelerate launch` started this process, rather than a shell."""
     return "LOCAL_RANK" in os.environ or any(name.startswith("ACCELERATE_") for name in os.environ)
 
 
 class Interrupts:
-    """Turns SIGTERM, SIGINT and the launcher's death into `reason`, which the training loop reads after each step.
+    """Turns SIGTERM, SIGINT and the launcher's exit into `reason`, a clause that the training loop reads after each step.
 
-    A second signal leaves at once. A launcher killed outright sends nothing, so its death is watched for: otherwise the worker
-    would train on as an orphan. Without a launcher the parent is a shell, whose end means nothing: `nohup train.py &` goes on.
+    A second signal exits at once. A killed launcher sends no signal, so its exit is watched for: otherwise the worker
+    would continue as an orphan. Without a launcher the parent is a shell, whose exit is ignored: `nohup train.py &`
+    continues.
     """
 
     def __init__(self) -> None:
@@ -34,16 +35,17 @@ class Interrupts:
             os._exit(128 + number)
         if self.reason is None:
             self._since = time.monotonic()
-            self.reason = signal.Signals(number).name
+            self.reason = f"{signal.Signals(number).name} was received"
 
     def _watch(self) -> None:
         while not self._closed.wait(1.0):
             if os.getppid() != self._parent:
                 self._since = time.monotonic()
-                self.reason = self.reason or "the launcher died"
+                self.reason = self.reason or "the launcher exited"
                 return
 
     def close(self) -> None:
+        """Restore the signal handlers, and stop watching the launcher."""
         self._closed.set()
         for kind, handler in self._previous.items():
             signal.signal(kind, handler)

@@ -1,4 +1,4 @@
-"""Where the run computes: device, precision, threads, processes; and a record of it."""
+"""The start of a run on this machine: device, precision, threads and processes, and the record of its environment."""
 
 from __future__ import annotations
 
@@ -27,9 +27,15 @@ from mmpretrain.system import cores
 
 
 def start(config: Config) -> tuple[Config, Accelerator, Choice]:
-    """The recipe as it runs here, the Accelerator of this process, and the choice of precision.
+    """Configure this process, and resolve the recipe's `precision`, `threads` and `loader_threads`.
 
-    Settles `precision`, `threads` and `loader_threads`, which plain `accelerate launch` leaves slow.
+    Plain `accelerate launch` leaves one OpenMP thread per process, which is slow.
+
+    Returns:
+        (resolved recipe, Accelerator of this process, choice of precision).
+
+    Raises:
+        OptionError: it was launched in a way that this trainer does not support.
     """
     wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wanted not in ("no", "bf16"):
@@ -40,16 +46,16 @@ def start(config: Config) -> tuple[Config, Accelerator, Choice]:
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = config.threads
     if threads is None:
-        # `accelerate launch` and torchrun set one OpenMP thread; any other number is the user's wish.
-        wish = os.environ.get("OMP_NUM_THREADS", "1")
-        threads = int(wish) if wish.isdigit() and int(wish) > 1 else max(1, cores() // local_ranks)
+        # `accelerate launch` and torchrun set one OpenMP thread; any other number is the user's choice.
+        chosen = os.environ.get("OMP_NUM_THREADS", "1")
+        threads = int(chosen) if chosen.isdigit() and int(chosen) > 1 else max(1, cores() // local_ranks)
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     loader_threads = config.loader_threads or (2 if cpu else max(2, min(16, cores() // local_ranks)))
     torch.set_num_threads(threads)
     keep_freed_memory()
-    choice = Choice("fp32" if config.precision == "fp32" else "bf16", "")  # the recipe's own wish needs no reason
+    choice = Choice("fp32" if config.precision == "fp32" else "bf16", "")  # stated in the recipe: no reason to print
     if config.precision == "auto":
-        PartialState(cpu=cpu)  # connects the processes: they must agree before the Accelerator fixes the precision
+        PartialState(cpu=cpu)  # connects the processes, which must agree before the Accelerator fixes the precision
         choice = distributed.broadcast_object(distributed.on_main(lambda: precision(config)))
     config = replace(config, precision=choice.precision, threads=threads, loader_threads=loader_threads)
     if config.deterministic:
@@ -57,9 +63,9 @@ def start(config: Config) -> tuple[Config, Accelerator, Choice]:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # its successor syncs buffers at the start
-    # One DDP forward per step and every trainable parameter gets a gradient; running statistics are equal on all ranks already.
+    # Each step has one DDP forward, and every trainable parameter gets a gradient; running statistics are equal on all ranks.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    # Without cpu=True, torchrun on a machine without an accelerator would run as many unconnected single processes.
+    # Without cpu=True, torchrun on a machine without an accelerator would run its processes unconnected.
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no", cpu=cpu, kwargs_handlers=[ddp])
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise OptionError(
@@ -73,9 +79,10 @@ def start(config: Config) -> tuple[Config, Accelerator, Choice]:
 
 
 def keep_freed_memory() -> None:
-    """glibc gives tensors of more than 128 KB back to the system and faults their pages in again at every step: keep them.
+    """Let glibc keep freed memory.
 
-    About 7% of a small CPU step (11,000 page faults -> 0). Elsewhere nothing happens.
+    By default it returns tensors of more than 128 KB to the system, and their pages are faulted in again at every
+    step. Keeping them saves about 7% of a small CPU step (11,000 page faults -> 0). Without glibc nothing is done.
     """
     if platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
@@ -85,10 +92,10 @@ def keep_freed_memory() -> None:
 
 
 def precision(config: Config) -> Choice:
-    """What `auto` means here: as launched, else as the run folder has it, else what pays on this device.
+    """Resolve `auto`: as launched, else as recorded in the run folder, else chosen for this device.
 
-    A run keeps the precision it began with: it is part of what the recipe means, and a measurement may come out otherwise on another
-    machine, or on the same one another day.
+    A run keeps its first precision: it is part of the recipe's meaning, and a measurement may differ on another
+    machine or day.
     """
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
         return Choice("bf16", "precision bf16: as launched")
@@ -96,14 +103,14 @@ def precision(config: Config) -> Choice:
 
 
 def recorded_precision(folder: Path) -> Choice | None:
-    """The precision of the run in a folder with the figures it was chosen by, or None where no run recorded one."""
+    """Return the precision recorded in a run folder, with the measured rates; None without a record."""
     path = folder / "config.yaml"
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))
         value = stored["precision"]
         noted = stored.get("environment") or {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError):
-        return None  # no run, or a damaged record, which the comparison of recipes reports
+        return None  # no run, or a damaged record, which `check_resume` reports
     if value not in ("fp32", "bf16"):
         return None
     try:
@@ -114,7 +121,13 @@ def recorded_precision(folder: Path) -> Choice | None:
 
 
 def environment(accelerator: Accelerator, config: Config, choice: Choice) -> dict[str, Any]:
-    """What a reader needs to repeat the run. `choice`: as `start` returned it; its figures are GFLOP/s of the run's first start."""
+    """Describe what is needed to repeat the run: versions, device, precision, threads, command.
+
+    Args:
+        accelerator: of this process.
+        config: the resolved recipe.
+        choice: as returned by `start`; its rates are GFLOP/s at the first start of the run.
+    """
     packages = [
         "torch",
         "torchvision",
@@ -165,7 +178,7 @@ def _version(package: str) -> str | None:
 def _git_commit() -> str | None:
     here = Path(__file__).parent
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=False)
+        completed = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return completed.stdout.strip() or None

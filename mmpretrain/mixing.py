@@ -1,4 +1,4 @@
-"""Mixup and CutMix with a partner row, drawn from counter seeds: the same pictures on any number of ranks and chunks."""
+"""Mixup and CutMix with a partner row, drawn from counter seeds, so that ranks and chunks do not change the result."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from mmpretrain.types import MixSpec
 
 
 def mix_pictures(spec: MixSpec, pixels: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-    """Mix every picture with its partner's, row i ^ 1.
+    """Mix every picture with that of its partner, row i ^ 1.
 
     Args:
-        pixels: [B,3,H,W].
+        spec: alphas of mixup and CutMix.
+        pixels: [B, 3, H, W].
         seeds: int64 [B]; a pair draws from the seed of its even row.
 
     Returns:
-        The mixed pictures [B,3,H,W], and float32 [B], the share of a row's own picture.
+        The mixed pictures [B, 3, H, W], and float32 [B], the share of a row's own picture.
 
     Raises:
-        ValueError: an odd number of rows, or an alpha outside (0, 1].
+        ValueError: an odd number of rows, or an alpha outside [0, 1].
 
     Source: Zhang et al. 2018 (mixup), equation 1; Yun et al. 2019 (CutMix), equations 1 and 2.
     """
@@ -47,12 +48,12 @@ def mix_pictures(spec: MixSpec, pixels: Tensor, seeds: Tensor) -> tuple[Tensor, 
             place = torch.arange(length, device=pixels.device)
             inside.append((place >= (middle - half)[:, None]) & (place < (middle + half)[:, None]))
         mask = inside[0][:, :, None] & inside[1][:, None, :] & cuts[:, None, None]
-        weight = torch.where(cuts, 1 - mask.float().mean((1, 2)), weight)  # what was pasted, after the border cut it
+        weight = torch.where(cuts, 1 - mask.float().mean((1, 2)), weight)  # the pasted area, clipped at the border
     share = torch.where(cuts, 1.0, weight).to(pixels.dtype).view(-1, 1, 1, 1)
     mixed = pixels * share + partner * (1 - share)
     return torch.where(mask[:, None], partner, mixed), weight
 
 
 def partners(values: Tensor) -> Tensor:
-    """[B,...] -> the same of every row's partner, row i ^ 1."""
+    """Return the values [B, ...] of every row's partner, row i ^ 1."""
     return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What should be said of a mixture before a run is made of it."""
+"""Warnings about a recipe's data mixture."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ FEW_EPOCHS, MANY_EPOCHS = 1.0, 50.0
 
 
 def of_source(name: str, source: Source, line: dict[str, Any]) -> list[str]:
-    found = []
+    """Return the warnings about one source: too few or many epochs, repeats within a batch, missing or unusable members.
+
+    Args:
+        name: of the source.
+        source: opened.
+        line: its amounts, as `data_prep mix` computes them: "parts", "rows_per_step", and statistics of captions.
+    """
+    warnings = []
     for part in line["parts"]:
         where = f"source {name!r}" + (f", part {part['first']}" if len(line["parts"]) > 1 else "")
         if part["epochs"] is not None and part["epochs"] < FEW_EPOCHS:
-            found.append(f"{where}: {part['epochs']:.2f} epochs: {1 - part['epochs']:.0%} of its samples are never seen.")
+            warnings.append(f"{where}: {part['epochs']:.2f} epochs: {1 - part['epochs']:.0%} of its samples are never seen.")
         if part["epochs"] is not None and part["epochs"] > MANY_EPOCHS:
-            found.append(f"{where}: {part['epochs']:.0f} epochs: every sample comes so often that overfitting is likely.")
+            warnings.append(f"{where}: {part['epochs']:.0f} epochs: every sample comes so often that overfitting is likely.")
         rows = line["rows_per_step"] * part["share"]
         if rows > part["samples"]:
-            found.append(f"{where}: {rows:.0f} rows a step from {part['samples']} samples: the same sample comes twice in one batch.")
+            warnings.append(f"{where}: {rows:.0f} rows a step from {part['samples']} samples: the same sample comes twice in one batch.")
     budget = source.config.max_bad_fraction
     for kind, option in (("text", "caption"), ("label", "label")):
         if not source._wants[kind]:
@@ -37,20 +44,20 @@ def of_source(name: str, source: Source, line: dict[str, Any]) -> list[str]:
                     if lacking > 10 + budget * shards.looked_at
                     else ""
                 )
-                found.append(
+                warnings.append(
                     f"source {name!r}, {shards.names[0]}: {lacking} of {shards.looked_at} samples have no {extension}, which an objective "
                     f"needs; others are read in their place.{end}"
                 )
     sampled = line.get("captions_sampled", 0)
     if bad := line.get("unusable_captions", 0):
-        found.append(f"source {name!r}: {bad} of the samples looked at have no usable caption in {source.config.caption}.")
+        warnings.append(f"source {name!r}: {bad} of the samples looked at have no usable caption in {source.config.caption}.")
     if line.get("over_context", 0) > 0.01:
-        found.append(f"source {name!r}: {line['over_context']:.0%} of {sampled} captions are cut at {line['context_length']} tokens.")
-    return found
+        warnings.append(f"source {name!r}: {line['over_context']:.0%} of {sampled} captions are cut at {line['context_length']} tokens.")
+    return warnings
 
 
 def shared(opened: dict[str, Source]) -> list[str]:
-    """Shards that several sources read: seen more often than any single line of the table says."""
+    """Return a warning for shards that several sources read: their epochs add up."""
     readers: dict[str, list[str]] = {}
     for name, source in opened.items():
         split = source.config.split
@@ -65,7 +72,10 @@ def shared(opened: dict[str, Source]) -> list[str]:
 
 
 def of_recipe(config: Config, steps: int | None) -> list[str]:
-    found = []
+    """Return the warnings about the recipe as a whole."""
+    warnings = []
     if steps is not None and config.optim.warmup_steps >= steps:
-        found.append(f"optim.warmup_steps is {config.optim.warmup_steps} of only {steps} steps: the learning rate never gets to its peak.")
-    return found
+        warnings.append(
+            f"optim.warmup_steps is {config.optim.warmup_steps} of only {steps} steps: the learning rate never gets to its peak."
+        )
+    return warnings

@@ -1,4 +1,4 @@
-"""One step: plan -> encode each view once -> objectives -> total loss."""
+"""The pretraining model: it plans the encodes of all objectives, computes each once, and sums the objectives' losses."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from mmpretrain.types import OUTPUTS, Batch, Encode, Encoded, Requested, TypedMo
 
 
 class PretrainModel(nn.Module):
-    """Towers and objectives; `forward(batch)` gives the weighted sum of losses and what to log.
+    """Towers and objectives; `forward(batch)` returns the weighted sum of losses, and scalars to log.
 
-    Objectives see only `Encoded` tensors, so encodes that several of them ask for are made once, and encodes of the same
-    network and token count go through it together.
+    Objectives see only `Encoded` tensors, so an encode that several of them request is computed once, and encodes of
+    the same network and token count share a pass through its blocks.
     """
 
     def __init__(
@@ -44,32 +44,36 @@ class PretrainModel(nn.Module):
         spans: Mapping[str, tuple[float, float]] | None = None,
         teacher_statistics: Literal["running", "batch"] = "running",
     ):
-        """Put towers and objectives together.
+        """Combine towers and objectives.
 
         Args:
+            towers: the trained towers.
+            objectives: by name.
+            weights: objective -> factor of its loss.
             teacher: the EMA copy of `towers`.
             networks: frozen towers by name.
-            spans: objective -> (start, stop), the fractions of the run between which it is trained; default: all of it.
-            teacher_statistics: of the teacher's BatchNorms: its running ones, or the batch's.
+            spans: objective -> (start, stop), the fractions of the run between which it is trained; default: all of
+                it.
+            teacher_statistics: of the teacher's BatchNorms: running ones, or those of the batch.
 
         Raises:
-            ValueError: an objective asks for a network or output that is not there, or its `forward` takes other arguments.
+            ValueError: an objective requests a missing network or output, or its `forward` takes other arguments.
         """
         super().__init__()
         self.towers = towers
-        self.teacher = teacher  # moved by the trainer, never by a gradient
+        self.teacher = teacher  # updated by the trainer, never by a gradient
         self.networks: TypedModuleDict[DualEncoder] = TypedModuleDict(dict(networks or {})).requires_grad_(False)
         self.objectives: TypedModuleDict[Objective] = TypedModuleDict(objectives)
         self.weights = weights
         self.spans = {name: (spans or {}).get(name, (0.0, 1.0)) for name in objectives}
         self.teacher_statistics = teacher_statistics
-        self.active = list(objectives)  # those that this step trains
-        self.idle: list[nn.Parameter] = []  # trainable ones that no active objective sends a gradient to
+        self.active = list(objectives)  # those trained in this step
+        self.idle: list[nn.Parameter] = []  # trainable parameters without a gradient from an active objective
         for name, objective in objectives.items():
             self._check(name, objective)
 
     def _check(self, name: str, objective: Objective) -> None:
-        """What would fail, or silently train nothing, in the middle of a step."""
+        """Raise ValueError for an objective that would fail, or silently train nothing, during a step."""
         networks = {"student": self.towers, "teacher": self.teacher, **self.networks}
         for encode in source_encodes(objective.needs):
             if encode.network not in networks:
@@ -83,16 +87,17 @@ class PretrainModel(nn.Module):
             raise ModelError(f"objective {name!r}: forward takes {sorted(arguments)}, but its needs are {sorted(objective.needs)}")
 
     def begin_step(self, progress: float) -> None:
-        """Settle which objectives this step trains and what they need; progress in [0, 1]."""
+        """Select the objectives of this step and let them prepare; progress in [0, 1]."""
         self.active = self.active_at(progress)
         for name in self.active:
             self.objectives[name].before_step(progress)
 
     def active_at(self, progress: float) -> list[str]:
+        """Return the objectives whose span contains `progress`."""
         return [name for name, (start, stop) in self.spans.items() if start <= progress < stop or (progress >= 1 and stop >= 1)]
 
     def drop_frozen(self, progress: float) -> None:
-        """Drop the gradients of what takes no step now, before they are clipped: frozen parameters, and those of idle objectives."""
+        """Drop, before clipping, the gradients of frozen parameters and of those that only idle objectives train."""
         for name in self.active:
             for parameter in self.objectives[name].frozen(progress):
                 parameter.grad = None
@@ -100,17 +105,17 @@ class PretrainModel(nn.Module):
             parameter.grad = None
 
     def finish_step(self, progress: float) -> None:
-        """What follows an update that was made."""
+        """Let the active objectives act after an update that was made."""
         for name in self.active:
             self.objectives[name].after_step(progress)
 
     def changing_buffers(self) -> list[Tensor]:
-        """Buffers that a forward pass may change: running statistics, and whatever objectives keep (centres, queues)."""
+        """Return the buffers that a forward pass may change: running statistics, and centres or queues of objectives."""
         return [*{id(b): b for b in (*running_statistics(self), *self.objectives.buffers())}.values()]
 
     @contextlib.contextmanager
     def preserved(self) -> Iterator[None]:
-        """Put the buffers that a forward pass changes back afterwards: measuring and drawing leave no trace."""
+        """Restore the buffers that a forward pass changes: measuring and drawing have no effect."""
         buffers = self.changing_buffers()
         before = [buffer.clone() for buffer in buffers]
         try:
@@ -122,18 +127,18 @@ class PretrainModel(nn.Module):
 
     @property
     def plan(self) -> list[Encode]:
-        """This step's encodes: an objective may change what it needs as training goes on."""
+        """This step's encodes: an objective may change its needs during training."""
         return make_plan(self.objectives[name] for name in self.active)
 
     def views(self) -> dict[str, set[ViewSpec]]:
-        """Source -> the views its rows must carry, at any time of the run."""
+        """Return source -> the views that its rows must carry at any time of the run."""
         wanted: dict[str, set[ViewSpec]] = {}
         for encode in make_plan(self.objectives.values()):
             wanted.setdefault(encode.source, set()).add(encode.view)
         return wanted
 
     def spans_of_views(self) -> dict[str, dict[ViewSpec, list[tuple[float, float]]]]:
-        """Source -> view -> the (start, stop) of every objective that looks at it."""
+        """Return source -> view -> the (start, stop) of every objective that uses it."""
         spans: dict[str, dict[ViewSpec, list[tuple[float, float]]]] = {}
         for name, objective in self.objectives.items():
             for encode in make_plan([objective]):
@@ -141,20 +146,19 @@ class PretrainModel(nn.Module):
         return spans
 
     def train(self, mode: bool = True) -> PretrainModel:
+        """Set the mode of towers and objectives; teacher and frozen networks stay in evaluation mode."""
         super().train(mode)
         self.networks.eval()
         copies = [o.teacher for o in self.objectives.values() if isinstance(getattr(o, "teacher", None), nn.ModuleDict)]
         for module in [self.teacher, *copies]:
             if module is None:
                 continue
-            module.eval()  # no dropout, and running statistics, in its targets
+            module.eval()  # targets without dropout, and with running statistics
             if mode and self.teacher_statistics == "batch":
                 for part in module.modules():
                     if is_batch_norm(part):
                         part.train()
         return self
-
-    # -- encoding ---------------------------------------------------------------------------------------------------
 
     def _tower(self, encode: Encode) -> Tower:
         network = {"student": self.towers, "teacher": self.teacher}.get(encode.network) or self.networks[encode.network]
@@ -164,7 +168,7 @@ class PretrainModel(nn.Module):
         return tower
 
     def hidden(self, encode: Encode, batch: Batch, done: dict[Encode, Encoded]) -> Tensor | None:
-        """bool [B,N], the tokens this encode hides; from the rows' seeds alone (and, if attentive, from another encode)."""
+        """Draw the tokens that an encode hides, bool [B, N], from the rows' seeds (and, if attentive, another encode)."""
         if encode.mask is None:
             return None
         view, patch = batch[encode.source].views[encode.view], self._tower(encode).patch_size
@@ -175,9 +179,15 @@ class PretrainModel(nn.Module):
         return draw_mask(encode.mask, batch[encode.source].seeds, grid, attention)
 
     def encode(self, batch: Batch, encodes: Iterable[Encode], known: dict[Encode, Encoded] | None = None) -> dict[Encode, Encoded]:
-        """Every encode once, under its `bare` key; those that agree in network and shape share one pass through the blocks.
+        """Compute every encode once. Those that agree in network and shape share a pass through the blocks.
 
-        `known`, by their `bare` keys, are not made again.
+        Args:
+            batch: rows of every source.
+            encodes: to compute.
+            known: results by `bare` key, which are not computed again.
+
+        Returns:
+            `bare` key -> result.
         """
         done: dict[Encode, Encoded] = dict(known or {})
         pending = [encode for encode in encodes if bare(encode) not in done]
@@ -189,7 +199,7 @@ class PretrainModel(nn.Module):
                 tower = self._tower(encode)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and encode.network == "student"):
                     tokens = self._embed(encode, tower, batch, done)
-                # Where nobody reads the tokens, the last block computes the pooled position alone: worth a group of its own.
+                # Where no output needs all tokens, the last block computes the pooled position alone, in a group of its own.
                 whole = "tokens" in encode.outputs or not tower.one_position
                 key = (encode.network, encode.view.modality, tower.merge_key(tokens), whole)
                 groups.setdefault(key, []).append((encode, tower, tokens))
@@ -205,7 +215,7 @@ class PretrainModel(nn.Module):
 
     @staticmethod
     def _pictures(encode: Encode, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """What the tower sees, and each row's share of its own picture where pictures are mixed."""
+        """Return the tower's input, and each row's share of its own picture where pictures are mixed."""
         rows = batch[encode.source]
         data = rows.views[encode.view].data
         return (data, None) if encode.mix is None else mix_pictures(encode.mix, data, rows.seeds)
@@ -226,10 +236,8 @@ class PretrainModel(nn.Module):
             result[bare(encode)] = outputs._replace(rows=rows, view=rows.views[encode.view], mix=weight)
         return result
 
-    # -- objectives -------------------------------------------------------------------------------------------------
-
     def forward(self, batch: Batch, names: Iterable[str] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the losses of all objectives, or of those named, and what to log."""
+        """Compute the weighted sum of the losses of the named objectives (None: all active), and scalars to log."""
         names = list(self.active if names is None else names)
         encoded = self.encode(batch, make_plan(self.objectives[name] for name in names))
         losses, logs = self.losses(encoded, names)
@@ -241,28 +249,37 @@ class PretrainModel(nn.Module):
     def losses(
         self, encoded: dict[Encode, Encoded], names: Iterable[str], totals: dict[str, Tensor] | None = None, check: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Each objective's share of the global loss, and its scalars; the mean over ranks (and sum over chunks) is the whole."""
+        """Compute each objective's share of the global loss, and its scalars.
+
+        The mean over ranks, summed over chunks, is the loss over the global batch.
+
+        Args:
+            encoded: results of `encode`.
+            names: objectives.
+            totals: per-row objective -> its number of terms in the global batch; None: of these rows on all ranks.
+            check: raise ValueError where an objective's outputs are not a loss and scalars.
+        """
         losses, logs = {}, {}
         for name in names:
             objective = self.objectives[name]
             arguments = self.arguments(name, encoded)
-            found = objective(**arguments)
+            scalars = objective(**arguments)
             if check:
-                check_outputs(name, found)
-            loss = found.pop("loss")
+                check_outputs(name, scalars)
+            loss = scalars.pop("loss")
             if objective.per_row:
                 count = objective.count(**arguments).to(loss.device, loss.dtype)
                 total = totals[name].to(loss.dtype) if totals is not None else all_reduce_sum(count)
                 share = count * world_size() / total.clamp(min=1)
                 loss = loss * share
-                found = {k: v * share for k, v in found.items()}
+                scalars = {k: v * share for k, v in scalars.items()}
             losses[name] = loss
             logs[f"{name}/loss"] = loss.detach()
-            logs.update({f"{name}/{k}": v.detach() for k, v in found.items()})
+            logs.update({f"{name}/{k}": v.detach() for k, v in scalars.items()})
         return losses, logs
 
     def arguments(self, name: str, encoded: dict[Encode, Encoded]) -> dict[str, Any]:
-        """What an objective's `forward` gets. Reading an output that its encode does not ask for is an error that says so."""
+        """Return the arguments of an objective's `forward`; reading an output that was not requested raises ValueError."""
 
         def one(key: str, encode: Encode) -> Requested:
             return asked(name, key, encode.outputs)(*encoded[bare(encode)])
@@ -270,18 +287,26 @@ class PretrainModel(nn.Module):
         needs = self.objectives[name].needs
         return {k: tuple(one(k, e) for e in v) if isinstance(v, tuple) else one(k, v) for k, v in needs.items()}
 
-    # -- exact large batches ----------------------------------------------------------------------------------------
-
     def backward_in_chunks(self, batch: Batch, chunks: int, backward: Callable[[Tensor], None]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradients of the whole batch while only one chunk's activations live. Gao et al. 2021 (GradCache), section 3.2.
+        """Compute the gradients of the whole batch while the activations of only one chunk are held.
 
-        The whole-batch objectives run on cached outputs; their gradients are then sent through each chunk, encoded again.
-        Per-row objectives run in that second pass.
+        Objectives over the whole batch run on cached outputs; their gradients are then sent through each chunk, which
+        is encoded again. Per-row objectives run in that second pass.
+
+        Args:
+            batch: rows of every source.
+            chunks: their number.
+            backward: called with each part of the loss.
+
+        Returns:
+            (loss of the whole batch, scalars to log).
+
+        Source: Gao et al. 2021 (GradCache), section 3.2.
         """
         whole = [name for name in self.active if not self.objectives[name].per_row]
         per_row = [name for name in self.active if self.objectives[name].per_row]
         plan = {bare(e): e for e in self.plan}
-        # Without a gradient one pass is enough: the teacher's is kept with all that anybody reads of it.
+        # Encodes without a gradient need one pass only: their results are kept with all requested outputs.
         cached_encodes = [e if e.network == "student" else plan[bare(e)] for e in make_plan(self.objectives[name] for name in whole)]
         parts = [take(batch, i, chunks) for i in range(chunks)]
 
@@ -306,18 +331,18 @@ class PretrainModel(nn.Module):
             for encode, leaf in leaves.items():
                 if encode.network == "student":
                     loss = loss + surrogate(encoded[encode], leaf, i, chunks)
-            losses, found = self.losses(encoded, per_row, totals)
+            losses, scalars = self.losses(encoded, per_row, totals)
             if losses:
                 share = sum_losses(losses, self.weights)
                 total, loss = total + share.detach(), loss + share
-            for name, value in found.items():
+            for name, value in scalars.items():
                 logs[name] = logs[name] + value if name in logs else value
             if loss.requires_grad:
                 backward(loss)
         return total, logs
 
     def _count(self, name: str, batch: Batch) -> Tensor:
-        """A per-row objective's number of terms in the whole local batch, read from rows and views alone."""
+        """Count the terms of a per-row objective in the whole local batch, from rows and views alone."""
         objective = self.objectives[name]
         blank = {bare(e): Encoded(rows=batch[e.source], view=batch[e.source].views[e.view]) for e in source_encodes(objective.needs)}
         count = objective.count(**self.arguments(name, blank))
@@ -325,12 +350,12 @@ class PretrainModel(nn.Module):
 
 
 def bare(encode: Encode) -> Encode:
-    """The encode but for what is read from it: requests equal in this are one forward."""
+    """Return an encode without its outputs: requests that are equal in this are one forward pass."""
     return replace(encode, outputs=frozenset())
 
 
 def make_plan(objectives: Iterable[Objective]) -> list[Encode]:
-    """The distinct encodes of all objectives, each with all the outputs that somebody asks of it."""
+    """Return the distinct encodes of all objectives, each with all outputs that any of them requests."""
     outputs: dict[Encode, frozenset[str]] = {}
     for objective in objectives:
         for encode in source_encodes(objective.needs):
@@ -342,18 +367,19 @@ def make_plan(objectives: Iterable[Objective]) -> list[Encode]:
 
 
 def sum_losses(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """Sum the losses by weight, in at least fp32."""
     return torch.stack([exact(loss) * weights[name] for name, loss in losses.items()]).sum()
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """The buffers that a forward pass in training changes: means and variances of every kind of BatchNorm."""
+    """Return the buffers that a forward pass in training mode changes: means and variances of all BatchNorms."""
     names = {"running_mean", "running_var", "num_batches_tracked"}
     return [buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in names]
 
 
 @functools.cache
 def asked(objective: str, argument: str, outputs: frozenset[str]) -> type[Requested]:
-    """A Requested whose outputs, where nobody asked for them, say so when they are read: None would fail far from the cause."""
+    """Make a Requested class whose missing outputs raise ValueError when read; None would fail far from the cause."""
 
     class Asked(Requested):
         __slots__ = ()
@@ -371,10 +397,10 @@ def asked(objective: str, argument: str, outputs: frozenset[str]) -> type[Reques
 
 
 def with_mask_embeddings(towers: DualEncoder, objectives: Iterable[Objective], seed: int) -> None:
-    """Give the towers that hide tokens their mask embeddings, each drawn from `seed` alone.
+    """Add a mask embedding to each tower that hides tokens, drawn from `seed` alone.
 
     Raises:
-        ValueError: a tower that cannot hide tokens, or is not there.
+        ValueError: a tower cannot hide tokens.
     """
     for encode in (e for objective in objectives for e in source_encodes(objective.needs)):
         replaces = encode.mask is not None and encode.mask.mode == "replace"
@@ -386,7 +412,7 @@ def with_mask_embeddings(towers: DualEncoder, objectives: Iterable[Objective], s
 
 
 def check_outputs(name: str, outputs: dict[str, Tensor]) -> None:
-    """Raise ValueError where an objective returned no loss, or logs that are not scalars."""
+    """Raise ValueError where an objective returned no loss, or scalars of another shape."""
     if "loss" not in outputs:
         raise ModelError(f"objective {name!r} returned {sorted(outputs)}, without a loss")
     if wrong := [key for key, value in outputs.items() if not isinstance(value, Tensor) or value.numel() != 1]:
@@ -394,14 +420,15 @@ def check_outputs(name: str, outputs: dict[str, Tensor]) -> None:
 
 
 def freeze_unused(model: PretrainModel, batch: Batch, progresses: Iterable[float] = (0.0,)) -> tuple[list[str], dict[float, set[str]]]:
-    """Freeze what no objective ever sends a gradient to: DDP and weight decay must not see it.
+    """Freeze the parameters that never get a gradient: DDP and weight decay must not see them.
 
     Args:
+        model: changed in place.
         batch: a few rows, with the views of all objectives that are active at any of `progresses`.
-        progresses: one moment of each phase of the run between which other objectives are active.
+        progresses: one moment of each phase of the run; a phase has the same active objectives throughout.
 
     Returns:
-        The names of what was frozen, and for each moment the names of the parameters that get a gradient there.
+        The names of the frozen parameters, and for each moment the names of the parameters that get a gradient there.
 
     Raises:
         ValueError: an objective's outputs are not a loss and scalars.

@@ -1,4 +1,4 @@
-"""Parameter groups, layer-wise learning-rate decay, schedules."""
+"""Optimizers: parameter groups, layer-wise learning-rate decay, and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from mmpretrain.config.build import Range
 
 @dataclass
 class OptimConfig:
+    """The optimizer and its schedule."""
+
     name: Literal["adamw", "adam", "sgd"] = "adamw"  # optimizer
     lr: Annotated[float, Range(0)] = 5.0e-4  # peak learning rate
     weight_decay: Annotated[float, Range(0)] = 0.2  # on matrices only: norms, biases, embeddings of position and class, scales have none
@@ -31,7 +33,10 @@ class OptimConfig:
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The factor on the peak learning rate for update `step` (0-based) of `steps`."""
+    """Return the factor on the peak learning rate for update `step` (0-based) of `steps`.
+
+    Source: Hu et al. 2024 (MiniCPM) for wsd.
+    """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -39,29 +44,31 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     if config.schedule == "cosine":
         return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-    left = (1 - progress) / max(config.decay_fraction, 1e-9)  # Hu et al. 2024 (MiniCPM), warm-up-stable-decay
+    left = (1 - progress) / max(config.decay_fraction, 1e-9)
     return config.final_lr + (1 - config.final_lr) * min(1.0, left)
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Weight decay is for matrices: not for vectors, scales, or the embeddings of class and position."""
+    """Return whether a parameter has weight decay: matrices without the embeddings of class and position."""
     last = name.rsplit(".", 1)[-1]
     return parameter.ndim >= 2 and last not in {"positional_embedding", "class_embedding", "pos_embed", "cls_token", "mask_token"}
 
 
 def align_tops(towers: Iterable[dict[str, int]]) -> dict[str, int]:
-    """name -> depth of each tower, shifted so that the last layers of all towers are equally deep: each is nearest the loss."""
+    """Shift the depths of each tower so that the last layers of all towers are equally deep: each is nearest the loss."""
     parts = [part for part in towers if part]
     top = max((max(part.values()) for part in parts), default=0)
     return {name: depth + top - max(part.values()) for part in parts for name, depth in part.items()}
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, layers: dict[str, int]) -> list[dict]:
-    """Groups of equal decay and learning rate.
+    """Group parameters of equal decay and learning rate.
 
     Args:
         parameters: trainable (name, parameter).
-        layers: name -> depth, the largest for what is nearest the loss; absent names count as nearest. See `align_tops` for two towers.
+        config: rates and decay.
+        layers: name -> depth, the largest nearest the loss; absent names are heads and count as nearest. See
+            `align_tops`.
     """
     top = max(layers.values(), default=0)
     groups: dict[tuple[float, float], dict] = {}
@@ -78,6 +85,7 @@ def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: Opt
 
 
 def build_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
+    """Build the optimizer of `config` over parameter groups."""
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
@@ -85,7 +93,7 @@ def build_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Opti
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps: int) -> float:
-    """Set every group's rate for this update; returns the peak group's rate."""
+    """Set every group's rate for this update; return the peak group's rate."""
     lr = config.lr * learning_rate(config, step, steps)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]

@@ -1,4 +1,4 @@
-"""Exceptions that reach the process that waits for a result."""
+"""Exceptions that can be sent to another process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import traceback
 
 
 def picklable(error: BaseException, where: str) -> BaseException:
-    """An exception that another process can raise: the error itself, or a RuntimeError with its text where it does not survive pickling.
+    """Return `error`, or a RuntimeError with its text where it cannot be pickled.
 
     The traceback, which pickling loses, is added as a note that begins with `where`.
     """

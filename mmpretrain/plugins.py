@@ -1,7 +1,8 @@
-"""Objectives and evaluators by name: the project's own, those of installed packages, and modules that the user names.
+"""Registries of objectives and evaluators: the project's own, those of installed packages, and of modules that the user names.
 
-A recipe is data, and may come from a stranger: a `kind` such as `my_package.my_module:MyObjective` imports nothing by itself. It works
-where the user named the module (`--plugin my_package.my_module`); an installed package offers its classes as entry points instead.
+A recipe is data, possibly untrusted: a `kind` such as `my_package.my_module:MyObjective` imports nothing by itself. It
+needs the module on the command line (`--plugin my_package.my_module`); an installed package offers its classes as
+entry points instead.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from typing import Any
 
 from mmpretrain.config.build import OptionError, nearest
 
-_allowed: set[str] = set()  # modules that the command line named
+_allowed: set[str] = set()  # modules named on the command line
 
 
 def allow(modules: list[str]) -> None:
     """Let recipes name classes of these modules.
 
     Raises:
-        OptionError: a name that is not a module's.
+        OptionError: a name that is not that of a module.
     """
     for module in modules:
         if not all(part.isidentifier() for part in module.split(".")):
@@ -29,12 +30,12 @@ def allow(modules: list[str]) -> None:
 
 
 class Kinds(Mapping[str, Any]):
-    """Kind -> class. What an installed package offers is imported when it is asked for.
+    """Kind -> class. Classes of installed packages are imported on first use.
 
     Args:
         known: the project's own, by kind.
         group: the entry-point group of other packages, such as `mmpretrain.objectives`.
-        what: one word for messages.
+        what: "objective" or "evaluator", for messages.
     """
 
     def __init__(self, known: Mapping[str, type], group: str, what: str) -> None:
@@ -55,7 +56,7 @@ class Kinds(Mapping[str, Any]):
         return isinstance(kind, str) and (kind in self.known or kind in self._loaded or ":" in kind or kind in self._offered())
 
     def _load(self, kind: str) -> Any:
-        """The class of an entry point, or of a module that was named. Raises KeyError, or OptionError saying what to do."""
+        """Import the class of an entry point, or of an allowed module. Raises KeyError, or OptionError with the remedy."""
         module, colon, name = kind.partition(":")
         if not colon:
             return self._class(self._offered()[kind].load(), kind)
@@ -69,10 +70,10 @@ class Kinds(Mapping[str, Any]):
         except (ImportError, AttributeError) as error:
             raise OptionError(f"{self.what} {kind!r}: {error}") from error
 
-    def _class(self, found: Any, kind: str) -> Any:
-        if not isinstance(found, type) or not hasattr(found, "Config"):
-            raise OptionError(f"{self.what} {kind!r} is {found!r}, expected a class with a Config")
-        return found
+    def _class(self, value: Any, kind: str) -> Any:
+        if not isinstance(value, type) or not hasattr(value, "Config"):
+            raise OptionError(f"{self.what} {kind!r} is {value!r}, expected a class with a Config")
+        return value
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self.known, *self._offered()])
@@ -81,5 +82,5 @@ class Kinds(Mapping[str, Any]):
         return len(list(iter(self)))
 
     def refusal(self, kind: object) -> str:
-        """Why `kind` is not known, with the nearest name."""
+        """Return the message for an unknown `kind`, with the nearest name."""
         return f"unknown {self.what} {kind!r}" + nearest(str(kind), self)

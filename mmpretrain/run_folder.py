@@ -1,4 +1,4 @@
-"""The run folder: may this recipe use it, what was already done there, and what the end of a run leaves."""
+"""The run folder: the newest checkpoint, the resume check of the recipe, the lock, and config.yaml."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECIPE = "config.yaml"
 
 
 def newest(config: Config) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, or None to start; and a line for each newer one that was passed over.
+    """Return the checkpoint to resume from, or None to start; and a line for each newer one that was skipped.
 
     Raises:
         OptionError: the folder holds a run, and resume is never.
@@ -30,8 +30,13 @@ def newest(config: Config) -> tuple[Path | None, list[str]]:
     return newest_valid(folder / "checkpoints")
 
 
-def check_resume(config: Config, found: Path | None, skipped: list[str]) -> list[str]:
-    """Check that this recipe may resume from the checkpoint `found`; -> messages about it.
+def check_resume(config: Config, checkpoint: Path | None, skipped: list[str]) -> list[str]:
+    """Check that this recipe may resume from `checkpoint`, and return messages about it.
+
+    Args:
+        config: the recipe.
+        checkpoint: to resume from; None to start.
+        skipped: messages about newer checkpoints that are not valid; see `newest`.
 
     Raises:
         OptionError: the folder holds a run of another recipe.
@@ -47,23 +52,23 @@ def check_resume(config: Config, found: Path | None, skipped: list[str]) -> list
         changed = differences(old, plain(config))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:  # empty, cut, or not a mapping
         changed = [f"{stored} is damaged and cannot be compared: {error}"]
-    if changed and (found is not None or messages):
+    if changed and (checkpoint is not None or messages):
         if config.resume != "force":
             raise OptionError(
                 f"{folder} holds a run of a different recipe:\n  "
                 + "\n  ".join(changed)
-                + "\nChoose another run_dir, or resume=force to go on with this one"
+                + "\nChoose another run_dir, or resume=force to continue with this one"
             )
         messages += [f"resume=force: {line}" for line in changed]
-    if found is None and messages:
+    if checkpoint is None and messages:
         raise CheckpointError("\n".join([*messages, f"{folder} has no valid checkpoint left: remove the folder or choose another run_dir"]))
-    if found is not None:
-        messages.append(f"resuming from {found} (step {load_json(found, 'state')['step']})")
+    if checkpoint is not None:
+        messages.append(f"resuming from {checkpoint} (step {load_json(checkpoint, 'state')['step']})")
     return messages
 
 
 def lock(config: Config) -> IO[str]:
-    """Hold the run folder while the returned file is open; the system lets go of it when the process ends, however it ends.
+    """Lock the run folder while the returned file is open; the system releases it when the process ends in any way.
 
     Raises:
         OptionError: another process trains in this folder, or it cannot be written.
@@ -77,7 +82,7 @@ def lock(config: Config) -> IO[str]:
 
 
 def write_recipe(config: Config, environment: dict[str, Any]) -> None:
-    """config.yaml: the resolved recipe and what it ran on."""
+    """Write config.yaml: the resolved recipe and its environment."""
     folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(plain(config) | {"environment": environment}, sort_keys=False, allow_unicode=True)

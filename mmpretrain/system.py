@@ -1,4 +1,4 @@
-"""What differs between operating systems: the cores that this process may use, and locks on files."""
+"""Operating systems: the cores that this process may use, and file locks."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 
 
 def cores() -> int:
-    """How many cores this process may use: fewer than the machine has, inside a container or under taskset."""
+    """Return the number of cores this process may use: fewer than the machine has in a container or under taskset."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS, Windows
 
 
 def lock_across_forks() -> threading.Lock:
-    """A lock that is free in a forked process, whichever thread held it before."""
+    """Make a lock that is free in a forked process, whichever thread held it before."""
     lock = threading.Lock()
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
@@ -40,14 +40,18 @@ def _let_go() -> None:
         file.close()
 
 
-if hasattr(os, "register_at_fork"):  # a forked process that outlives this one must not go on holding its locks
+if hasattr(os, "register_at_fork"):  # a forked process that outlives this one must not keep its locks
     os.register_at_fork(after_in_child=_let_go)
 
 
 def hold(path: str | Path, wait: bool = True) -> IO[str]:
-    """Lock the file `path`, made if need be, while what is returned is open; the system lets go when the process ends, however it ends.
+    """Lock the file `path`, created if missing, until the returned file is closed or this process ends in any way.
 
-    Where there are no file locks (Windows, some network file systems) it holds nothing, and on Windows says so.
+    Without file locks (Windows, some network file systems) it locks nothing; on Windows it logs a warning.
+
+    Args:
+        path: of the lock file.
+        wait: for another process that holds it.
 
     Raises:
         BlockingIOError: another process holds it and `wait` is false.
@@ -56,7 +60,7 @@ def hold(path: str | Path, wait: bool = True) -> IO[str]:
     file = Path(path).open("w")  # noqa: SIM115 (the caller closes it)
     _held.add(file)
     if fcntl is None:
-        log.warning("this system has no file locks: see to it that no other process writes to %s", Path(path).parent)
+        log.warning("this system has no file locks: make sure that no other process writes to %s", Path(path).parent)
         return file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -1,4 +1,4 @@
-"""The training loop, read top to bottom."""
+"""The training loop: setup, steps with checkpoints and evaluations, and the final report."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from mmpretrain.types import Batch, ImageSpec
 
 
 class TrainingError(MMPretrainError, RuntimeError):
-    """Training cannot go on; the message says why and what to do."""
+    """Training cannot continue; the message states the cause and the remedy."""
 
 
 @dataclass
 class Run:
-    """What `setup` makes of a recipe, and `fit` trains."""
+    """The parts of a run: `setup` makes them of a recipe, `fit` trains them."""
 
-    config: Config  # resolved: steps, precision and threads are settled
+    config: Config  # resolved: steps, precision and threads are known
     accelerator: Accelerator
     model: PretrainModel
     wrapped: torch.nn.Module  # the model under DDP
@@ -53,15 +53,15 @@ class Run:
     sources: dict[str, Source]
     loader: Loader
     batches: Iterator[Batch]
-    named: list[tuple[str, torch.nn.Parameter]]  # what is trained
-    phases: dict[float, set[str]]  # a moment of each phase of the run -> the parameters that get a gradient from there on
+    named: list[tuple[str, torch.nn.Parameter]]  # the trained parameters
+    phases: dict[float, set[str]]  # first moment of each phase of the run -> the parameters that get a gradient in it
     optimizer: torch.optim.Optimizer
     tracker: Tracker
     evaluations: Evaluations
     interrupts: Interrupts
     step: int
     skipped_steps: int
-    late: bool  # whether flags are read one step later: an accelerator must not wait for the host
+    late: bool  # flags are read one step later: an accelerator must not wait for the host
     stop: str | None = None  # why to stop before the first step
 
 
@@ -70,51 +70,56 @@ class Outcome:
     """A step whose flags may still be on the device."""
 
     step: int
-    flags: torch.Tensor  # bool [3]: not finite, asked to stop, samples were replaced; true on every rank when true on one
-    reason: str | None  # of this rank's wish to stop
+    flags: torch.Tensor  # bool [3]: non-finite, stop requested, samples replaced; true on every rank when true on one
+    reason: str | None  # why this rank stops
     replaced: list[dict[str, Any]]
     logs: dict[str, torch.Tensor]
-    keys: list[str]  # the first of the batch
+    keys: list[str]  # of the first rows of the batch
 
 
 def train(config: Config, data: DataInProgress | None = None) -> int:
-    """Run a recipe to its end, or until interrupted. Returns the exit status.
+    """Train a recipe to its end, or until interrupted. Return the exit status.
 
     Args:
+        config: the recipe.
         data: of evaluators, where it is still being written.
     """
     with ExitStack() as closing:
         run = setup(config, closing, data or DataInProgress())
         stop = fit(run)
         if stop:
-            run.tracker.message(f"stopped by {stop} after step {run.step}; saved. The same command goes on from there.")
+            run.tracker.message(f"stopped after step {run.step} because {stop}; saved. The same command resumes from there.")
         else:
             finish(run.config, run.tracker, run.sources)
         return 0
 
 
 def setup(config: Config, closing: ExitStack, data: DataInProgress) -> Run:
-    """Everything up to the first step. What must be closed is left to `closing`."""
+    """Prepare a run up to its first step, resumed or started; `closing` receives what must be closed."""
     config, accelerator, precision = launch.start(config)
     device, processes = accelerator.device, accelerator.num_processes
     check_division(config, processes)
     evaluators = build_evaluators(config, data)
     distributed.on_main(lambda: closing.enter_context(run_folder.lock(config)))
-    found, passed_over = distributed.broadcast_object(distributed.on_main(lambda: run_folder.newest(config)))
+    resumed_from, skipped = distributed.broadcast_object(distributed.on_main(lambda: run_folder.newest(config)))
 
-    # What is trained, and on what. Where the length is given in epochs, a first look at the sources says how many steps that is.
-    model, teacher = build_model(config, resumed=found is not None)
+    # Model and sources. Where the length is given in epochs, the sources determine the number of steps, and the model is built again.
+    model, teacher = build_model(config, resumed=resumed_from is not None)
     sources = build_sources(config, model)
     if config.epochs is not None:
         config = replace(config, steps=total_steps(config, sources), epochs=None)
-        model, teacher = build_model(config, resumed=found is not None)
+        model, teacher = build_model(config, resumed=resumed_from is not None)
     assert config.steps is not None
     steps = config.steps
-    messages = distributed.on_main(lambda: run_folder.check_resume(config, found, passed_over)) or []
-    state = checkpoint.load_json(found, "state") if found else {"step": 0, "positions": dict.fromkeys(sources, 0), "skipped_steps": 0}
+    messages = distributed.on_main(lambda: run_folder.check_resume(config, resumed_from, skipped)) or []
+    state = (
+        checkpoint.load_json(resumed_from, "state")
+        if resumed_from
+        else {"step": 0, "positions": dict.fromkeys(sources, 0), "skipped_steps": 0}
+    )
     step = state["step"]
     schedule_views(sources, model, steps, step, state["positions"])
-    tracker = Tracker(config.run_dir, config.log_every, steps, accelerator.is_main_process, step if found else None)
+    tracker = Tracker(config.run_dir, config.log_every, steps, accelerator.is_main_process, step if resumed_from else None)
     closing.callback(tracker.close)
     for message in filter(None, [*messages, precision.reason]):
         tracker.message(message)
@@ -131,7 +136,7 @@ def setup(config: Config, closing: ExitStack, data: DataInProgress) -> Run:
     interrupts = Interrupts()
     closing.callback(interrupts.close)
 
-    # Everything that gets no gradient is frozen before DDP and the optimizer look at it; the first batch is then trained on.
+    # Parameters without a gradient are frozen before DDP and the optimizer see them. The first batch is trained on afterwards.
     phases: dict[float, set[str]] = {}
     if step < steps:
         moments = sorted({0.0, *(f for span in model.spans.values() for f in span if f < 1)})
@@ -142,13 +147,13 @@ def setup(config: Config, closing: ExitStack, data: DataInProgress) -> Run:
         with accelerator.autocast(), blaming("objectives", ModelError):
             unused, phases = freeze_unused(model, few, moments)
         if unused:
-            tracker.message(f"no objective trains these, they stay as they are: {', '.join(unused)}")
+            tracker.message(f"no objective trains these parameters, which are frozen: {', '.join(unused)}")
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(parameter_groups(named, config.optim, layers(model.towers)), config.optim)
     evaluations = Evaluations(config, evaluators, accelerator, model, teacher, tracker, data)
     stop = None
-    if found:
-        for line in checkpoint.restore_run(found, model, teacher, optimizer, config.resume == "force"):
+    if resumed_from:
+        for line in checkpoint.restore_run(resumed_from, model, teacher, optimizer, config.resume == "force"):
             tracker.message(f"resume=force: {line}")
         stop = evaluations.run(evaluations.missing(step), step, interrupts)
     return Run(
@@ -159,7 +164,7 @@ def setup(config: Config, closing: ExitStack, data: DataInProgress) -> Run:
 
 
 def fit(run: Run) -> str | None:
-    """Train to the last step. Why it stopped before that, if it did; `run.step` is the last step made."""
+    """Train to the last step. Return why it stopped earlier, else None; `run.step` is the number of steps made."""
     config, model, tracker, accelerator, loader = run.config, run.model, run.tracker, run.accelerator, run.loader
     assert config.steps is not None
     steps, device = config.steps, accelerator.device
@@ -175,12 +180,12 @@ def fit(run: Run) -> str | None:
         while len(pending) > keep:
             outcome = pending.popleft()
             bad, stopping, any_replaced = outcome.flags.tolist()
-            stop = stop or ((outcome.reason or "another process") if stopping else None)
+            stop = stop or ((outcome.reason or "another process stopped") if stopping else None)
             if any_replaced:
                 tracker.skipped(outcome.step, distributed.gather_lists(outcome.replaced))
             run.skipped_steps = run.skipped_steps + 1 if bad else 0
             if bad:
-                refuse(tracker, outcome, run.skipped_steps, config.max_skipped_steps)
+                report_skipped(tracker, outcome, run.skipped_steps, config.max_skipped_steps)
 
     def save(state: dict[str, Any]) -> None:
         check_weights(run.named, state["step"], state["skipped_steps"])
@@ -197,7 +202,7 @@ def fit(run: Run) -> str | None:
         model.begin_step(progress)
         trained = run.phases[max(moment for moment in run.phases if moment <= progress + 1e-12)]
         model.idle = [p for name, p in run.named if name not in trained]
-        # Dropout in towers of other libraries draws from the global generator: a function of the step, as everything else is.
+        # Dropout in towers of other libraries draws from the global generator, so that is seeded by the step too.
         torch.manual_seed(int(rng.combine(config.seed, run.step, distributed.rank())))
         kept = [buffer.clone() for buffer in buffers]
 
@@ -219,9 +224,9 @@ def fit(run: Run) -> str | None:
         # Update, unless that would corrupt the weights.
         reason = run.interrupts.reason  # read once: a signal may come at any moment
         replaced = loader.drain_skipped()
-        not_finite = ~(torch.isfinite(norm) & torch.isfinite(loss.detach()))
+        non_finite = ~(torch.isfinite(norm) & torch.isfinite(loss.detach()))
         here = torch.tensor([reason is not None, bool(replaced)]).to(device, non_blocking=True)
-        flags = distributed.any_rank_later(torch.cat([not_finite.reshape(1), here]))
+        flags = distributed.any_rank_later(torch.cat([non_finite.reshape(1), here]))
         pending.append(Outcome(run.step, flags, reason, replaced, logs, first_keys(batch)))
         if run.late:
             settle(keep=1)
@@ -240,7 +245,7 @@ def fit(run: Run) -> str | None:
             tracker.extra(run.step, run.step * samples_per_step, costs.measure(run.step, batch))
         if run.step == 1 or run.step == steps or (config.images_every and run.step % config.images_every == 0):
             show(tracker, model, accelerator, batch, run.step)
-        # While updates are skipped the weights stand still: the next good ones are saved instead.
+        # While updates are skipped the weights do not change: the checkpoint waits for the next update.
         save_due = save_due or run.step % config.checkpoint.every == 0
         evaluated = run.evaluations.due(run.step)
         if save_due or run.step == steps or stop is not None or evaluated:
@@ -262,11 +267,14 @@ def fit(run: Run) -> str | None:
 
 @torch.no_grad()
 def update(run: Run, progress: float, bad: bool | torch.Tensor, buffers: list[torch.Tensor], kept: list[torch.Tensor]) -> None:
-    """One optimizer update, the objectives' and the teacher's; none of it where the step is `bad`, but that its buffers are put back.
+    """Make one update of optimizer, objectives and teacher; for a `bad` step restore the buffers instead.
 
     Args:
-        bad: known (bool), or still on the device (bool []), where the update is then made or not without asking the host.
-        buffers, kept: what the forward pass may have changed, and its values before.
+        run: changed in place.
+        progress: after the step, in [0, 1].
+        bad: known (bool), or on the device (bool []): the update is then made or skipped without waiting for the host.
+        buffers: those that the forward pass may have changed.
+        kept: their values before.
     """
     if isinstance(bad, bool):
         if bad:
@@ -278,9 +286,9 @@ def update(run: Run, progress: float, bad: bool | torch.Tensor, buffers: list[to
         if run.teacher is not None:
             run.teacher.update(progress)
         return
-    run.optimizer.found_inf, run.optimizer.grad_scale = bad.float(), None  # type: ignore[attr-defined]  # a fused step then does nothing
+    run.optimizer.found_inf, run.optimizer.grad_scale = bad.float(), None  # type: ignore[attr-defined]  # a fused step skips itself
     run.optimizer.step()
-    run.model.finish_step(progress)  # its changes of parameters only clip them: none where they stand still
+    run.model.finish_step(progress)  # it only clips parameters, which has no effect on unchanged ones
     if run.teacher is not None:
         run.teacher.update(progress, skip=bad)
     for buffer, before in zip(buffers, kept):
@@ -288,11 +296,12 @@ def update(run: Run, progress: float, bad: bool | torch.Tensor, buffers: list[to
 
 
 def first_keys(batch: Batch, count: int = 8) -> list[str]:
+    """Return the first keys of a batch, over all sources."""
     return [key for rows in batch.values() for key in rows.keys[:count]][:count]
 
 
 def few_rows(sources: dict[str, Source], device: torch.device, count: int = 4) -> Batch:
-    """A few rows of every source with all the views that any phase of the run wants, for the dry run."""
+    """Return the first rows of every source, with the views of all phases of the run, for the dry run."""
     batch = {}
     for name, source in sources.items():
         schedule, source.schedule = source.schedule, {}
@@ -315,24 +324,32 @@ def listing_bad_samples(tracker: Tracker, loader: Loader, step: int, pending: It
         raise
 
 
-def refuse(tracker: Tracker, outcome: Outcome, count: int, max_skipped: int) -> None:
-    """A loss or gradient that is not finite: skip the update, but not for ever."""
+def report_skipped(tracker: Tracker, outcome: Outcome, count: int, max_skipped: int) -> None:
+    """Report an update that was skipped for a non-finite loss or gradient.
+
+    Raises:
+        TrainingError: more than `max_skipped` were skipped in a row.
+    """
     values = ", ".join(f"{name} {value.item():.4g}" for name, value in outcome.logs.items() if name.endswith("/loss"))
     tracker.message(f"step {outcome.step}: loss or gradient is not finite ({values}); update skipped ({count} in a row)")
     if count > max_skipped:
         raise TrainingError(
             f"{count} updates in a row had a loss or gradient that is not finite ({values}). The last batch began with "
             f"{', '.join(outcome.keys)}. None of these updates was made, so the run's checkpoints hold finite weights. Look at these "
-            "samples, or lower optim.lr or lengthen optim.warmup_steps and go on with resume=force."
+            "samples, or lower optim.lr or lengthen optim.warmup_steps and continue with resume=force."
         )
 
 
 def check_weights(named: list[tuple[str, torch.nn.Parameter]], step: int, skipped_steps: int) -> None:
-    """Before a save: finite weights, and at least one update that was made. A finite gradient can still be stepped on too far."""
+    """Check before a save that the weights are finite and were updated: a finite gradient can still corrupt them.
+
+    Raises:
+        TrainingError: a parameter is not finite, or no update was made.
+    """
     if corrupt := [name for name, p in named if not bool(torch.isfinite(p).all())]:
         raise TrainingError(
             f"after step {step} {len(corrupt)} of {len(named)} parameters are not finite ({', '.join(corrupt[:4])}); nothing was saved. "
-            "Lower optim.lr and go on from the last checkpoint with resume=force, or begin in a new run_dir."
+            "Lower optim.lr and continue from the last checkpoint with resume=force, or begin in a new run_dir."
         )
     if skipped_steps == step:
         raise TrainingError(
@@ -343,13 +360,13 @@ def check_weights(named: list[tuple[str, torch.nn.Parameter]], step: int, skippe
 
 @torch.no_grad()
 def show(tracker: Tracker, model: PretrainModel, accelerator: Accelerator, batch: Batch, step: int) -> None:
-    """Pictures of what goes in (the views) and what objectives make of it (reconstructions)."""
+    """Write pictures of the views and of what objectives make of them (reconstructions)."""
     few = first_rows(batch, 8)
     for name, rows in few.items():
         specs = sorted((s for s in rows.views if s.modality == "image"), key=repr)
         if specs:
-            shown = cast(ImageSpec, specs[0])
-            tracker.images(step, f"views/{name}", view_grid([rows.views[s].data for s in specs], shown.mean, shown.std))
+            first = cast(ImageSpec, specs[0])
+            tracker.images(step, f"views/{name}", view_grid([rows.views[s].data for s in specs], first.mean, first.std))
     model.eval()
     with accelerator.autocast(), model.preserved():
         encoded = model.encode(few, model.plan)
@@ -362,6 +379,7 @@ def show(tracker: Tracker, model: PretrainModel, accelerator: Accelerator, batch
 
 
 def describe(config: Config, accelerator: Accelerator, model: PretrainModel, sources: dict[str, Source]) -> str:
+    """Return the lines that describe a run at its start."""
     millions = {
         name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in (("towers", model.towers), ("heads", model.objectives))
     }
@@ -379,14 +397,15 @@ def describe(config: Config, accelerator: Accelerator, model: PretrainModel, sou
 
 
 def num_shards(source: Source) -> int:
+    """Count the shards of a source."""
     return sum(len(shards.names) for shards in source.shard_sets)
 
 
 def finish(config: Config, tracker: Tracker, sources: dict[str, Source]) -> None:
-    """The results table and the report."""
+    """Print the table of results and write the report."""
     if not tracker.is_main:
         return
-    from mmpretrain.report.page import write_report  # draws with matplotlib: a second that the first step need not wait for
+    from mmpretrain.report.page import write_report  # imports matplotlib: a second that the first step does not wait for
 
     folder = Path(config.run_dir)
     rows = latest_results(read_jsonl(folder / "results.jsonl"))

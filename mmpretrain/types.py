@@ -1,4 +1,4 @@
-"""The vocabulary as types. B rows, N patch or word tokens, D width, E joint embedding, L text length."""
+"""The shared types: samples, views, encodes, results. B rows, N patch or word tokens, D width, E joint embedding, L text length."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, P
 from torch import Tensor, nn
 
 Part = TypeVar("Part", bound=nn.Module)
-Params = dict[str, Tensor]  # what a view drew, one row per sample: name -> [B, ...]
+Params = dict[str, Tensor]  # a view's random draws, one row per sample: name -> [B, ...]
 
 
 @dataclass
 class Sample:
-    """One decoded sample: the members a source asked for."""
+    """One decoded sample: the members that a source needs."""
 
     key: str  # "shard/key"
     image: Tensor | None = None  # uint8 [3, H, W], full resolution
@@ -28,13 +28,13 @@ class View(NamedTuple):
     """One rendering of B samples."""
 
     data: Tensor  # image [B,3,H,W] normalised; text int64 [B,L], where -1 stands for the mask embedding
-    target: Tensor | None = None  # what the spec documents: a label [B], text [B,L] with -100 ignored
+    target: Tensor | None = None  # documented by the spec: a label [B], or text [B,L] with -100 ignored
 
 
 class Rows(NamedTuple):
     """One source's part of a batch."""
 
-    keys: list[str]  # "shard/key": errors can name them
+    keys: list[str]  # "shard/key", for messages
     seeds: Tensor  # int64 [B]: counter seed of (run seed, epoch, sample)
     labels: dict[str, Tensor]  # name -> int64 [B]
     views: dict[ViewSpec, View]
@@ -45,9 +45,9 @@ Batch = dict[str, Rows]  # source name -> rows
 
 @dataclass(frozen=True)
 class ViewSpec(ABC):
-    """How one view of a sample is made: drawn for all rows, cut per row, rendered for the batch.
+    """A view of a sample: random numbers are drawn for all rows, geometry is applied per row, and the batch is rendered at once.
 
-    Equal specs are one view. `stream` names the random numbers, so that two specs that differ in any field draw apart.
+    Equal specs are one view. `stream` names the random numbers, so specs that differ in any field draw differently.
     """
 
     modality: ClassVar[Literal["image", "text"]]
@@ -56,24 +56,24 @@ class ViewSpec(ABC):
 
     @property
     def stream(self) -> object:
-        """Name of the random stream. Specs that return the same name draw the same numbers: tiles of one puzzle, say."""
+        """Name of the random stream. Specs with the same name draw the same numbers, such as the tiles of one puzzle."""
         return repr(self)
 
     @abstractmethod
     def draw(self, samples: Sequence[Sample], seeds: Tensor) -> Params:
-        """Random numbers for every row, from `seeds` (int64 [B]) alone. Each value has B rows."""
+        """Draw the random numbers of every row from `seeds` (int64 [B]) alone; each value has B rows."""
 
     @abstractmethod
     def geometry(self, source: Any, params: Params) -> Tensor:
-        """One row: image uint8 [3,H,W] -> uint8 [3,h,w]; captions list[str] -> int64 [L]. `params` holds that row."""
+        """Cut one row: image uint8 [3,H,W] -> uint8 [3,h,w]; captions list[str] -> int64 [L]. `params` holds that row."""
 
     @abstractmethod
     def render(self, pixels: Tensor, params: Params) -> View:
-        """The whole batch: photometric operations and normalisation, or corruption of text, on any device."""
+        """Render the whole batch on any device: photometric operations and normalisation, or corruption of text."""
 
 
 class ImageSpec(Protocol):
-    """What is known of every view of modality image beside its ViewSpec."""
+    """The attributes of every view of modality image."""
 
     @property
     def size(self) -> int:
@@ -88,11 +88,11 @@ class ImageSpec(Protocol):
 
 
 class TextSpec(Protocol):
-    """What is known of every view of modality text beside its ViewSpec."""
+    """The attributes of every view of modality text."""
 
     @property
     def tokenizer(self) -> str:
-        """Name of the tokenizer, as `get_tokenizer` takes it."""
+        """Name of the tokenizer, for `get_tokenizer`."""
         ...
 
     @property
@@ -102,21 +102,21 @@ class TextSpec(Protocol):
 
 
 def is_image(view: ViewSpec) -> TypeGuard[ImageSpec]:
-    """Whether a view is of modality image, and hence has the attributes of an ImageSpec."""
+    """Return whether a view is of modality image, and thus has the attributes of an ImageSpec."""
     return view.modality == "image"
 
 
 def is_text(view: ViewSpec) -> TypeGuard[TextSpec]:
-    """Whether a view is of modality text, and hence has the attributes of a TextSpec."""
+    """Return whether a view is of modality text, and thus has the attributes of a TextSpec."""
     return view.modality == "text"
 
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """Which tokens an encode hides; every row hides exactly round(ratio * N) of them.
+    """The tokens that an encode hides: exactly round(ratio * N) in every row.
 
-    `replace` puts the tower's mask embedding in their place (SimMIM, BEiT); `drop` removes them (MAE, FLIP).
-    `from_` names the encode whose class-token attention says which tokens are hidden first (attentive masking).
+    `replace` substitutes the tower's mask embedding (SimMIM, BEiT); `drop` removes them (MAE, FLIP). `from_` names the
+    encode whose class-token attention determines which tokens are hidden first (attentive masking).
     """
 
     ratio: float
@@ -129,10 +129,10 @@ class MaskSpec:
 
 @dataclass(frozen=True)
 class MixSpec:
-    """Pictures mixed with those of a partner row: row i of the global batch with row i ^ 1, by one share for both.
+    """Mixing of pictures with a partner row: row i of the global batch with row i ^ 1, with the same share for both.
 
-    Mixup blends the two (Zhang 2018), CutMix pastes a rectangle of the partner (Yun 2019). Where both are given, a pair gets one of
-    them with probability 1/2 (DeiT, Touvron 2021).
+    Mixup blends the two (Zhang 2018); CutMix pastes a rectangle of the partner (Yun 2019). With both, each pair gets
+    one of them with probability 1/2 (DeiT, Touvron 2021).
     """
 
     mixup: float = 0.0  # alpha of Beta(alpha, alpha), in (0, 1]; 0: none
@@ -142,14 +142,14 @@ class MixSpec:
 
 @dataclass(frozen=True)
 class Encode:
-    """One tower forward that an objective wants."""
+    """A forward pass of a tower that an objective requests."""
 
     source: str
     view: ViewSpec
     mask: MaskSpec | None = None
     network: str = "student"  # "teacher": the EMA copy, without gradient; or a frozen one of the recipe's `networks`
     mix: MixSpec | None = None  # mixup and CutMix, drawn from the rows' seeds: ranks and chunks do not matter
-    outputs: frozenset[str] = frozenset({"features"})  # fields of Encoded wanted, hence computed, cached, gathered
+    outputs: frozenset[str] = frozenset({"features"})  # requested fields of Encoded, which are computed and cached
     bidirectional: bool = False  # text: no causal mask, key padding instead
 
 
@@ -162,15 +162,15 @@ class Encoded(NamedTuple):
     attention: Tensor | None = None  # [B,N] class-token attention of the last block
     mask: Tensor | None = None  # bool [B,N], True = hidden
     grid: tuple[int, int] | None = None  # patches down, across
-    rows: Rows | None = None  # this source's labels, keys and views
+    rows: Rows | None = None  # the source's labels, keys and views
     view: View | None = None  # the view that was encoded
     mix: Tensor | None = None  # float32 [B], the share of a row's own picture; the rest is its partner's, row i ^ 1
 
 
 class Requested(Encoded):
-    """The outputs of one encode as an objective reads them: those that it asked for are there, and so are rows and view.
+    """The outputs of one encode for an objective: the requested ones, rows and view are never None.
 
-    `PretrainModel.arguments` makes it; reading an output that was not asked for raises ValueError.
+    `PretrainModel.arguments` makes it; reading an output that was not requested raises ValueError.
     """
 
     __slots__ = ()
@@ -188,7 +188,7 @@ OUTPUTS = frozenset({"features", "pooled", "tokens", "attention"})  # the fields
 
 @dataclass
 class Result:
-    """What an evaluator found. Metrics are fractions in 0..1 under CLIP_benchmark's names where it has one."""
+    """The result of an evaluator. Metrics are fractions in 0..1, named as in CLIP_benchmark where it has a name."""
 
     metrics: dict[str, float]
     n: int  # samples evaluated
@@ -200,7 +200,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes tower input at evaluation: resize so that the shorter side fits, centre crop, normalise."""
+    """Preprocessing of images at evaluation: resize the shorter side, crop the centre, normalise."""
 
     size: int
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -211,28 +211,28 @@ class Preprocess:
 
 @runtime_checkable
 class Model(Protocol):
-    """All that an evaluator may use: our runs, open_clip folders, timm and transformers towers."""
+    """All that an evaluator may use of a model: a run, an open_clip folder, a timm or transformers tower."""
 
     @property
     def fingerprint(self) -> str:
-        """Names the weights, for caching."""
+        """Identifier of the weights, for caching."""
         ...
 
     @property
     def preprocess(self) -> Preprocess:
-        """How an image becomes input of `images`."""
+        """Preprocessing for `images`."""
         ...
 
     def images(self, pixels: Tensor) -> Encoded:
-        """[B,3,H,W] normalised, on the model's device -> features, pooled, tokens. No gradient."""
+        """Encode normalised images [B, 3, H, W] on the model's device: features, pooled, tokens. No gradient."""
         ...
 
     def texts(self, texts: list[str]) -> Tensor | None:
-        """-> [n,E], not normalised; None for an image-only model. No gradient."""
+        """Encode texts to [n, E], not normalised; None for an image-only model. No gradient."""
         ...
 
     def copy(self, random: bool = False) -> nn.Module:
-        """A fresh image tower to fine-tune; `random` gives it new weights drawn as at the start of training."""
+        """Copy the image tower for fine-tuning; with `random`, its weights are drawn as at the start of training."""
         ...
 
 

@@ -88,7 +88,7 @@ def test_script(tmp_path):
     assert again.exit_code == 1
     assert "is not empty" in again.stderr
     (tmp_path / "file").touch()
-    for out, message in ((tmp_path / "file", "is no folder"), (tmp_path / "file" / "x", "Not a directory")):
+    for out, message in ((tmp_path / "file", "is not a folder"), (tmp_path / "file" / "x", "Not a directory")):
         refused = run(folder, "--out", out)
         assert refused.exit_code == 1
         assert message in refused.stderr

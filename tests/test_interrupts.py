@@ -21,6 +21,6 @@ def test_only_a_launcher_is_watched(monkeypatch, variable):
         deadline = time.monotonic() + (10 if variable else 1.5)
         while interrupts.reason is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert interrupts.reason == ("the launcher died" if variable else None)
+        assert interrupts.reason == ("the launcher exited" if variable else None)
     finally:
         interrupts.close()

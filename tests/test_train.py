@@ -174,7 +174,7 @@ def test_sigterm_saves_and_exits_zero(long_run):
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 0, out
-    assert "stopped by SIGTERM" in out
+    assert "because SIGTERM was received" in out
     step = load_json(find_checkpoint(run_dir), "state")["step"]
     assert read_jsonl(run_dir / "metrics.jsonl")[-1]["step"] == step
 

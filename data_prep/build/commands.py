@@ -1,4 +1,4 @@
-"""`build`: whatever people have -> shards. One command per kind of input; the options about OUT are the same for all."""
+"""The commands `build KIND`: shards from one kind of input each, with the same options for the output."""
 
 from __future__ import annotations
 
@@ -41,7 +41,13 @@ def finish(
     processes: cli.Processes = None,
     json_output: cli.JsonOutput = False,
 ) -> dict[str, Any]:
-    """Build what the reader reads, and print what came of it; returns the manifest. Errors are one line, and the exit status."""
+    """Builds shards from what the reader reads, and prints a summary.
+
+    Errors are printed as one line, with an exit status. The options are those of every `build KIND`.
+
+    Returns:
+        The manifest.
+    """
     produce, split = reader, None
     if reencode is not None and reencode not in ("jpeg", "webp", "png"):
         raise typer.BadParameter(f"--reencode {reencode!r}: expected jpeg, webp or png")
@@ -58,7 +64,7 @@ def finish(
     options = repr(produce)
     if re.search(r" at 0x[0-9a-f]+>", options):
         raise TypeError(f"{type(reader).__name__} has no repr that is the same in the next run: {options}")
-    with cli.one_line(status=1):  # whatever is wrong from here on is wrong with the data, or with OUT
+    with cli.one_line(status=1):  # from here on every error is one of the data or of OUT
         manifest = build(
             out,
             produce,
@@ -81,7 +87,14 @@ def finish(
 
 
 def kind(name: str, epilog: str) -> Callable[[Callable[..., Reader]], Callable[..., None]]:
-    """A command `build NAME` from a function that opens the reader of its inputs: the options of `finish` are added to its own."""
+    """Makes a command `build NAME` of a function that opens the reader of its inputs.
+
+    The options of `finish` are added to its own.
+
+    Args:
+        name: of the command.
+        epilog: an example, shown below the options.
+    """
     common = [p for p in inspect.signature(finish, eval_str=True).parameters.values() if p.name != "reader"]
 
     def register(command: Callable[..., Reader]) -> Callable[..., None]:
@@ -106,10 +119,10 @@ def _report(manifest: dict[str, Any], out: str, json_output: bool) -> None:
     if json_output:
         typer.echo(json.dumps(manifest, indent=1, ensure_ascii=False))
         return
-    for part, found in manifest.get("parts", {"": manifest}).items():
-        members = ", ".join(f"{n} {name}" for name, n in found["members"].items())
+    for part, part_manifest in manifest.get("parts", {"": manifest}).items():
+        members = ", ".join(f"{n} {name}" for name, n in part_manifest["members"].items())
         where = part_folder(out, part)
-        typer.echo(f"{found['num_samples']} samples ({members}) in {len(found['shards'])} shards in {where}")
+        typer.echo(f"{part_manifest['num_samples']} samples ({members}) in {len(part_manifest['shards'])} shards in {where}")
     if manifest["skipped"]:
         typer.echo(f"{manifest['skipped']} inputs left out: see {files.join(out, 'skipped.jsonl')}")
 
@@ -122,7 +135,7 @@ def build_folder(
         bool, typer.Option("--label-from-folder", help="the first folder is the class: cls and classnames.txt")
     ] = False,
 ) -> Reader:
-    """Shards from a folder of images, with classes or without."""
+    """Build shards from a folder of images, with or without classes."""
     from data_prep.build.readers.folder import Folder
 
     cli.check_apart(out, folder)
@@ -135,7 +148,7 @@ Fields = Annotated[
 
 
 def pairs(items: list[str], option: str) -> dict[str, str]:
-    """COLUMN=VALUE options as a dict."""
+    """Parses COLUMN=VALUE options to a dict; `option` names them in the error."""
     for item in items:
         if "=" not in item:
             raise typer.BadParameter(f"{option} {item!r}: expected COLUMN=VALUE")
@@ -153,11 +166,11 @@ def _column_options(
     classes: cli.Classes = None,
     extra: Annotated[list[str], typer.Option(help="column to keep in the json member; may be repeated")] = [],  # noqa: B006
 ) -> None:
-    """The options of every table."""
+    """Declares the options of every table."""
 
 
 def _with_columns(command: Callable[..., Reader]) -> Callable[..., Reader]:
-    """A command whose argument `columns`, a function of the input files, comes from options of its own."""
+    """Adds the options of every table to a command; it receives them as `columns`, a function of the input files."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "columns"]
     of_columns = inspect.signature(_column_options, eval_str=True).parameters
 
@@ -189,7 +202,7 @@ def _with_columns(command: Callable[..., Reader]) -> Callable[..., Reader]:
 
 
 def _folder_of(inputs: list[str]) -> str:
-    """Of the first table; what has none, such as a set of the hub, is read from here."""
+    """Returns the folder of the first table; the current one without a table, such as for a set of the hub."""
     return (inputs[0].rpartition("/")[0] if inputs else "") or "."
 
 
@@ -204,7 +217,7 @@ def build_csv(
         str | None, typer.Option(help="field separator; tab for tabs. Default: what the header line shows: a comma, a tab, ; or |")
     ] = None,
 ) -> Reader:
-    """Shards from a table with image paths and captions."""
+    """Build shards from a table with image paths and captions."""
     from data_prep.build.readers.csv_table import Table
 
     kept, dropped = pairs(where, "--where"), pairs(exclude_regex, "--exclude-regex")
@@ -214,7 +227,7 @@ def build_csv(
 @kind("jsonl", "python -m data_prep build jsonl pairs.jsonl --out shards/pairs --image-column file --caption '{title}, {year}'")
 @_with_columns
 def build_jsonl(file: Annotated[list[str], typer.Argument(help="JSON Lines, paths or URLs")], columns: Any) -> Reader:
-    """Shards from JSON Lines: one object a line, with an image's path or its bytes in base64."""
+    """Build shards from JSON Lines: one object per line, with an image's path or its bytes in base64."""
     from data_prep.build.readers.json_lines import json_lines
 
     return json_lines(file, columns(file))
@@ -229,7 +242,7 @@ def build_tsv(
         str | None, typer.Option("--columns", help="names of the columns, joined by commas, where the files have no header line")
     ] = None,
 ) -> Reader:
-    """Shards from tab-separated values without quoting, with paths or base64. For quoted fields use `csv --separator tab`."""
+    """Build shards from tab-separated values without quoting, with paths or base64. For quoted fields use `csv --separator tab`."""
     from data_prep.build.readers.json_lines import tab_separated
 
     return tab_separated(file, columns(file), column_names.split(",") if column_names else None)
@@ -238,7 +251,7 @@ def build_tsv(
 @kind("parquet", "python -m data_prep build parquet data/train-*.parquet --out shards/pairs --caption text")
 @_with_columns
 def build_parquet(file: Annotated[list[str], typer.Argument(help="parquet files, paths or URLs")], columns: Any) -> Reader:
-    """Shards from parquet: a column of bytes, of {bytes, path} as the Hugging Face hub has it, of base64 or of paths."""
+    """Build shards from parquet: a column of bytes, of {bytes, path} as on the Hugging Face hub, of base64 or of paths."""
     from data_prep.build.readers.parquet import parquet_files
 
     return parquet_files(file, columns(file))
@@ -256,7 +269,7 @@ def build_datasets(
     data_dir: Annotated[str | None, typer.Option(help="passed to load_dataset")] = None,
     data_files: Annotated[list[str], typer.Option(help="passed to load_dataset; may be repeated")] = [],  # noqa: B006
 ) -> Reader:
-    """Shards from a Hugging Face data set; the image column is not decoded, its bytes pass through."""
+    """Build shards from a Hugging Face data set; the image column is not decoded, its bytes pass through."""
     from data_prep.build.readers.hf_datasets import folders, from_dataset, load
 
     for read in (data_dir, name if files.exists(name) else None):
@@ -287,7 +300,7 @@ def build_sidecar(
     label_from_folder: Annotated[bool, typer.Option("--label-from-folder", help="the first folder is the class")] = False,
     classes: cli.Classes = None,
 ) -> Reader:
-    """Shards from images with a caption file beside each."""
+    """Build shards from images with a caption file beside each."""
     from data_prep.build.readers.sidecar import sidecar
 
     cli.check_there(folder)
@@ -300,7 +313,7 @@ def build_coco(
     annotations: Annotated[list[str], typer.Argument(help="instances and captions files of the same images")],
     images: Annotated[str, typer.Argument(help="folder or URL of the images")],
 ) -> Reader:
-    """Shards from COCO annotations: boxes (x, y, width, height) and captions in the json member, the first caption in txt."""
+    """Build shards from COCO annotations: boxes (x, y, width, height) and captions in the json member, the first caption in txt."""
     from data_prep.build.readers.coco import coco
 
     cli.check_there(*annotations, images)
@@ -316,7 +329,7 @@ def build_voc(
     ] = False,
     classes: cli.Classes = None,
 ) -> Reader:
-    """Shards from PASCAL VOC annotations: boxes in COCO's form in the json member, masks in mask.png."""
+    """Build shards from PASCAL VOC annotations: boxes in COCO's form in the json member, masks in mask.png."""
     from data_prep.build.readers.voc import voc
 
     cli.check_there(folder)
@@ -330,7 +343,7 @@ def build_img2dataset(
     require: Require = [],  # noqa: B006
     keys: Keys = "keep",
 ) -> Reader:
-    """Shards from what img2dataset downloaded; its tars are held against the counts in its _stats.json."""
+    """Build shards from the output of img2dataset; its tars are checked against the counts in its _stats.json."""
     from data_prep.build.readers.img2dataset import img2dataset
 
     cli.check_there(folder)
@@ -344,7 +357,7 @@ def build_shards(
     require: Require = [],  # noqa: B006
     keys: Keys = "keep",
 ) -> Reader:
-    """Shards of --max-count samples from other WebDataset shards; damaged samples are left out and listed (--skip-bad)."""
+    """Build shards of --max-count samples from other WebDataset shards; damaged samples are left out and listed (--skip-bad)."""
     from data_prep.build.readers.webdataset import shards
 
     return shards(cli.shard_names(spec), tuple(members), tuple(require), keys)

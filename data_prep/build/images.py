@@ -1,4 +1,4 @@
-"""What `build` may do to images: shrink, encode anew, and tell duplicates by their pixels. Nothing is done unless asked."""
+"""Changes to images that `build` makes on request: resizing, re-encoding, and a holdout that keeps duplicates together."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mmpretrain.data.schema import METADATA_EXTENSION, BadSample, image_extensio
 ENCODERS = {"jpeg": "jpg", "webp": "webp", "png": "png"}  # what --reencode takes -> extension
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF", "ppm": "PPM"}
 MAX_PIXELS = 200_000_000  # width times height; checked from the header, before decoding
-BACKGROUND = (255, 255, 255)  # what shows through transparency that the new format cannot hold; training's default
+BACKGROUND = (255, 255, 255)  # below transparency, where the new format has none; training's default
 
 _ORIENTATION = 0x0112  # EXIF
 _TURNS = {
@@ -37,7 +37,7 @@ _QUARTER_TURNS = (5, 6, 7, 8)  # width and height change places
 
 
 def _eight_bit(data: bytes, image: Image.Image) -> Image.Image:
-    """16-bit and float images by the range that training gives them."""
+    """Converts 16-bit and float images to 8 bits, scaled as training does."""
     if not image.mode.startswith(("I", "F")):
         return image
     from mmpretrain.data.decode import ImageLimits, decode_image
@@ -47,7 +47,7 @@ def _eight_bit(data: bytes, image: Image.Image) -> Image.Image:
 
 
 def _plain(image: Image.Image, alpha: bool) -> Image.Image:
-    """RGB, grey, or with `alpha` also RGBA; transparency that cannot stay is laid over the background."""
+    """Converts to RGB, grey, or with `alpha` also RGBA; without it, transparency is composited over the background."""
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         if alpha:
@@ -58,7 +58,7 @@ def _plain(image: Image.Image, alpha: bool) -> Image.Image:
 
 
 class Encoded(NamedTuple):
-    """An image file; the sizes are those that are shown, EXIF orientation applied."""
+    """An encoded image, and its size before and after, with the EXIF orientation applied."""
 
     extension: str
     data: bytes
@@ -67,10 +67,19 @@ class Encoded(NamedTuple):
 
 
 def encode(data: bytes, resize: int | None, form: str | None, quality: int) -> Encoded | None:
-    """The image with the shorter side at most `resize` pixels, in `form` or else the format it has (PNG for those without loss).
+    """Resizes and re-encodes an image file; returns None where there is nothing to do.
 
-    None where there is nothing to do. EXIF orientation is applied, since what is written has no EXIF. Raises ValueError or OSError where
-    the image cannot be decoded.
+    The EXIF orientation is applied to the pixels, since the new file has no EXIF.
+
+    Args:
+        data: the file.
+        resize: limit of the shorter side in pixels; None: keep the size.
+        form: a key of ENCODERS; None: keep the format, but write PNG for lossless ones that ENCODERS lacks.
+        quality: of JPEG and WebP, 0 to 100.
+
+    Raises:
+        ValueError: the format is unknown, or the image has more than MAX_PIXELS.
+        OSError: the image cannot be decoded.
     """
     kind = extension_of(data)
     if kind is None:
@@ -86,7 +95,7 @@ def encode(data: bytes, resize: int | None, form: str | None, quality: int) -> E
         scale = resize / min(width, height) if shrink and resize else 1.0
         size = max(1, round(width * scale)), max(1, round(height * scale))
         if shrink:
-            opened.draft(None, (2 * size[0], 2 * size[1]))  # JPEG decodes large ones at a half, quarter, eighth: still twice what is needed
+            opened.draft(None, (2 * size[0], 2 * size[1]))  # JPEG decodes at 1/2, 1/4 or 1/8, here to at least twice the target
         opened.load()
         profile = opened.info.get("icc_profile")
         orientation = opened.getexif().get(_ORIENTATION)
@@ -112,7 +121,7 @@ def encode(data: bytes, resize: int | None, form: str | None, quality: int) -> E
 
 @dataclass(frozen=True)
 class Images:
-    """A reader's records with their images (and boxes and masks) shrunk, or encoded anew. One that cannot be decoded is left out."""
+    """A reader whose images, with their boxes and masks, are resized or re-encoded; samples that cannot be decoded are skipped."""
 
     produce: Callable[[Any], Iterator[Record | Skipped]]
     resize: int | None
@@ -136,17 +145,19 @@ class Images:
             changed = scaled(members, encoded.before, encoded.after) if encoded.before != encoded.after else {}
         except BadSample as error:
             return Skipped(record.where or record.key, error.reason, error.detail)
-        except (Exception, MemoryError) as error:  # decoders raise all sorts over hostile bytes
+        except (Exception, MemoryError) as error:  # decoders raise errors of any kind for hostile bytes
             return Skipped(record.where or record.key, "undecodable_image", f"{extension}: {decoder_message(error)}")
         return replace(record, members=members | changed | {encoded.extension: encoded.data})
 
 
 @dataclass(frozen=True)
 class Holdout:
-    """Sends a `fraction` of the records to "holdout", the others to "train".
+    """Assigns a `fraction` of the records to "holdout" and the others to "train".
 
-    By the key's hash, as the `split` of a source does; or by that of the image's pixels as training decodes them, so that duplicates stay
-    on one side, also where the files differ. An image that cannot be decoded goes by its bytes, a record without one by its key.
+    The hash is that of the key, as in the `split` of a source, or that of the pixels as training decodes them, so that
+    duplicates stay on one side even if their files differ. An image that cannot be decoded is hashed by its bytes, a
+    record
+    without an image by its key.
     """
 
     fraction: float
@@ -177,7 +188,7 @@ Size = tuple[int, int]  # width, height
 
 
 def scaled(members: Mapping[str, bytes], before: Size, after: Size) -> dict[str, bytes]:
-    """Those members of an image's sample that change with its size. Raises BadSample: bad_box, bad_mask."""
+    """Returns the members that change when the image of their sample is resized. Raises BadSample: bad_box, bad_mask."""
     changed = {}
     if METADATA_EXTENSION in members and (metadata := _metadata(members[METADATA_EXTENSION], before, after)) is not None:
         changed[METADATA_EXTENSION] = json_member(metadata)
@@ -187,19 +198,19 @@ def scaled(members: Mapping[str, bytes], before: Size, after: Size) -> dict[str,
 
 
 def _metadata(data: bytes, before: Size, after: Size) -> dict[str, Any] | None:
-    """None where it says nothing of pixels: `boxes` in the form that docs/data.md states, and the image's own `width` and `height`, do."""
+    """Scales `boxes` in the form of docs/data.md, and the image's own `width` and `height`; returns None without any."""
     try:
         metadata = json.loads(data)
     except (ValueError, RecursionError):
-        return None  # `validate` tells
+        return None  # `validate` reports it
     if not isinstance(metadata, dict):
         return None
-    found: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
     if (metadata.get("width"), metadata.get("height")) == before:
-        found |= {"width": after[0], "height": after[1]}
+        changed |= {"width": after[0], "height": after[1]}
     if isinstance(boxes := metadata.get("boxes"), list):
-        found["boxes"] = [_box(box, after[0] / before[0], after[1] / before[1]) for box in boxes]
-    return metadata | found if found else None
+        changed["boxes"] = [_box(box, after[0] / before[0], after[1] / before[1]) for box in boxes]
+    return metadata | changed if changed else None
 
 
 def _box(box: Any, x: float, y: float) -> dict[str, Any]:
@@ -219,7 +230,7 @@ def _finite(value: Any) -> bool:
 
 
 def _mask(data: bytes, before: Size, after: Size) -> bytes:
-    """By nearest neighbour: class indices have no mean."""
+    """Resizes a mask by nearest neighbour: class indices have no mean."""
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as mask:
             if mask.size != before or mask.width * mask.height > MAX_MASK:
@@ -227,7 +238,7 @@ def _mask(data: bytes, before: Size, after: Size) -> bytes:
             resized, out = mask.resize(after, Image.Resampling.NEAREST), io.BytesIO()
     except BadSample:
         raise
-    except (Exception, MemoryError) as error:  # decoders raise all sorts over hostile bytes
+    except (Exception, MemoryError) as error:  # decoders raise errors of any kind for hostile bytes
         raise BadSample("bad_mask", f"{MASK}: {decoder_message(error)}") from error
     resized.save(out, "PNG")
     return out.getvalue()

@@ -1,6 +1,6 @@
-"""The demo's shards, written by another process while this one imports its libraries and trains.
+"""Background writing of the demo's shards, by another process while this one imports its libraries and trains.
 
-`python -m data_prep.demo.background ROOT SPLIT ...` is that process: it writes what is missing, under a lock, and ends.
+`python -m data_prep.demo.background ROOT SPLIT ...` is that process: it writes the missing splits, under a lock, and exits.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from mmpretrain.config.recipe import Config
     from mmpretrain.evaluation import DataInProgress
 
-QUIETLY = 10  # niceness of what training need not wait for
+QUIET_NICENESS = 10  # of writing for which training does not wait
 
 
 class DemoError(MMPretrainError, RuntimeError):
-    """The demo's shards could not be written; its message says which and what to do."""
+    """The demo's shards could not be written; the message names the splits and the remedy."""
 
 
 def lock_path(root: Path | str) -> Path:
-    """Held by whoever writes into `root`."""
+    """Returns the path of the lock that a process holds while it writes to `root`."""
     root = Path(root)
     return root.parent / f".{root.name}.lock"
 
 
 class Writing:
-    """Demo splits that another process writes where they are missing; `wait` before they are read."""
+    """Demo splits, the missing ones of which another process writes; `wait` before reading them."""
 
     def __init__(self, root: Path | str, splits: Sequence[str], quiet: bool = False) -> None:
         self.root, self.splits = Path(root), list(splits)
@@ -54,14 +54,14 @@ class Writing:
         command, environment = module_command("data_prep.demo.background")
         return subprocess.Popen(
             [*command, *(["--quiet"] if quiet else []), str(self.root), *splits],
-            stdin=subprocess.PIPE,  # never written to: its end tells the writer that this process has ended, however it did
-            stdout=subprocess.DEVNULL if quiet else None,  # its progress would run into a live display; errors are shown as they come
+            stdin=subprocess.PIPE,  # never written to: it closes when this process ends in any way, and the writer exits
+            stdout=subprocess.DEVNULL if quiet else None,  # its progress would disturb a live display; errors are still shown
             env=environment,
-            start_new_session=True,  # an interrupt from the keyboard is this process's to handle
+            start_new_session=True,  # this process alone handles an interrupt from the keyboard
         )
 
     def wait(self) -> None:
-        """Until all is written. Raises DemoError where it could not be."""
+        """Waits until all splits are written. Raises DemoError where they could not be."""
         if self._refused is not None:
             raise DemoError(self._refused)
         if self._process is not None and (status := self._process.wait()):
@@ -72,7 +72,7 @@ class Writing:
             )
 
     def stop(self) -> None:
-        """Written or not: a split takes its name when whole, and the next run writes what is missing."""
+        """Ends the writer. A split is renamed when complete, so the next run writes the missing ones."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             self._process.wait()
@@ -84,14 +84,15 @@ def _end_with_parent() -> None:
 
 
 def main(arguments: list[str]) -> int:
+    """Writes the splits named on the command line; returns the exit status."""
     quiet = arguments[:1] == ["--quiet"]
     root, *splits = arguments[quiet:]
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that half a split is removed
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that an incomplete split is removed
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if quiet and hasattr(os, "nice"):
-        os.nice(QUIETLY)
+        os.nice(QUIET_NICENESS)
     try:
-        with file_errors(), hold(lock_path(root)):  # one process writes them; the others of this machine wait, and find them
+        with file_errors(), hold(lock_path(root)):  # one process writes; the others of this machine wait, and use its files
             ensure_demo(root, splits=splits)
     except MMPretrainError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -108,7 +109,7 @@ EVALUATION = tuple(split for split in SPLITS if split not in TRAINING)
 
 
 class DemoData:
-    """The demo shards in `root`, written where they are missing."""
+    """The demo shards in `root`: missing training splits are written first, evaluation splits during training."""
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
@@ -116,16 +117,24 @@ class DemoData:
         self._evaluation: Writing | None = None
 
     def prepare(self, config: Config) -> DataInProgress:
-        """Wait for what `config` trains on, and have the rest written behind the training; -> what is not there yet. Raises DemoError."""
+        """Waits for the splits that `config` trains on, and starts writing the others in the background.
+
+        Returns:
+            The splits that are still being written.
+
+        Raises:
+            DemoError: the training splits could not be written.
+        """
         from mmpretrain.evaluation import DataInProgress
 
         self._training.wait()
-        self._evaluation = later = Writing(self.root, EVALUATION, quiet=True)
+        self._evaluation = evaluation = Writing(self.root, EVALUATION, quiet=True)
         if any(str(self.root / split) in repr(source.shards) for split in EVALUATION for source in config.sources.values()):
-            later.wait()
-        return DataInProgress({(self.root / split).absolute(): later.wait for split in EVALUATION})
+            evaluation.wait()
+        return DataInProgress({(self.root / split).absolute(): evaluation.wait for split in EVALUATION})
 
     def stop(self) -> None:
+        """Ends the writers."""
         for writing in (self._training, self._evaluation):
             if writing is not None:
                 writing.stop()

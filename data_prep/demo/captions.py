@@ -1,8 +1,8 @@
-"""What is said of a demo scene: training captions, prompts that no training caption uses, questions, and binding sentences.
+"""Texts of a demo scene: training captions, prompts that no training caption uses, questions, and binding sentences.
 
-A caption leaves out attributes at random. The texture or the shape is sometimes left out too, but never both, and both sometimes go
-by a synonym; class names and prompts use the first word of each list. Draws come from `random.Random(int).random()`, whose sequence
-Python keeps from version to version.
+A caption omits attributes at random. The texture or the shape is sometimes omitted too, but never both, and each may be replaced by
+a synonym; class names and prompts use the first word of each list. Draws come from `random.Random(int).random()`, whose sequence is
+the same in every version of Python.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ SYNONYMS = {
     "bordered": ("bordered", "framed"),
     "split": ("split", "halved"),
 }
-SAY_SIZE, SAY_COLOUR, SAY_SECOND, SAY_TEXTURE, SAY_SHAPE, SAY_SYNONYM = 0.15, 0.35, 0.2, 0.95, 0.97, 0.12
-SAY_OTHER_COLOUR, SAY_OTHER_TEXTURE = 0.7, 0.5
+P_SIZE, P_COLOUR, P_SECOND, P_TEXTURE, P_SHAPE, P_SYNONYM = 0.15, 0.35, 0.2, 0.95, 0.97, 0.12
+P_OTHER_COLOUR, P_OTHER_TEXTURE = 0.7, 0.5  # probabilities to name the attributes of distractors; those above: of the main object
 MIN_VISIBLE = 12  # pixels an object must show to be counted, boxed or named
-CAPTIONS = (2, 5)  # how many each sample has
+CAPTIONS = (2, 5)  # least and greatest number per sample
 COUNTS = ("no object", "one object", "two objects", "three objects", "four objects")
 
 
@@ -120,7 +120,7 @@ def _article(words: str) -> str:
 
 
 def size_word(radius: float, main: bool) -> str:
-    """Names a radius in pixels; the words of main objects and distractors do not overlap."""
+    """Names the size of a radius in pixels; main objects and distractors have different words."""
     part = 2 * radius / SIDE
     if main:
         return "huge" if part > 0.83 else "large" if part > 0.77 else "medium"
@@ -128,7 +128,7 @@ def size_word(radius: float, main: bool) -> str:
 
 
 def place_word(x: float, y: float) -> str:
-    """Where a centre lies (pixels), in words."""
+    """Names the place of a centre, in pixels."""
     near = 0.07 * SIDE
     row = "top" if y < SIDE / 2 - near else "bottom" if y > SIDE / 2 + near else ""
     column = "left" if x < SIDE / 2 - near else "right" if x > SIDE / 2 + near else ""
@@ -138,7 +138,7 @@ def place_word(x: float, y: float) -> str:
 
 
 def relation_words(a: Thing, b: Thing) -> tuple[str, str]:
-    """How a lies from b, and b from a."""
+    """Names the directions of a from b, and of b from a."""
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) >= abs(dy):
         return ("left of", "right of") if dx < 0 else ("right of", "left of")
@@ -146,34 +146,40 @@ def relation_words(a: Thing, b: Thing) -> tuple[str, str]:
 
 
 def describe(scenes: Scenes, i: int, things: list[tuple[int, int, list[int]]]) -> Description:
-    """Words for scene i. things: (slot, visible pixels, box) of what can be seen, main object first."""
-    made = []
+    """Describes scene `i` in words.
+
+    Args:
+        scenes: a batch of scenes.
+        i: its index in the batch.
+        things: (slot, visible pixels, box) of each visible object, main object first.
+    """
+    described = []
     for slot, area, box in things:
         category = int(scenes.category[i, slot])
         second = None if CLASSES[category][0] == "solid" else COLOUR_NAMES[scenes.second[i, slot]]
         size = size_word(float(scenes.radius[i, slot]), main=slot == 0 or scenes.split == "binding")
         x, y = float(scenes.x[i, slot]), float(scenes.y[i, slot])
-        made.append(Thing(category, COLOUR_NAMES[scenes.colour[i, slot]], second, size, x, y, area, box))
-    return Description(COLOUR_NAMES[scenes.background[i]], made)
+        described.append(Thing(category, COLOUR_NAMES[scenes.colour[i, slot]], second, size, x, y, area, box))
+    return Description(COLOUR_NAMES[scenes.background[i]], described)
 
 
 def _noun_phrase(thing: Thing, draw: random.Random, main: bool) -> str:
     words = []
-    if draw.random() < SAY_SIZE:
+    if draw.random() < P_SIZE:
         words.append(thing.size)
-    if draw.random() < (SAY_COLOUR if main else SAY_OTHER_COLOUR):
-        words.append(f"{thing.colour} and {thing.second}" if thing.second and draw.random() < SAY_SECOND else thing.colour)
-    shape = draw.random() < SAY_SHAPE
-    texture = draw.random() < (SAY_TEXTURE if main else SAY_OTHER_TEXTURE) or not shape
-    for said, word in ((texture, thing.texture), (shape, thing.shape)):
+    if draw.random() < (P_COLOUR if main else P_OTHER_COLOUR):
+        words.append(f"{thing.colour} and {thing.second}" if thing.second and draw.random() < P_SECOND else thing.colour)
+    shape = draw.random() < P_SHAPE
+    texture = draw.random() < (P_TEXTURE if main else P_OTHER_TEXTURE) or not shape
+    for named, word in ((texture, thing.texture), (shape, thing.shape)):
         options = SYNONYMS[word]
-        if said:
-            words.append(options[1] if len(options) > 1 and draw.random() < SAY_SYNONYM else options[0])
+        if named:
+            words.append(options[1] if len(options) > 1 and draw.random() < P_SYNONYM else options[0])
     return " ".join(words if shape else [*words, "shape"])
 
 
 def caption(scene: Description, draw: random.Random) -> str:
-    """One training caption."""
+    """Draws a training caption."""
     phrasing = PHRASINGS[int(draw.random() * len(PHRASINGS))]
     others = scene.things[1:]
     if not others and phrasing not in _ALONE:
@@ -196,18 +202,18 @@ def caption(scene: Description, draw: random.Random) -> str:
 
 
 def captions(scene: Description, draw: random.Random) -> list[str]:
-    """2 to 5 different captions of one scene."""
-    wanted = CAPTIONS[0] + int(draw.random() * (CAPTIONS[1] - CAPTIONS[0] + 1))
-    made: list[str] = []
-    while len(made) < wanted:
+    """Draws 2 to 5 different captions of a scene."""
+    count = CAPTIONS[0] + int(draw.random() * (CAPTIONS[1] - CAPTIONS[0] + 1))
+    texts: list[str] = []
+    while len(texts) < count:
         text = caption(scene, draw)
-        if text not in made:
-            made.append(text)
-    return made
+        if text not in texts:
+            texts.append(text)
+    return texts
 
 
 def questions(scene: Description, draw: random.Random) -> list[dict[str, str]]:
-    """Two questions with one-word answers."""
+    """Draws two questions with one-word answers."""
     main = scene.things[0]
     shapes = sorted({thing.shape for thing in scene.things})
     absent = sorted(set(SYNONYMS) & {shape for _, shape in CLASSES} - set(shapes))
@@ -227,7 +233,7 @@ def questions(scene: Description, draw: random.Random) -> list[dict[str, str]]:
 
 
 def binding(left: Thing, right: Thing, draw: random.Random) -> dict[str, str]:
-    """A true sentence and its swap: of the attributes ("attribute") or of the two sides ("order"), by a fair coin."""
+    """Makes a true sentence and its swap: of the attributes ("attribute") or the two sides ("order"), with equal probability."""
 
     def sentence(a: str, b: str) -> str:
         return f"{_article(a)} left of {_article(b)}"
@@ -241,5 +247,5 @@ def binding(left: Thing, right: Thing, draw: random.Random) -> dict[str, str]:
 
 
 def prompts(which: str, names: Sequence[str] = CLASS_NAMES) -> list[str]:
-    """Every prompt of a template set, filled with every class name."""
+    """Fills every template of a set ("test" or "val") with every class name."""
     return [template.format(c=name) for template in TEMPLATES[which] for name in names]

@@ -1,6 +1,6 @@
-"""What the demo's test set gives away without learning: chance, and nearest neighbours by colour histogram and by raw pixels.
+"""Checks of the demo: baselines without learning (chance, nearest neighbours by colour histogram and raw pixels), and duplicates.
 
-Each must stay at or below LIMIT, else the benchmark is too easy. Neighbours come from `pairs`, whose true labels they may use.
+Each baseline must be at most LIMIT, else the benchmark is too easy. The neighbours are images of `pairs`, with their true labels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,17 @@ CACHE = "baselines.json"
 
 
 def read_split(folder: Path | str) -> tuple[np.ndarray, np.ndarray]:
-    """-> (images uint8 [n, S, S, 3], class int64 [n], -1 where there is none), in shard order. Raises MissingFileError."""
+    """Decodes the images and reads the labels of a split.
+
+    Args:
+        folder: of its shards.
+
+    Returns:
+        (images uint8 [n, S, S, 3], classes int64 [n], -1 without a label), in shard order.
+
+    Raises:
+        MissingFileError: the folder holds no shards.
+    """
     paths = sorted(Path(folder).glob("*.tar"))
     if not paths:
         raise MissingFileError(f"no .tar in {folder}: write the demo shards first (python -m data_prep demo {Path(folder).parent})")
@@ -52,15 +62,22 @@ def nearest_neighbours(train: np.ndarray, labels: np.ndarray, test: np.ndarray, 
 
 
 def nearest_neighbour_baselines(root: Path | str, split: str = "test") -> dict:
-    """Chance and both nearest-neighbour accuracies of `pairs` -> `split`, as fractions; `passed` says whether all are within LIMIT.
+    """Computes the baselines of a split, with `pairs` as training images.
 
-    Kept in `root`/baselines.json for as long as generator, seed and sizes are the same.
+    The result is cached in `root`/baselines.json for the same generator, seed and sizes.
+
+    Args:
+        root: folder of the demo.
+        split: to classify.
+
+    Returns:
+        Chance and both accuracies, as fractions, with details; "passed": all are at most LIMIT.
     """
     root = Path(root)
     key = {"generator_version": GENERATOR_VERSION, "of": [json.loads((root / name / "demo.json").read_text()) for name in ("pairs", split)]}
     cache = root / CACHE
-    if cache.exists() and (kept := json.loads(cache.read_text()))["key"] == key:
-        return kept["result"]
+    if cache.exists() and (cached := json.loads(cache.read_text()))["key"] == key:
+        return cached["result"]
     (train, labels), (test, truth) = read_split(root / "pairs"), read_split(root / split)
     histogram, pixels = (
         nearest_neighbours(np.stack([*map(features, train)]), labels, np.stack([*map(features, test)]), truth)
@@ -84,10 +101,16 @@ TRAIN, TEST = ("pairs", "photos"), ("val", "test", "heldout", "shifted", "bindin
 
 
 def count_duplicates(train: np.ndarray, test: np.ndarray) -> dict[str, int]:
-    """Count the test images [n, S, S, 3] that have an equal, or a nearly equal, image among the training ones [m, S, S, 3]; all uint8.
+    """Counts the test images with an equal or nearly equal training image.
 
-    same_pixels: equal digests. same_hash: perceptual hashes within HASH_DISTANCE bits, which ignore colour. perceptual: same_hash, and the
-    pictures differ by at most DIFFERENCE from one of those, as `dedup` compares them.
+    Args:
+        train: uint8 [m, S, S, 3].
+        test: uint8 [n, S, S, 3].
+
+    Returns:
+        "same_pixels": equal digests; "same_hash": perceptual hashes, which ignore colour, within HASH_DISTANCE bits;
+        "perceptual":
+        same_hash, and a difference of at most DIFFERENCE from one of those images, as `dedup` compares them.
     """
     train_signs, test_signs = (np.array([signature(image) for image in images]) for images in (train, test))
     seen = set(map(tuple, train_signs["digest"].tolist()))
@@ -104,7 +127,7 @@ def count_duplicates(train: np.ndarray, test: np.ndarray) -> dict[str, int]:
 
 
 def duplicates(root: Path | str) -> dict[str, int]:
-    """`count_duplicates` of all the test splits against both training splits found under `root`."""
+    """Counts the duplicates of all test splits under `root` in the training splits; see `count_duplicates`."""
     root = Path(root)
     train, test = ([read_split(root / name)[0] for name in names if (root / name).exists()] for names in (TRAIN, TEST))
     if not train or not test:

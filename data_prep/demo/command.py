@@ -1,7 +1,7 @@
-"""The demo benchmark's shards: `python -m data_prep demo OUT`, and `ensure_demo` for a first run. docs/demo.md states the benchmark.
+"""The command `demo`, and `ensure_demo`: the shards of the demo benchmark (docs/demo.md).
 
-Each split is a folder of OUT, written beside its final name and renamed when whole; `demo.json` in it says which generator, seed and count
-made it, so what is there already is kept and what another generator made is replaced.
+Each split is a folder of OUT, written under a temporary name and renamed when complete. Its `demo.json` records generator version,
+seed and count: a matching split is kept, and one of another generator is replaced.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ from mmpretrain.system import cores
 MARK = "demo.json"
 SCENES_PER_JOB = 250
 SCENES_PER_SHARD = 3000
-SCENES_PER_PROCESS = 1000  # fewer are not worth starting a process for
+SCENES_PER_PROCESS = 1000  # starting a process is not worthwhile for fewer
 
 
 def class_names(split: str) -> tuple[str, ...]:
-    """The names zero-shot classification chooses from: all classes for held-out ones, else those trained on. Index = `cls`."""
+    """Returns the candidate classes of zero-shot classification, indexed by `cls`: all for held-out classes, else the trained ones."""
     return CLASS_NAMES if SPLITS[split].held_out else CLASS_NAMES[:NUM_TRAINED]
 
 
 def module_command(module: str) -> tuple[list[str], dict[str, str]]:
-    """(command, environment) that run a module of this package, wherever this process stands."""
+    """Returns (command, environment) to run a module of this package from any working directory."""
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     return [sys.executable, "-m", module], {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _records(seed: int, split: str, count: int, processes: int) -> Iterator[Record]:
-    """Scenes in order, rendered by N processes."""
+    """Yields the records of the scenes in order, rendered by `processes` workers."""
     jobs = [(seed, split, start, min(start + SCENES_PER_JOB, count)) for start in range(0, count, SCENES_PER_JOB)]
-    for made in engine.run(chunk, jobs, processes=processes):
-        yield from (Record(key, members) for key, members in made)
+    for samples in engine.run(chunk, jobs, processes=processes):
+        yield from (Record(key, members) for key, members in samples)
 
 
 def _mark(seed: int, split: str, count: int) -> dict[str, object]:
     return {"generator_version": GENERATOR_VERSION, "seed": seed, "split": split, "count": count}
 
 
-def _found(folder: Path) -> dict[str, object] | None:
-    """What made this split; None where it is absent. Raises OutputError where something else lies there."""
+def _existing_mark(folder: Path) -> dict[str, object] | None:
+    """Reads the demo.json of a split; None where it is absent. Raises OutputError where the folder holds something else."""
     if not folder.exists():
         return None
     try:
@@ -94,7 +94,7 @@ def _write_split(root: Path, seed: int, split: str, count: int, processes: int) 
 def unwritten(
     root: Path | str, seed: int = 0, *, splits: Sequence[str] | None = None, counts: Mapping[str, int] | None = None
 ) -> list[str]:
-    """Which of these splits (all by default) `ensure_demo` would write. Raises as it does."""
+    """Returns the splits that `ensure_demo` would write, with the same arguments and errors."""
     counts = counts or {}
     wanted = list(splits or SPLITS)
     for name in [*wanted, *counts]:
@@ -105,7 +105,7 @@ def unwritten(
             raise InputError(f"split {name!r}: {count} scenes asked for; at least 1 is needed")
     if seed < 0:
         raise InputError(f"seed {seed}: demo seeds are 0 or greater")
-    return [name for name in wanted if _found(Path(root) / name) != _mark(seed, name, counts.get(name, SPLITS[name].count))]
+    return [name for name in wanted if _existing_mark(Path(root) / name) != _mark(seed, name, counts.get(name, SPLITS[name].count))]
 
 
 def ensure_demo(
@@ -117,13 +117,23 @@ def ensure_demo(
     processes: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Write the demo splits under `root` unless they are there, of this generator version, seed and size; returns `root`.
+    """Writes the demo splits under `root`, unless they are there with this generator version, seed and size.
 
-    splits: names from SPLITS, all by default. counts: scenes per split, where not the benchmark's own number. processes: one per core by
-    default. say: receives progress lines.
+    Args:
+        root: a local folder.
+        seed: of the scenes.
+        splits: names from SPLITS; all by default.
+        counts: scenes per split, where different from those of the benchmark.
+        processes: workers; by default one per core.
+        say: receives progress lines.
 
-    Raises InputError for an unknown split or count, OptionError for a URL, OutputError where a split's folder was not written by this
-    generator.
+    Returns:
+        `root`.
+
+    Raises:
+        InputError: an unknown split, an invalid count or seed.
+        OptionError: `root` is a URL.
+        OutputError: the folder of a split was not written by this generator.
     """
     root, counts = local_folder(root), dict(counts or {})
     missing = unwritten(root, seed, splits=splits, counts=counts)
@@ -133,8 +143,8 @@ def ensure_demo(
         say(f"writing demo shards to {root}: " + ", ".join(f"{name} {total[name]:,}" for name in missing))
     for name in missing:
         start = time.perf_counter()
-        most = max(1, min(processes or cores(), 16, total[name] // SCENES_PER_PROCESS))
-        _write_split(root, seed, name, total[name], most)
+        workers = max(1, min(processes or cores(), 16, total[name] // SCENES_PER_PROCESS))
+        _write_split(root, seed, name, total[name], workers)
         say(f"  {name}: {total[name]:,} scenes in {time.perf_counter() - start:.1f} s")
     return root
 

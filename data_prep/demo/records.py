@@ -1,4 +1,4 @@
-"""Demo scenes -> the members of a sample. Pure functions of (seed, split, index); imports no torch, so that worker processes start fast."""
+"""Samples of demo scenes: images, masks, captions and metadata, as pure functions of (seed, split, index). Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ from data_prep.demo.captions import MIN_VISIBLE, Description, Thing
 from data_prep.demo.render import instances, render
 from data_prep.demo.scenes import CLASS_NAMES, CLASSES, MAX_OBJECTS, SIDE, SPLITS, Scenes, generator, labels, sample
 
-JPEG_QUALITY = 92  # no chroma subsampling: at 64 pixels it would smear the colours of the textures
-VIRTUAL = 1 << 40  # scenes from this index on are never written: wrong captions are taken from them
+JPEG_QUALITY = 92  # without chroma subsampling, which would blur the colours of the textures at 64 pixels
+VIRTUAL = 1 << 40  # scenes from this index on are never written: wrong captions describe them
 _PALETTE = [0, 0, 0] + [int(v) for v in np.random.Generator(np.random.Philox(1)).integers(60, 256, 3 * len(CLASSES))]
 
 
 def visible(instances: np.ndarray) -> list[list[tuple[int, int, list[int]]]]:
-    """Of each scene: (slot, pixels, box [x, y, width, height]) of every object that shows MIN_VISIBLE pixels, by slot.
+    """Finds the objects that show at least MIN_VISIBLE pixels.
 
-    instances: uint8 [B, S, S].
+    Args:
+        instances: uint8 [B, S, S], slot + 1 of the topmost object, 0 for the background.
+
+    Returns:
+        For each scene, by slot: (slot, pixels, box [x, y, width, height]).
     """
-    found: list[list[tuple[int, int, list[int]]]] = [[] for _ in instances]
+    objects: list[list[tuple[int, int, list[int]]]] = [[] for _ in instances]
     for slot in range(MAX_OBJECTS):
         shown = instances == slot + 1
         lines, columns = shown.any(2), shown.any(1)
@@ -33,19 +37,19 @@ def visible(instances: np.ndarray) -> list[list[tuple[int, int, list[int]]]]:
         left, right = columns.argmax(1).tolist(), (SIDE - columns[:, ::-1].argmax(1)).tolist()
         for i, area in enumerate(np.count_nonzero(shown, (1, 2)).tolist()):
             if area >= MIN_VISIBLE:
-                found[i].append((slot, area, [left[i], top[i], right[i] - left[i], bottom[i] - top[i]]))
-    return found
+                objects[i].append((slot, area, [left[i], top[i], right[i] - left[i], bottom[i] - top[i]]))
+    return objects
 
 
 def jpeg(image: np.ndarray) -> bytes:
-    """uint8 [S, S, 3] -> JPEG file."""
+    """Encodes an image, uint8 [S, S, 3], as a JPEG file."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return file.getvalue()
 
 
 def mask_png(scenes: Scenes, i: int, instance: np.ndarray) -> bytes:
-    """Index PNG [S, S]: 0 background, class + 1 where an object is on top."""
+    """Encodes the classes of scene `i` as an index PNG [S, S]: 0 background, class + 1 of the topmost object."""
     lookup = np.zeros(MAX_OBJECTS + 1, dtype=np.uint8)
     lookup[1:] = scenes.category[i] + 1
     picture = Image.fromarray(lookup[instance], "P")
@@ -79,28 +83,30 @@ def _descriptions(scenes: Scenes, instance: np.ndarray) -> list[Description]:
     return [captions.describe(scenes, i, things) for i, things in enumerate(visible(instance))]
 
 
-def _strangers(seed: int, split: str, index: np.ndarray) -> list[Description]:
-    """For each scene another of the split, of another class: an even index and the next lie in one block of labels, so their classes
-    differ."""
+def _other_scenes(seed: int, split: str, index: np.ndarray) -> list[Description]:
+    """Describes, for each scene, a virtual one of the same split and another class.
+
+    An even index and the next lie in one block of labels, so at least one of their classes differs.
+    """
     other = VIRTUAL + 2 * index
     other += labels(seed, split, other) == labels(seed, split, index)
     scenes = sample(seed, split, other)
     return _descriptions(scenes, instances(scenes))
 
 
-def _told(scenes: Scenes, seen: list[Description], draws: list[random.Random]) -> list[Description]:
-    """What the captions of each scene tell of: the scene itself, or for a share of them, by one draw each, another one."""
+def _captioned(scenes: Scenes, shown: list[Description], draws: list[random.Random]) -> list[Description]:
+    """Returns the scene that the captions of each sample describe: its own, or for a random share of samples another one."""
     share = SPLITS[scenes.split].wrong_captions
     wrong = np.flatnonzero([draw.random() < share for draw in draws])
-    told = list(seen)
+    captioned = list(shown)
     if len(wrong):
-        for i, stranger in zip(wrong.tolist(), _strangers(scenes.seed, scenes.split, scenes.index[wrong])):
-            told[i] = stranger
-    return told
+        for i, other in zip(wrong.tolist(), _other_scenes(scenes.seed, scenes.split, scenes.index[wrong])):
+            captioned[i] = other
+    return captioned
 
 
-def _data(scenes: Scenes, i: int, scene: Description, told: Description, draw: random.Random) -> dict[str, Any]:
-    """The json member of scene i: what is seen, and captions of what is told."""
+def _data(scenes: Scenes, i: int, scene: Description, captioned: Description, draw: random.Random) -> dict[str, Any]:
+    """Makes the json member of sample `i`, which shows `scene` and whose captions describe `captioned`."""
     data: dict[str, Any] = {"background": scene.background, "boxes": _boxes(scene), "objects": [_attributes(t) for t in scene.things]}
     if scenes.split == "binding":
         left, right = scene.things[:2]
@@ -111,36 +117,36 @@ def _data(scenes: Scenes, i: int, scene: Description, told: Description, draw: r
         "label": label,
         "class": CLASS_NAMES[label],
         "attributes": _attributes(scene.things[0]) | {"background": scene.background, "count": len(scene.things)},
-        "captions": captions.captions(told, draw),
-        "wrong_caption": told is not scene,  # for analysis; training must not look
+        "captions": captions.captions(captioned, draw),
+        "wrong_caption": captioned is not scene,  # for analysis; training must not use it
         "qa": captions.questions(scene, draw),
     }
 
 
 def members(scenes: Scenes) -> list[dict[str, bytes]]:
-    """The members of each scene, by extension."""
+    """Returns extension -> data for the sample of each scene."""
     images, instance = render(scenes)
-    made = [{"jpg": jpeg(image)} for image in images]
+    samples = [{"jpg": jpeg(image)} for image in images]
     if not SPLITS[scenes.split].text:
-        return made
-    seen = _descriptions(scenes, instance)
+        return samples
+    shown = _descriptions(scenes, instance)
     draws = [_draw(scenes.seed, scenes.split, int(index)) for index in scenes.index]
-    told = seen if scenes.split == "binding" else _told(scenes, seen, draws)
-    for i, found in enumerate(made):
-        data = _data(scenes, i, seen[i], told[i], draws[i])
+    captioned = shown if scenes.split == "binding" else _captioned(scenes, shown, draws)
+    for i, sample_members in enumerate(samples):
+        data = _data(scenes, i, shown[i], captioned[i], draws[i])
         if "label" in data:
-            found["cls"] = str(data["label"]).encode()
-        found["txt"] = data["captions"][0].encode()
-        found["json"] = json.dumps(data, separators=(",", ":")).encode()
-        found["mask.png"] = mask_png(scenes, i, instance[i])
-    return made
+            sample_members["cls"] = str(data["label"]).encode()
+        sample_members["txt"] = data["captions"][0].encode()
+        sample_members["json"] = json.dumps(data, separators=(",", ":")).encode()
+        sample_members["mask.png"] = mask_png(scenes, i, instance[i])
+    return samples
 
 
 def chunk(job: tuple[int, str, int, int]) -> list[tuple[str, dict[str, bytes]]]:
-    """(seed, split, start, stop) -> (key, members) of those scenes."""
+    """Renders scenes `start` to `stop - 1`; `job` is (seed, split, start, stop). Returns (key, members) of each."""
     seed, split, start, stop = job
-    made = []
+    samples = []
     for low in range(start, stop, 32):
         scenes = sample(seed, split, np.arange(low, min(low + 32, stop)))
-        made += [(f"{split}-{int(index):06d}", found) for index, found in zip(scenes.index, members(scenes))]
-    return made
+        samples += [(f"{split}-{int(index):06d}", data) for index, data in zip(scenes.index, members(scenes))]
+    return samples

@@ -1,4 +1,4 @@
-"""Demo scenes -> pixels: signed distance tables for shapes, periodic functions for textures, analytic antialiasing. NumPy only.
+"""The renderer of demo scenes: signed distance tables for shapes, periodic functions for textures, analytic antialiasing.
 
 B scenes, K object slots, S = SIDE pixels. Distances are in pixels, negative inside.
 """
@@ -12,14 +12,14 @@ import numpy as np
 
 from data_prep.demo.scenes import CLASS_SHAPE, CLASS_TEXTURE, SHAPES, SIDE, SPLITS, TEXTURES, Scenes, generator
 
-_EXTENT, _CELLS = 1.7, 340  # a table covers [-1.7, 1.7] radii in cells of 0.01 radius
+_EXTENT, _CELLS = 1.7, 340  # a table spans [-1.7, 1.7] radii in cells of 0.01 radius
 _BORDER = np.array([{"ring": 0.14, "cross": 0.19, "star": 0.22}.get(shape, 0.27) for shape in SHAPES])  # width, of the radius
 _DOT = 0.33  # radius of a dot, of the period
 Floats = np.ndarray
 
 
 def _polygon(points: Floats, x: Floats, y: Floats) -> Floats:
-    """Signed distance to a closed polygon; points [V, 2]."""
+    """Computes the signed distance to a closed polygon with vertices `points` [V, 2]."""
     nearest = np.full(x.shape, np.inf)
     inside = np.zeros(x.shape, dtype=bool)
     for (ax, ay), (bx, by) in zip(points, np.roll(points, -1, 0)):
@@ -45,12 +45,12 @@ def _points(shape: str) -> Floats:
     if shape == "cross":
         w, e = 0.34, 0.98
         return np.array([[-w, -e], [w, -e], [w, -w], [e, -w], [e, w], [w, w], [w, e], [-w, e], [-w, w], [-e, w], [-e, -w], [-w, -w]])
-    raise ValueError(f"{shape} is no polygon")
+    raise ValueError(f"{shape} is not a polygon")
 
 
 @functools.lru_cache(maxsize=1)
 def _tables() -> Floats:
-    """float32 [shapes, cells, cells]: signed distance in radii."""
+    """Tabulates the signed distance to each shape, in radii: float32 [shapes, cells, cells]."""
     line = (np.arange(_CELLS) + 0.5) / _CELLS * 2 * _EXTENT - _EXTENT
     x, y = np.meshgrid(line, line)
     round_ = np.hypot(x, y)
@@ -62,13 +62,13 @@ def _tables() -> Floats:
 
 
 def _wave(p: Floats, period: Floats) -> Floats:
-    """Signed distance to the edges of stripes of half a period."""
+    """Computes the signed distance to the edges of stripes of half a period."""
     f = p / period
     return (np.abs(f - np.floor(f) - 0.5) - 0.25) * period
 
 
 def _texture(name: str, p: Floats, q: Floats, distance: Floats, period: Floats, border: Floats) -> Floats | None:
-    """Signed distance to the part in the first colour, negative inside it; None: all of it. Arrays [b, W, W] or [b, 1, 1]."""
+    """Computes the signed distance to the part in the first colour; None: it covers all. Arrays are [b, W, W] or [b, 1, 1]."""
     if name == "striped":  # across
         return _wave(q, period)
     if name == "barred":  # down
@@ -93,11 +93,11 @@ def _cover(distance: Floats) -> Floats:
 
 
 _GRID = (np.arange(SIDE, dtype=np.float32) + 0.5)[None]
-_REACH = 1.2  # no shape reaches further from its centre, in radii
+_REACH = 1.2  # greatest distance of a shape's edge from its centre, in radii
 
 
 def _window(scenes: Scenes, rows: np.ndarray, slot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel columns and rows (int [b, W] each) of a square that holds every one of these objects as far as it lies in the image."""
+    """Returns pixel columns and rows (int [b, W] each) of squares that contain the visible part of each of these objects."""
     width = min(SIDE, 2 * int(np.ceil(_REACH * scenes.radius[rows, slot].max())) + 4)
     span = np.arange(width)
 
@@ -107,10 +107,17 @@ def _window(scenes: Scenes, rows: np.ndarray, slot: np.ndarray) -> tuple[np.ndar
     return lines(scenes.x[rows, slot]), lines(scenes.y[rows, slot])
 
 
-def _lie(scenes: Scenes, rows: np.ndarray, slot: np.ndarray) -> tuple[tuple[Floats, ...], Floats, list[tuple[int, slice, slice]]]:
-    """Where one object in each of `rows` (int [b]), of slot `slot` (int [b]), lies, in a window of W pixels around it.
+def _distances(scenes: Scenes, rows: np.ndarray, slot: np.ndarray) -> tuple[tuple[Floats, ...], Floats, list[tuple[int, slice, slice]]]:
+    """Computes signed distances to the edges of objects, each in a window of W pixels around it.
 
-    Returns (x and y from its centre [b, 1, W] and [b, W, 1]; signed distance to its edge [b, W, W]; row, lines and columns of each window).
+    Args:
+        scenes: B scenes.
+        rows: int [b], the scenes.
+        slot: int [b], an object of each.
+
+    Returns:
+        (x [b, 1, W] and y [b, W, 1] from the centres; signed distances [b, W, W]; (row, lines, columns) of each
+        window).
     """
 
     def of(field: Floats) -> Floats:
@@ -127,7 +134,7 @@ def _lie(scenes: Scenes, rows: np.ndarray, slot: np.ndarray) -> tuple[tuple[Floa
     line += CLASS_SHAPE[scenes.category[rows, slot]][:, None, None] * _CELLS
     line *= _CELLS
     line += column
-    distance = _tables().take(line, mode="wrap")  # every index is valid, and in this mode none is checked
+    distance = _tables().take(line, mode="wrap")  # this mode skips the bounds check; all indices are valid
     distance *= radius
     width = columns.shape[1]
     starts = zip(rows.tolist(), lines[:, 0].tolist(), columns[:, 0].tolist())
@@ -135,28 +142,28 @@ def _lie(scenes: Scenes, rows: np.ndarray, slot: np.ndarray) -> tuple[tuple[Floa
 
 
 def _paint(canvas: Floats, instance: np.ndarray, scenes: Scenes, rows: np.ndarray, slot: np.ndarray) -> None:
-    """Paint one object into each of `rows` (int [b]), of slot `slot` (int [b]); canvas [B,3,S,S], instance uint8 [B,S,S]."""
+    """Paints the object of `slot` (int [b]) into each of `rows` (int [b]); canvas [B, 3, S, S], instance uint8 [B, S, S]."""
 
     def of(field: Floats) -> Floats:
         return field[rows, slot].astype(np.float32)[:, None, None]
 
     radius, angle, turn, period = of(scenes.radius), of(scenes.angle), of(scenes.texture_angle), of(scenes.period)
-    (dx, dy), distance, windows = _lie(scenes, rows, slot)
+    (dx, dy), distance, windows = _distances(scenes, rows, slot)
     category = scenes.category[rows, slot]
     alpha = _cover(distance)
 
     phase = scenes.texture_phase[rows, slot].astype(np.float32)[:, :, None, None]
     split = CLASS_TEXTURE[category][:, None, None] == TEXTURES.index("split")
-    shift = np.where(split, 0.15 * radius, period)  # a split runs near the middle, everything else starts anywhere
+    shift = np.where(split, 0.15 * radius, period)  # a split lies near the middle, the phase of others is arbitrary
     ct, st = np.cos(angle + turn), np.sin(angle + turn)
     p = ct * dx + st * dy + (phase[:, 0] - 0.5) * shift
     q = ct * dy - st * dx + (phase[:, 1] - 0.5) * shift
     border = _BORDER[CLASS_SHAPE[category]].astype(np.float32)[:, None, None] * radius
     first = np.ones_like(distance)
     for texture, name in enumerate(TEXTURES):
-        at = np.flatnonzero(CLASS_TEXTURE[category] == texture)
-        if len(at) and (edge := _texture(name, p[at], q[at], distance[at], period[at], border[at])) is not None:
-            first[at] = _cover(edge)
+        chosen = np.flatnonzero(CLASS_TEXTURE[category] == texture)
+        if len(chosen) and (edge := _texture(name, p[chosen], q[chosen], distance[chosen], period[chosen], border[chosen])) is not None:
+            first[chosen] = _cover(edge)
     rgb = scenes.rgb[rows, slot].astype(np.float32)  # [b, 2, 3]
     colour = first[:, None] * (rgb[:, 0] - rgb[:, 1])[..., None, None]  # [b, 3, W, W]
     colour += rgb[:, 1, :, None, None]
@@ -170,15 +177,15 @@ def _paint(canvas: Floats, instance: np.ndarray, scenes: Scenes, rows: np.ndarra
 
 
 def _smooth(coarse: Floats) -> Floats:
-    """[b, n, n] -> [b, S, S], linear between the values."""
+    """Interpolates [b, n, n] linearly to [b, S, S]."""
     n = coarse.shape[1]
-    at = np.linspace(0, n - 1, SIDE)
-    weight = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(n))).astype(np.float32)  # [S, n]
+    positions = np.linspace(0, n - 1, SIDE)
+    weight = np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(n))).astype(np.float32)  # [S, n]
     return weight @ coarse @ weight.T
 
 
 def _background(kind: str, rgb: Floats, u: Floats, streams: list[np.random.Generator]) -> Floats:
-    """[b, 3, S, S] for b scenes of one background kind; rgb [b, 3], u [b, 24], one random stream per scene."""
+    """Paints backgrounds of one kind, [b, 3, S, S]; rgb [b, 3], u [b, 24] uniform numbers, one random stream per scene."""
     b = len(rgb)
     canvas = np.broadcast_to(rgb[..., None, None], (b, 3, SIDE, SIDE)).astype(np.float32)
     x, y = (_GRID[:, None, :] / SIDE - 0.5), (_GRID[:, :, None] / SIDE - 0.5)
@@ -205,21 +212,21 @@ def _background(kind: str, rgb: Floats, u: Floats, streams: list[np.random.Gener
 
 
 def _depths(scenes: Scenes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows int [b], slot int [b]) of what is painted together, back to front."""
+    """Yields (rows int [b], slot int [b]) of objects that are painted together, back to front."""
     B = len(scenes.index)
     for depth in range(scenes.order.shape[1]):
         slot = scenes.order[:, depth]
         here = scenes.present[np.arange(B), slot]
-        for rows in (np.flatnonzero(here & (slot == 0)), np.flatnonzero(here & (slot > 0))):  # apart: main objects need larger windows
+        for rows in (np.flatnonzero(here & (slot == 0)), np.flatnonzero(here & (slot > 0))):  # separately: main objects need larger windows
             if len(rows):
                 yield rows, slot[rows]
 
 
 def instances(scenes: Scenes) -> np.ndarray:
-    """uint8 [B, S, S]: 0 background, k + 1 where slot k is on top. What `render` returns second, without painting the first."""
+    """Returns the instance map of `render` without painting: uint8 [B, S, S], 0 background, k + 1 where slot k is on top."""
     instance = np.zeros((len(scenes.index), SIDE, SIDE), dtype=np.uint8)
     for rows, slot in _depths(scenes):
-        _, distance, windows = _lie(scenes, rows, slot)
+        _, distance, windows = _distances(scenes, rows, slot)
         shown, number = _cover(distance) > 0.5, (slot + 1).astype(np.uint8)
         for b, (row, lines, columns) in enumerate(windows):
             np.copyto(instance[row, lines, columns], number[b], where=shown[b])
@@ -227,14 +234,18 @@ def instances(scenes: Scenes) -> np.ndarray:
 
 
 def render(scenes: Scenes) -> tuple[np.ndarray, np.ndarray]:
-    """-> (images uint8 [B, S, S, 3], instance uint8 [B, S, S]: 0 background, k + 1 where slot k is on top)."""
+    """Renders scenes.
+
+    Returns:
+        (images uint8 [B, S, S, 3]; instance map uint8 [B, S, S]: 0 background, k + 1 where slot k is on top).
+    """
     B = len(scenes.index)
     streams = [generator(scenes.seed, scenes.split, int(i), 1) for i in scenes.index]
     canvas = np.empty((B, 3, SIDE, SIDE), dtype=np.float32)
     for number, kind in enumerate(SPLITS[scenes.split].backgrounds):
-        at = np.flatnonzero(scenes.background_kind == number)
-        if len(at):
-            canvas[at] = _background(kind, scenes.background_rgb[at], scenes.background_draws[at], [streams[i] for i in at])
+        chosen = np.flatnonzero(scenes.background_kind == number)
+        if len(chosen):
+            canvas[chosen] = _background(kind, scenes.background_rgb[chosen], scenes.background_draws[chosen], [streams[i] for i in chosen])
     instance = np.zeros((B, SIDE, SIDE), dtype=np.uint8)
     for rows, slot in _depths(scenes):
         _paint(canvas, instance, scenes, rows, slot)

@@ -1,7 +1,7 @@
-"""What a demo scene is: its vocabulary, its splits, and the draws that decide one scene. No pixels here.
+"""Demo scenes: vocabulary, splits, and random composition, without pixels.
 
-A scene is a pure function of (GENERATOR_VERSION, seed, split, index). One main object, the largest, defines the class = texture x shape;
-smaller distractors of random classes surround it. B scenes, K = MAX_OBJECTS slots (slot 0 is the main object), lengths in pixels.
+A scene is a pure function of (GENERATOR_VERSION, seed, split, index). The main object, the largest, defines the class (texture x
+shape); smaller distractors of random classes surround it. B scenes, K = MAX_OBJECTS slots (slot 0: main object), lengths in pixels.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-GENERATOR_VERSION = 2  # raised whenever any seed would draw another scene, caption or split
+GENERATOR_VERSION = 2  # raise it when a change gives any seed another scene, caption or split
 
-# -- vocabulary -------------------------------------------------------------------------------------------------------------------
 SHAPES = ("circle", "hourglass", "triangle", "star", "cross", "ring")
 TEXTURES = ("solid", "striped", "barred", "dotted", "checkered", "slanted", "bordered", "split")
-# Never drawn nor named in any training split, though every shape and every texture is seen in other company.
+# Never drawn nor named in any training split, though every shape and every texture occurs in other combinations.
 HELD_OUT = (
     ("striped", "circle"),
     ("dotted", "triangle"),
@@ -47,20 +46,20 @@ CLASS_NAMES = tuple(f"{texture} {shape}" for texture, shape in CLASSES)
 CLASS_TEXTURE = np.array([TEXTURES.index(texture) for texture, _ in CLASSES])
 CLASS_SHAPE = np.array([SHAPES.index(shape) for _, shape in CLASSES])
 
-# -- difficulty: every knob of the generator ---------------------------------------------------------------------------------------
+# Difficulty: all parameters of the generator.
 SIDE = 64  # pixels
 MAX_OBJECTS = 4
 MAIN_DIAMETER = (0.72, 0.88)  # of the side
 DISTRACTOR_DIAMETER = (0.15, 0.26)
 BINDING_DIAMETER = (0.34, 0.42)
-OVERFLOW = 0.04  # part of its diameter by which the main object may leave the image
-SPREAD = 0.85  # of the free way from the middle to the rim, how far the main object may lie
+OVERFLOW = 0.04  # fraction of its diameter by which the main object may leave the image
+SPREAD = 0.85  # greatest offset of the main object, of the free distance from the middle to the border
 MAX_ROTATION = 12.0  # degrees either way
-MAX_TEXTURE_ANGLE = 10.0  # degrees either way, beside the object's own rotation
+MAX_TEXTURE_ANGLE = 10.0  # degrees either way, relative to the object
 TEXTURE_PERIOD = (0.23, 0.28)  # between two stripes, dots, or equal checks, of the object's diameter
 MIN_PERIOD = 5.0  # pixels, for small objects
-MAIN_OCCLUDED = 0.1  # how often a distractor lies over the rim of the main object
-OBJECT_OVERLAP = 0.8  # centres lie at least this part of the sum of radii apart, where there is room
+MAIN_OCCLUDED = 0.1  # probability that a distractor covers the edge of the main object
+OBJECT_OVERLAP = 0.8  # least distance of centres as a fraction of the sum of radii, where there is room
 COLOUR_JITTER = 34.0  # per channel, uniform either way
 CONTRAST = 130.0  # least weighted RGB distance between an object's two colours, and between it and the background
 LIGHT = (0.85, 1.1)  # gain on the whole image
@@ -70,7 +69,7 @@ WRONG_CAPTIONS = 0.05
 
 @dataclass(frozen=True)
 class Split:
-    """One split. `number` enters the seed, so splits draw apart; `count` is the size written by default."""
+    """A split. `number` is part of the seed, so that splits draw differently; `count` is the default size."""
 
     number: int
     count: int
@@ -96,7 +95,7 @@ SPLITS = {
 
 @dataclass
 class Scenes:
-    """B scenes as arrays; `present` says which of the K slots hold an object, `order` which slot is painted when (back to front)."""
+    """B scenes as arrays. `present`: the slots that hold an object; `order`: the order of painting slots, back to front."""
 
     seed: int
     split: str
@@ -124,7 +123,7 @@ class Scenes:
 
 
 def generator(seed: int, split: str, index: int, purpose: int) -> np.random.Generator:
-    """The random stream of one scene; `purpose` 0 composition, 1 pixels, 2 captions, 3 class order (index = block)."""
+    """Returns the random stream of a scene; `purpose`: 0 composition, 1 pixels, 2 captions, 3 class order (index = block)."""
     key = np.random.SeedSequence([GENERATOR_VERSION, seed, SPLITS[split].number, index, purpose])
     return np.random.Generator(np.random.Philox(key))
 
@@ -135,26 +134,26 @@ def _block(seed: int, split: str, block: int, low: int, high: int) -> np.ndarray
 
 
 def labels(seed: int, split: str, index: np.ndarray) -> np.ndarray:
-    """int [B] class of every scene: each block of consecutive scenes is a permutation of the split's classes, hence balanced."""
+    """Returns the class of each scene, int [B]: each block of consecutive scenes is a permutation of the split's classes."""
     low, high = (NUM_TRAINED, len(CLASSES)) if SPLITS[split].held_out else (0, NUM_TRAINED)
     n = high - low
     return np.array([_block(seed, split, int(i) // n, low, high)[int(i) % n] for i in index], dtype=np.int64)
 
 
 _RGB = np.array(list(COLOURS.values()), dtype=np.float64)
-_WEIGHT = np.sqrt(np.array([0.9, 1.5, 0.6]))  # green differences are seen best, blue ones least
+_WEIGHT = np.sqrt(np.array([0.9, 1.5, 0.6]))  # green differences are the most visible, blue ones the least
 _DISTANCE = np.linalg.norm((_RGB[:, None] - _RGB[None]) * _WEIGHT, axis=-1)
 _CONTRASTS = _DISTANCE > CONTRAST  # bool [colours, colours]
 
 
 def _choose(allowed: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """One of the allowed choices, uniformly. allowed: bool [..., C]; u in 0..1 [...] -> int [...]."""
+    """Chooses uniformly among allowed choices; allowed bool [..., C], u [...] in 0..1. Returns int [...]."""
     rank = (u * allowed.sum(-1)).astype(np.int64)
     return np.argmax(np.cumsum(allowed, -1) > rank[..., None], -1)
 
 
-def _apart(first: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Colours that contrast with both (bool [..., colours]); with the first alone where no colour contrasts with both."""
+def _contrasting(first: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Returns the colours that contrast with both, bool [..., colours]; with the first alone where none contrasts with both."""
     both = _CONTRASTS[first] & _CONTRASTS[other]
     return np.where(both.any(-1, keepdims=True), both, _CONTRASTS[first])
 
@@ -163,16 +162,22 @@ def _between(low_high: tuple[float, float], u: np.ndarray) -> np.ndarray:
     return low_high[0] + (low_high[1] - low_high[0]) * u
 
 
-def _place(radius: np.ndarray, main_xy: np.ndarray, tries: np.ndarray) -> np.ndarray:
-    """Centres [B, K, 2] in pixels: each distractor takes its first try far enough from all before it, else its freest one.
+def _place(radius: np.ndarray, main_xy: np.ndarray, trials: np.ndarray) -> np.ndarray:
+    """Places distractors: each takes its first trial position that is far enough from earlier objects, else its freest one.
 
-    radius [B, K], main_xy [B, 2], tries [B, K, T, 2] in 0..1.
+    Args:
+        radius: [B, K] pixels.
+        main_xy: [B, 2] pixels, the centre of the main object.
+        trials: [B, K, T, 2] in 0..1, the trial positions.
+
+    Returns:
+        Centres [B, K, 2] in pixels.
     """
     centres = np.zeros((*radius.shape, 2))
     centres[:, 0] = main_xy
     rows = np.arange(len(radius))
     for k in range(1, radius.shape[1]):
-        candidates = _between((0.07 * SIDE, 0.93 * SIDE), tries[:, k])  # [B, T, 2]
+        candidates = _between((0.07 * SIDE, 0.93 * SIDE), trials[:, k])  # [B, T, 2]
         apart = np.linalg.norm(candidates[:, :, None] - centres[:, None, :k], axis=-1)  # [B, T, k]
         margin = (apart - OBJECT_OVERLAP * (radius[:, None, :k] + radius[:, k, None, None])).min(-1)
         pick = np.where((margin > 0).any(-1), np.argmax(margin > 0, -1), np.argmax(margin, -1))
@@ -181,7 +186,7 @@ def _place(radius: np.ndarray, main_xy: np.ndarray, tries: np.ndarray) -> np.nda
 
 
 def sample(seed: int, split: str, index: np.ndarray) -> Scenes:
-    """Draw the scenes with these indices (int [B]): everything but the pixel noise."""
+    """Draws the scenes with these indices (int [B]): everything except the pixel noise."""
     kind, B, K, T = SPLITS[split], len(index), MAX_OBJECTS, 12
     per_object, per_scene = 17, 40
     u = np.stack([generator(seed, split, int(i), 0).random(K * per_object + K * T * 2 + per_scene) for i in index])
@@ -194,11 +199,11 @@ def sample(seed: int, split: str, index: np.ndarray) -> Scenes:
     category = (o[..., 0] * NUM_TRAINED).astype(np.int64)
     category[:, 0] = label
     colour = (o[..., 1] * len(COLOURS)).astype(np.int64)
-    # Every object contrasts with the background: draw the main object's colours, then a background, then the rest against that background.
+    # Every object contrasts with the background: draw the main object's colours, then the background, then the other colours.
     second = _choose(_CONTRASTS[colour], o[..., 2])
-    background = _choose(_apart(colour[:, 0], second[:, 0]), s[:, 1])
+    background = _choose(_contrasting(colour[:, 0], second[:, 0]), s[:, 1])
     colour[:, 1:] = _choose(_CONTRASTS[background][:, None].repeat(K - 1, 1), o[:, 1:, 1])
-    second[:, 1:] = _choose(_apart(colour[:, 1:], background[:, None]), o[:, 1:, 2])
+    second[:, 1:] = _choose(_contrasting(colour[:, 1:], background[:, None]), o[:, 1:, 2])
 
     radius = _between(DISTRACTOR_DIAMETER, o[..., 3]) * SIDE / 2
     radius[:, 0] = _between(kind.main_diameter, o[:, 0, 3]) * SIDE / 2
@@ -213,7 +218,7 @@ def sample(seed: int, split: str, index: np.ndarray) -> Scenes:
         category[:, 1] = _choose(CLASS_SHAPE[:NUM_TRAINED] != CLASS_SHAPE[category[:, :1]], o[:, 1, 0])
         partner = _CONTRASTS[background] & (np.arange(len(COLOURS)) != colour[:, :1])
         colour[:, 1] = _choose(partner, o[:, 1, 1])
-        second[:, 1] = _choose(_apart(colour[:, 1], background), o[:, 1, 2])
+        second[:, 1] = _choose(_contrasting(colour[:, 1], background), o[:, 1, 2])
         radius[:, :2] = _between(BINDING_DIAMETER, o[:, :2, 3]) * SIDE / 2
         centres[:, :2] = np.array([[0.26, 0.5], [0.74, 0.5]]) * SIDE + (o[:, :2, 4:6] - 0.5) * np.array([0.06, 0.5]) * SIDE
 

@@ -1,4 +1,4 @@
-"""Plain data -> dataclasses: types and ranges checked, unknown names refused with the nearest known one."""
+"""Conversion of plain data to dataclasses: types and ranges are checked, unknown names refused with the nearest known one."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from mmpretrain.errors import MMPretrainError
 
 
 class OptionError(MMPretrainError, ValueError):
-    """An option that does not exist, or a value that does not fit it: the caller's mistake."""
+    """An option is unknown, or its value does not fit: the caller's mistake."""
 
     status = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers that an option may hold, written on its field: `Annotated[float, Range(0, below=1)]`.
+    """The range of a numeric option, written on its field: `Annotated[float, Range(0, below=1)]`.
 
     Args:
-        low, high: bounds that belong to the range.
-        above, below: bounds that do not.
+        low: inclusive lower bound.
+        high: inclusive upper bound.
+        above: exclusive lower bound.
+        below: exclusive upper bound.
     """
 
     low: float | None = None
@@ -38,7 +40,7 @@ class Range:
     below: float | None = None
 
     def refusal(self, number: float) -> str:
-        """What was expected, where `number` lies outside; else an empty text."""
+        """Return the expected range where `number` lies outside; else ""."""
         sides = (
             (self.low, operator.ge, "at least"), (self.above, operator.gt, "more than"),
             (self.high, operator.le, "at most"), (self.below, operator.lt, "less than"),
@@ -47,7 +49,7 @@ class Range:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ ", did you mean 'x'?" when something known is close, and what is known."""
+    """Return the end of a message: ", did you mean 'x'?" where a known name is similar, and the known names."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return (f"; did you mean {close[0]!r}?" if close else "") + f" Known: {', '.join(sorted(known))}."
@@ -70,9 +72,11 @@ def blaming(what: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def build(cls: type, data: Any, where: str = "", place: typing.Callable[[str], str] = lambda path: "") -> Any:
-    """An instance of the dataclass `cls` from a mapping.
+    """Build an instance of the dataclass `cls` from a mapping.
 
     Args:
+        cls: the dataclass.
+        data: option -> value; an instance of `cls` is returned as it is.
         where: dotted path of `data` in the recipe, for messages.
         place: dotted path -> " (file, line n)", for messages.
 
@@ -106,7 +110,17 @@ def build(cls: type, data: Any, where: str = "", place: typing.Callable[[str], s
 
 
 def convert(value: Any, hint: Any, path: str, place: typing.Callable[[str], str] = lambda path: "") -> Any:
-    """`value` as the type `hint` says. Numbers written as text are read; a bool is never a number."""
+    """Convert `value` to the type `hint`. Numbers are also read from text; a bool is never a number.
+
+    Args:
+        value: plain data.
+        hint: a type annotation.
+        path: dotted path of the option, for messages.
+        place: dotted path -> " (file, line n)", for messages.
+
+    Raises:
+        OptionError: the value does not fit.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     wrong = OptionError(f"option {path}={value!r}{place(path)}: expected {_name(hint)}, found {type(value).__name__}")
     if hint is Any:
@@ -122,7 +136,7 @@ def convert(value: Any, hint: Any, path: str, place: typing.Callable[[str], str]
         if value is None and type(None) in arguments:
             return None
         nested = [choice for choice in arguments if dataclasses.is_dataclass(choice)]
-        if len(nested) == 1 and isinstance(value, Mapping):  # what is wrong inside is said of the inside
+        if len(nested) == 1 and isinstance(value, Mapping):  # errors inside name the inner option
             return convert(value, nested[0], path, place)
         for choice in arguments:
             if isinstance(choice, type) and type(value) is choice:
@@ -143,7 +157,7 @@ def convert(value: Any, hint: Any, path: str, place: typing.Callable[[str], str]
             return {}
         if not isinstance(value, Mapping):
             raise wrong
-        # `objectives.simclr=null` takes an entry out.
+        # `objectives.simclr=null` removes an entry.
         return {str(k): convert(v, arguments[1], f"{path}.{k}", place) for k, v in value.items() if v is not None}
     if origin is list:
         if isinstance(value, str) or not isinstance(value, typing.Sequence):

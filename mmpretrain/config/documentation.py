@@ -1,4 +1,4 @@
-"""Documentation of options: the comment behind each field of a Config, and the lines of `--help` made of them."""
+"""Documentation of options: the comment behind each field of a Config, as shown by `--help`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typing
 
 @functools.cache
 def documentation(cls: type) -> dict[str, str]:
-    """Field -> its one line of documentation: `metadata["help"]`, or the comment behind it in the source."""
+    """Return field -> its one line of documentation: `metadata["help"]`, or the comment behind it in the source."""
     comments: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
@@ -39,7 +39,7 @@ def _comments(cls: type) -> dict[str, str]:
 
 
 def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(option, default, documentation) of every field, nested dataclasses opened."""
+    """Return (option, default, documentation) of every field, with nested dataclasses expanded."""
     lines = []
     docs, hints = documentation(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):

@@ -1,4 +1,4 @@
-"""A recipe: dataclasses hold defaults, types and documentation; YAML is merged over them, `key=value` over both."""
+"""The recipe of a run: its options as dataclasses, loading from YAML and `key=value` overrides, checks, and comparison."""
 
 from __future__ import annotations
 
@@ -23,12 +23,19 @@ from mmpretrain.optim import OptimConfig
 
 @dataclass
 class EpochsConfig:
+    """Length of a run in epochs of one source."""
+
     source: str  # the source whose epochs are counted
     count: Annotated[float, Range(above=0)]  # how many times it is seen
 
 
 @dataclass
 class TeacherConfig:
+    """The EMA copy of the towers: momentum and BatchNorm statistics.
+
+    Source: Grill et al. 2020 (BYOL), section 3.2: tau = 1 - (1 - tau_base) * (cos(pi * k / K) + 1) / 2 ("cosine").
+    """
+
     momentum: Annotated[float, Range(0, 1)] = 0.996  # of the EMA copy at the start
     final_momentum: Annotated[float, Range(0, 1)] = 1.0  # and at the end
     schedule: Literal["cosine", "constant"] = "cosine"  # between the two
@@ -46,16 +53,20 @@ class NetworkConfig:
 
 @dataclass
 class CheckpointConfig:
+    """How often checkpoints are saved, and how many are kept."""
+
     every: Annotated[int, Range(1)] = 1000  # steps between checkpoints; the last step is always saved
     keep: Annotated[int, Range(1)] = 3  # newest checkpoints kept
 
 
 @dataclass
 class Config:
+    """A recipe: all options of a training run."""
+
     run_dir: str = "runs/demo"  # where everything of this run is written
     seed: int = 0  # of weights, order, views and masks
     steps: Annotated[int | None, Range(0)] = None  # updates to make
-    epochs: EpochsConfig | None = None  # instead of steps: so many epochs of one source
+    epochs: EpochsConfig | None = None  # instead of steps: a number of epochs of one source
     accumulate: Annotated[int, Range(1)] = 1  # chunks a step is split into; the result equals one batch
     model: str | dict = "ViT-B-32"  # an open_clip model name, a JSON file of that format, its fields, or an image tower (timm:resnet50)
     init_from: str | None = None  # a run, an open_clip checkpoint or folder whose weights to start from
@@ -84,7 +95,7 @@ class Config:
 
 @dataclass
 class EvaluationConfig:
-    """One evaluator in a recipe."""
+    """One evaluator of a recipe."""
 
     kind: str  # which evaluator
     options: Any  # its own Config
@@ -93,7 +104,7 @@ class EvaluationConfig:
     reference: dict[str, float] = field(default_factory=dict)  # accuracies known from elsewhere, shown beside the result
 
 
-# What may differ between a run and its continuation: it changes how fast the result comes, not the result's meaning.
+# Options that may differ on resume: they change the speed or the reports, not the meaning of the result.
 FREE = {
     "run_dir", "accumulate", "threads", "loader_threads", "loader_processes", "prefetch", "compile", "activation_checkpointing",
     "deterministic", "max_skipped_steps", "log_every", "cost_every", "images_every", "resume", "checkpoint", "evaluators",
@@ -102,10 +113,14 @@ FREE_OF_SOURCE = {"max_bad_fraction", "max_consecutive_bad", "cache_dir", "cache
 
 
 def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """A recipe file and `key=value` overrides -> a checked Config.
+    """Load a recipe file with `key=value` overrides into a checked Config.
+
+    Args:
+        recipe: a YAML file; None: overrides alone.
+        overrides: `key=value`, with dotted keys.
 
     Raises:
-        OptionError: naming the option, its file and line, and the nearest known name.
+        OptionError: with the option, its file and line, and the nearest known name.
     """
     data: dict[str, Any] = {}
     lines: dict[str, int] = {}
@@ -113,10 +128,10 @@ def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         data, lines = _read(Path(recipe))
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals or not key or value.strip() == "???":  # OmegaConf's word for a missing value, which it would pass over
+        if not equals or not key or value.strip() == "???":  # OmegaConf ignores "???", its mark of a missing value
             raise OptionError(f"expected key=value, found {override!r}")
     try:
-        # In place of a list a mapping cannot be merged: an override replaces what it names.
+        # Lists are replaced, not merged: OmegaConf cannot merge a mapping into one.
         merged = OmegaConf.merge(OmegaConf.create(data), OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(merged, resolve=False)
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
@@ -136,12 +151,20 @@ def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:
 
 
 def assemble(data: Any, place: Callable[[str], str] = lambda path: "") -> Config:
-    """Plain data -> Config, with each objective's and evaluator's own options checked by its own dataclass."""
+    """Build a Config from plain data; each objective's and evaluator's options are checked by its own dataclass.
+
+    Args:
+        data: a recipe.
+        place: dotted path -> " (file, line n)", for messages.
+
+    Raises:
+        OptionError: an option that is unknown or does not fit.
+    """
     config: Config = build(Config, data, "", place)
     if not config.objectives:
         raise OptionError(f"the recipe names no objective (one set to null is left out).{nearest('', OBJECTIVES)}")
     if (config.steps is None) == (config.epochs is None):
-        raise OptionError("say either steps: N or epochs: {source: NAME, count: N}")
+        raise OptionError("give either steps: N or epochs: {source: NAME, count: N}")
     for name, options in config.objectives.items():
         path = f"objectives.{name}"
         options = _mapping(options, path, place)
@@ -151,7 +174,7 @@ def assemble(data: Any, place: Callable[[str], str] = lambda path: "") -> Config
         objective: ObjectiveConfig = build(OBJECTIVES[kind].Config, options | {"kind": kind}, path, place)
         if objective.source not in config.sources:
             raise OptionError(
-                f"{path}.source is {objective.source!r}{place(path)}, no source of this recipe{nearest(objective.source, config.sources)}"
+                f"{path}.source is {objective.source!r}{place(path)}, not a source here{nearest(objective.source, config.sources)}"
             )
         if objective.start >= objective.stop:
             raise OptionError(f"{path}: start {objective.start:g} is not before stop {objective.stop:g}{place(path)}")
@@ -179,7 +202,7 @@ def assemble(data: Any, place: Callable[[str], str] = lambda path: "") -> Config
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """The resolved recipe as plain data, which `assemble` reads back."""
+    """Return the resolved recipe as plain data, which `assemble` accepts."""
     data = _plain(dataclasses.asdict(config))
     for name, evaluation in data["evaluators"].items():
         options = evaluation.pop("options")
@@ -188,11 +211,12 @@ def plain(config: Config) -> dict[str, Any]:
 
 
 def dump(config: Config) -> str:
+    """Return the resolved recipe as YAML."""
     return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Where two resolved recipes differ in meaning, one line each."""
+    """Return one line for each difference in meaning between two resolved recipes."""
 
     def walk(a: Any, b: Any, path: str) -> list[str]:
         if isinstance(a, dict) and isinstance(b, dict):
@@ -204,7 +228,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def help_text() -> str:
-    """Every field with its documentation and default."""
+    """Return the text of `--help`: every option with its default and documentation."""
     sections = [("", Config, "")]
     sections += [(f"objective {kind}", cls.Config, "objectives.NAME.") for kind, cls in OBJECTIVES.known.items()]
     sections += [(f"evaluator {kind}", cls.Config, "evaluators.NAME.") for kind, cls in EVALUATORS.known.items()]
@@ -235,7 +259,7 @@ def _plain(value: Any) -> Any:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """A YAML file -> its data, and the line of every dotted key."""
+    """Read a YAML file; return its data, and the line of every dotted key."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -263,7 +287,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _refuse_interpolation(value: Any, path: str) -> None:
-    """A recipe is data: `${oc.env:...}` could read this machine's secrets into a run folder."""
+    """Raise OptionError for `${...}`: `${oc.env:...}` could copy secrets of this machine to a run folder."""
     if isinstance(value, str) and "${" in value:
         raise OptionError(f"option {path} contains ${{...}}: recipes are plain data, without interpolation")
     if isinstance(value, dict):

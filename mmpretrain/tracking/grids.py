@@ -1,4 +1,4 @@
-"""Views of a batch as one picture."""
+"""Pictures of the views of a batch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,18 @@ from torch import Tensor
 
 
 def view_grid(rows: Sequence[Tensor], mean: Sequence[float], std: Sequence[float], pad: int = 2) -> Tensor:
-    """Each entry of `rows`, normalised [n, 3, h, w], becomes one row of the picture: float [3, H, W] in 0..1.
+    """Arrange views in a grid: each entry of `rows` becomes one row of the picture.
 
-    Rows may differ in n, h and w (multi-crop): smaller images lie at the top left of a cell of the largest size.
+    Views may differ in n, h and w (multi-crop): smaller images lie at the top left of a cell of the largest size.
+
+    Args:
+        rows: normalised images [n, 3, h, w].
+        mean: of the normalisation, per channel.
+        std: of the normalisation, per channel.
+        pad: pixels between images.
+
+    Returns:
+        float [3, H, W] in 0..1.
     """
     m, s = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
     if not rows or any(r.ndim != 4 or r.shape[1] != 3 for r in rows):

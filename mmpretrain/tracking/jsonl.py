@@ -1,4 +1,4 @@
-"""JSON lines of a run: appended so that a crash can tear the last line only, read with file and line in every error."""
+"""JSON Lines files of a run: appended so that a crash can truncate only the last line; errors name file and line."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mmpretrain.errors import FileError, MMPretrainError
 
 
 def file_name(name: str, step: int | None) -> str:
-    """A name that stays inside its folder: "clip/views" at step 40 -> "clip_views-00000040"; step None -> "clip_views-final"."""
+    """Make a file name without folders: "clip/views" at step 40 -> "clip_views-00000040"; step None -> "clip_views-final"."""
     stem = re.sub(r"[^A-Za-z0-9_.@-]+", "_", name).strip(".") or "_"
     return f"{stem}-{step:08d}" if step is not None else f"{stem}-final"
 
 
 def jsonable(value: Any) -> Any:
-    """Tensors and NumPy values as Python ones, bytes in base64, and NaN or infinity as None: JSON knows none of these."""
+    """Convert for JSON: tensors and NumPy values to Python ones, bytes to base64, NaN and infinity to None."""
     if isinstance(value, Mapping):
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -37,21 +37,21 @@ def jsonable(value: Any) -> Any:
 
 
 class LogError(MMPretrainError, ValueError):
-    """A line of a run's own files that says nothing. The message names file, line and remedy."""
+    """A line of a run's own files is corrupt. The message names file, line and remedy."""
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, written so that a crash can tear the last line only."""
+    """A file of JSON objects, one per line, written so that a crash can truncate only the last line."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._mended = False
+        self._repaired = False
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """One write per line. Raises OSError, with the file as it was before, when the line does not fit on the disk."""
+        """Append one line in a single write. Raises OSError where the disk is full; the file is then as before."""
         line = (json.dumps(jsonable(record), ensure_ascii=False) + "\n").encode("utf-8", "replace")
-        if not self._mended:
-            self._mend()
+        if not self._repaired:
+            self._repair()
         file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             size = os.fstat(file).st_size
@@ -67,12 +67,12 @@ class JsonLines:
             os.close(file)
 
     def truncate_after(self, step: int) -> None:
-        """Keep the lines whose `step` is null or at most `step`; drop the rest, and a torn last line. For resuming."""
+        """Keep the lines whose `step` is null or at most `step`; drop a truncated last line. For resuming."""
         if not self.path.exists():
             return
         records = read_jsonl(self.path)
         if wrong := [r for r in records if not isinstance(r.get("step"), int | None)]:
-            raise LogError(f"{self.path}: a line's step is {wrong[0]['step']!r:.60}, expected a number. Delete that line to go on.")
+            raise LogError(f"{self.path}: a line's step is {wrong[0]['step']!r:.60}, expected a number. Delete that line to continue.")
         kept = [r for r in records if r.get("step") is None or r["step"] <= step]
         temporary = self.path.with_name(self.path.name + ".tmp")
         with temporary.open("w", encoding="utf-8") as file:
@@ -81,9 +81,9 @@ class JsonLines:
             os.fsync(file.fileno())
         temporary.replace(self.path)
 
-    def _mend(self) -> None:
-        """Cut a torn last line, else the next line would be glued to it and both lost."""
-        self._mended = True
+    def _repair(self) -> None:
+        """Remove a truncated last line, which would make the next one unreadable too."""
+        self._repaired = True
         if not self.path.exists():
             return
         data = self.path.read_bytes()
@@ -93,7 +93,7 @@ class JsonLines:
         with self.path.open("r+b") as file:
             if _record(data[end:]) is None:
                 file.truncate(end)
-            else:  # whole, but without its newline: an editor wrote it
+            else:  # complete, but without its newline: an editor wrote it
                 file.seek(len(data))
                 file.write(b"\n")
 
@@ -107,9 +107,14 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def read_jsonl(path: str | Path, strict: bool = True) -> list[dict[str, Any]]:
-    """The records of a JSON lines file; [] if it does not exist. A torn last line is left out.
+    """Read the records of a JSON Lines file; [] if it does not exist. A truncated last line is left out.
 
-    Any other line that is not a JSON object raises LogError naming file and line, or is left out with a warning if not `strict`.
+    Args:
+        path: of the file.
+        strict: raise for any other line that is not a JSON object; else warn and leave it out.
+
+    Raises:
+        LogError: with file and line.
     """
     path = Path(path)
     if not path.exists():
@@ -122,16 +127,16 @@ def read_jsonl(path: str | Path, strict: bool = True) -> list[dict[str, Any]]:
         record = _record(line)
         if record is not None:
             records.append(record)
-        elif number < len(lines):  # the last piece has no newline behind it: torn by a crash
+        elif number < len(lines):  # the last piece has no newline: truncated by a crash
             problem = f"{path}, line {number}: expected a JSON object, found {line[:60]!r}"
             if strict:
-                raise LogError(f"{problem}. Delete that line to go on.")
+                raise LogError(f"{problem}. Delete that line to continue.")
             warnings.warn(f"{problem}; left out", stacklevel=2)
     return records
 
 
 def latest_results(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The last line of each (evaluator, name, dataset), in order of first appearance."""
+    """Return the last line of each (evaluator, name, dataset), in order of first appearance."""
     last: dict[tuple, dict[str, Any]] = {}
     for line in lines:
         last[tuple(str(line.get(k)) for k in ("evaluator", "name", "dataset"))] = dict(line)

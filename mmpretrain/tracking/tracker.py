@@ -16,10 +16,16 @@ from mmpretrain.tracking.jsonl import JsonLines, file_name, read_jsonl
 
 
 class Tracker:
-    """Writes what happens in a run to its folder; on ranks other than the main one every method does nothing.
+    """Writes the events of a run to its folder; on ranks other than the main one every method does nothing.
 
-    resume_step: the step of the checkpoint that was loaded: everything a dead run logged after it is cut away, so that the files
-        are those of an undisturbed run. None: nothing was loaded; only lines without a step are kept.
+    Args:
+        run_dir: the run folder.
+        log_every: steps between lines of metrics.jsonl.
+        total_steps: of the run.
+        is_main: this is the main rank.
+        resume_step: step of the loaded checkpoint: lines and pictures of later steps are removed, so that the files
+            are those of an uninterrupted run. None: nothing was loaded; only lines without a step are kept.
+        console: to print to.
     """
 
     def __init__(
@@ -35,7 +41,7 @@ class Tracker:
             raise ValueError(f"log_every is {log_every}; expected 1 or more")
         self.run_dir, self.log_every, self.total_steps, self.is_main = Path(run_dir), log_every, total_steps, is_main
         self._last = (0, 0)  # step, samples_seen of the last line written
-        self._steps, self._wait, self._time = 0, 0.0, 0.0  # since that line
+        self._steps, self._wait, self._time = 0, 0.0, 0.0  # steps and seconds since that line
         if not is_main:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -49,13 +55,13 @@ class Tracker:
                 path.unlink()
         if before := read_jsonl(self.run_dir / "metrics.jsonl"):
             self._last = (before[-1].get("step") or 0, before[-1].get("samples_seen") or 0)
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the main rank needs it
+        from torch.utils.tensorboard import SummaryWriter  # slow to import; only the main rank needs it
 
         self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=keep + 1)
         self._progress = Progress(total_steps, console)
 
     def due(self, step: int) -> bool:
-        """Whether `log` writes at this step: the first, the last, and every `log_every`-th."""
+        """Return whether `log` writes at this step: the first, the last, and every `log_every`-th."""
         return step == 1 or step == self.total_steps or step % self.log_every == 0
 
     def log(
@@ -68,9 +74,16 @@ class Tracker:
         lr: float,
         always: bool = False,
     ) -> None:
-        """Call it every step. Scalars ("loss", "clip/loss", ...) are read, hence synchronised, when a line is due, or `always`.
+        """Record a step; call it at every step. A line with means since the last one is written when due, or `always`.
 
-        data_wait_s, step_s: seconds that this step waited for data, and took altogether; the line has the means since the last line.
+        Args:
+            step: number of steps made.
+            samples_seen: in all steps.
+            scalars: "loss", "clip/loss", ...; read, hence synchronised, only when a line is written.
+            data_wait_s: seconds that this step waited for data.
+            step_s: seconds of this step.
+            lr: peak learning rate.
+            always: write a line now.
         """
         if not self.is_main:
             return
@@ -92,14 +105,14 @@ class Tracker:
         self._progress.update(step, losses, rate, wait / took if took > 0 else 0.0, took)
 
     def extra(self, step: int, samples_seen: int, scalars: Mapping[str, float]) -> None:
-        """A line of scalars that are not measured at every logged step."""
+        """Write a line of scalars that are not measured at every logged step."""
         if self.is_main:
             self._files["metrics"].append({"step": step, "samples_seen": samples_seen, **scalars})
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
 
     def result(self, step: int | None, line: Mapping[str, Any]) -> None:
-        """One evaluator's line: {"evaluator", "name", "dataset", "model", "n", "seed", "metrics": {...}}."""
+        """Write an evaluator's line: {"evaluator", "name", "dataset", "model", "n", "seed", "metrics": {...}}."""
         if not self.is_main:
             return
         line = {"step": step, **{k: v for k, v in line.items() if k != "step"}}
@@ -113,14 +126,14 @@ class Tracker:
         self._progress.print(f"{name}{when}, n = {line.get('n')}: {shown}")
 
     def skipped(self, step: int, records: Iterable[Mapping[str, Any]], ending: bool = False) -> None:
-        """Records {source, shard, key, reason} of all ranks: the caller gathers them. A rank that is `ending` the run writes its own."""
+        """Write records {source, shard, key, reason} of all ranks, which the caller gathers; a rank `ending` the run writes its own."""
         if self.is_main or ending:
             file = self._files["skipped"] if self.is_main else JsonLines(self.run_dir / "skipped.jsonl")
             for record in records:
                 file.append({"step": step, **record})
 
     def images(self, step: int, name: str, grid: Tensor) -> None:
-        """grid: float [3, H, W] in 0..1, to TensorBoard and images/NAME-STEP.png."""
+        """Write a picture, float [3, H, W] in 0..1, to TensorBoard and images/NAME-STEP.png."""
         if not self.is_main:
             return
         from PIL import Image
@@ -134,15 +147,17 @@ class Tracker:
         path.with_suffix(".tmp").replace(path)
 
     def message(self, text: str) -> None:
+        """Print a message."""
         if self.is_main:
             self._progress.print(text)
 
     def table(self, rows: Sequence[Mapping[str, Any]], title: str = "Results") -> None:
-        """Lines of results.jsonl, shown metric by metric, or rows of anything else."""
+        """Print lines of results.jsonl, one per metric, or rows of any other columns."""
         if self.is_main:
             self._progress.print(console_table(rows, title))
 
     def close(self) -> None:
+        """Close the console line and TensorBoard."""
         if self.is_main:
             self._progress.close()
             self._board.close()

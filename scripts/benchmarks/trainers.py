@@ -61,7 +61,8 @@ STEP_FLOPS = """
 import sys, torch
 from torch.utils.flop_counter import FlopCounterMode
 from mmpretrain.config import recipe as recipes
-from mmpretrain.assembly import build_model, build_sources, first_rows
+from mmpretrain.assembly import build_model, build_sources
+from mmpretrain.batch import first_rows
 from mmpretrain.data.loader import Loader
 from mmpretrain.model import freeze_unused
 config = recipes.load(sys.argv[1], ["precision=fp32"])

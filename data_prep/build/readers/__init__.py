@@ -1,1 +1,1 @@
-"""What `build` reads: each reader cuts an input into tasks, and makes a task's records in a worker."""
+"""Readers of `build`: each divides an input into tasks, and makes the records of a task in a worker."""

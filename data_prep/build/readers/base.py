@@ -1,4 +1,4 @@
-"""What every reader needs: the form of a reader, an image's format by its content, keys, captions. Imports no torch."""
+"""The protocol of readers, and what all of them use: image formats by content, safe keys, captions. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,42 +14,43 @@ T = TypeVar("T")
 
 
 class Reader(Protocol):
-    """An input of `build`, a frozen dataclass: picklable, and its repr states its options."""
+    """An input of `build`: a frozen dataclass, picklable, whose repr states its options."""
 
     @property
     def classes(self) -> list[str] | tuple[str, ...] | None:
-        """Written to classnames.txt."""
+        """The class names, written to classnames.txt; None without classes."""
 
     def tasks(self, max_count: int) -> Iterator[Any]:
-        """Small descriptions of `max_count` inputs each, never image bytes; lazily. Runs in the starting process."""
+        """Yields descriptions of `max_count` inputs each, without image bytes. Runs in the starting process."""
         ...
 
     def __call__(self, task: Any) -> Iterator[Record | Skipped]:
-        """Runs in a worker: reads the bytes, makes the records."""
+        """Reads the inputs of a task and yields their records. Runs in a worker."""
         ...
 
     def sources(self, task: Any) -> Iterator[str | None]:
-        """The files that a task reads, so that a change of one is noticed; None is passed over."""
+        """Yields the files that a task reads, whose changes make another build; None is ignored."""
         ...
 
 
 def extension_of(data: bytes) -> str | None:
-    """The extension of an image by its content; None where it is no image that training decodes."""
+    """Returns the extension of an image by its content; None where training decodes no such format."""
     kind = sniff(data)
     return "jpg" if kind == "jpeg" else kind
 
 
 def chunks(items: Iterable[T], count: int) -> Iterator[tuple[T, ...]]:
+    """Divides items into tuples of `count`, the last one shorter."""
     iterator = iter(items)
     while chunk := tuple(itertools.islice(iterator, count)):
         yield chunk
 
 
 def safe(text: str) -> str:
-    """Text as part of a key."""
+    """Makes text safe as part of a key: letters, digits, - and _, at most 80 characters."""
     return re.sub(r"[^\w-]+", "_", text).strip("_")[:80]
 
 
 def caption_text(text: str | bytes) -> str:
-    """A caption as it is written: NFC, without outer white space. Raises BadSample: empty_caption, not_utf8."""
+    """Normalises a caption: NFC, without outer white space. Raises BadSample: empty_caption, not_utf8."""
     return decode_text(text) if isinstance(text, bytes) else clean_text(text)

@@ -1,4 +1,4 @@
-"""COCO annotation files: instances, captions, or both of the same images. The json member holds boxes [x, y, width, height] in pixels."""
+"""The reader of COCO annotation files: instances, captions, or both of the same images. Boxes are [x, y, width, height] in pixels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmpretrain.data.tables import some
 
 @dataclass(frozen=True)
 class Annotated:
-    """An image and what was said about it. `reason` and `detail` say why it cannot be used, where that shows before it is read."""
+    """An image with its annotations. `reason` and `detail`: why it cannot be used, where the annotations alone show it."""
 
     key: str
     image_id: int | str
@@ -33,7 +33,10 @@ class Annotated:
 
 @dataclass(frozen=True)
 class Coco:
-    """`categories` are (id, name) in the order of their ids; a box's `category_id` is the index in that order, as in classnames.txt."""
+    """Reader of COCO annotations; see `coco`.
+
+    `categories` are (id, name) in the order of their ids; a box's `category_id` is the index in that order, as in classnames.txt.
+    """
 
     images: str
     inputs: tuple[Annotated, ...] = field(repr=False)
@@ -56,11 +59,11 @@ class Coco:
         return self.__dict__ | {"inputs": ()}
 
     def sources(self, task: tuple[Annotated, ...]) -> Iterator[str | None]:
-        """The images; what the annotations say is in the task."""
+        """Yields the images; the annotations are part of the task."""
         return (files.join(self.images, item.file) for item in task if not item.reason and not item.file.startswith("/"))
 
     def record(self, item: Annotated) -> Record:
-        """Raises BadSample."""
+        """Makes the record of an image. Raises BadSample."""
         if item.reason:
             raise BadSample(item.reason, item.detail)
         metadata: dict[str, Any] = {"file_name": item.file, "image_id": item.image_id}
@@ -82,14 +85,14 @@ class Coco:
         finite = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
         if not numbers or not finite or numbers[2] < 0 or numbers[3] < 0:
             raise BadSample("bad_box", f"annotation {annotation} has bbox {bbox!r}, expected [x, y, width, height] in pixels"[:300])
-        made = {"bbox": list(numbers), "category": self.categories[index][1], "category_id": index}
+        box = {"bbox": list(numbers), "category": self.categories[index][1], "category_id": index}
         if isinstance(area, int | float) and math.isfinite(area):
-            made["area"] = area
-        return made | ({"iscrowd": 1} if crowd == 1 else {})
+            box["area"] = area
+        return box | ({"iscrowd": 1} if crowd == 1 else {})
 
 
 def flavour_of(value: Any) -> str | None:
-    """What another kind of annotation file is; None for COCO's own kinds and for what is not known."""
+    """Names another kind of annotation file, with the remedy; None for COCO's own kinds and for what is not known."""
     if isinstance(value, list):
         first = value[0] if value else None
         if not isinstance(first, dict):
@@ -129,7 +132,7 @@ def _drop_outlines(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(file: str) -> dict[str, list[dict[str, Any]]]:
-    """Raises InputError for a file that is no COCO annotation file."""
+    """Reads the lists of an annotation file, without outlines. Raises InputError for a file that is not one of COCO."""
     data = files.read_bytes(file)
     try:
         value = json.loads(data, object_hook=_drop_outlines)
@@ -158,9 +161,17 @@ def _orphan(annotation: dict[str, Any], file: str) -> Annotated:
 
 
 def coco(annotations: list[str], images: str) -> Coco:
-    """A reader of images with what the annotation files, read whole, say about them.
+    """Opens a reader of images with their COCO annotations, whose files are read whole.
 
-    Images without boxes stay, with none; where there are captions, an image without one is skipped. Raises InputError, OSError.
+    Images without boxes are kept; where there are captions, an image without one is skipped.
+
+    Args:
+        annotations: the files, of the same images.
+        images: folder or URL of the images.
+
+    Raises:
+        InputError: a file has another format, or the files contradict each other.
+        OSError: a file cannot be read.
     """
     listed: dict[Any, dict[str, Any]] = {}
     repeated: list[Annotated] = []
@@ -170,9 +181,9 @@ def coco(annotations: list[str], images: str) -> Coco:
     orphans: list[Annotated] = []
     captioned = False
     for file in annotations:
-        found = _load(file)
+        content = _load(file)
         here: set[Any] = set()
-        for image in found["images"]:
+        for image in content["images"]:
             if image["id"] in here:
                 again = f"image id {image['id']!r} comes twice in {file}"
                 repeated.append(Annotated("", image["id"], str(image["file_name"]), None, reason="duplicate_id", detail=again))
@@ -184,10 +195,10 @@ def coco(annotations: list[str], images: str) -> Coco:
             else:
                 listed.setdefault(image["id"], image)
             here.add(image["id"])
-        for category in found["categories"]:
+        for category in content["categories"]:
             if categories.setdefault(category["id"], str(category["name"])) != str(category["name"]):
                 raise InputError(f"{file}: category {category['id']} is {category['name']!r}, elsewhere {categories[category['id']]!r}")
-        for note in found["annotations"]:
+        for note in content["annotations"]:
             if note["image_id"] not in here:
                 orphans.append(_orphan(note, file))
             elif "caption" in note:
@@ -195,7 +206,7 @@ def coco(annotations: list[str], images: str) -> Coco:
             else:
                 fields = ("id", "bbox", "category_id", "area", "iscrowd")
                 boxes.setdefault(note["image_id"], []).append(tuple(note.get(field) for field in fields))
-        captioned = captioned or any("caption" in note for note in found["annotations"])
+        captioned = captioned or any("caption" in note for note in content["annotations"])
     ordered = tuple(sorted(categories.items()))
     if len({name for _, name in ordered}) != len(ordered):
         raise InputError(f"{', '.join(annotations)}: two categories have the same name")
@@ -211,7 +222,7 @@ def _input(image: dict[str, Any], boxes: list[tuple[Any, ...]], captions: list[s
 
 
 def _unique(inputs: Iterator[Annotated]) -> Iterator[Annotated]:
-    """An image file listed under two ids is one sample; a.jpg and a.png get keys of their own."""
+    """Skips image files listed under a second id, and makes the keys of a.jpg and a.png different."""
     keys: set[str] = set()
     names: set[str] = set()
     for item in inputs:

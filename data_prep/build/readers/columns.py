@@ -1,4 +1,4 @@
-"""Which columns of a row become which members of a sample: the part that tables of every kind (csv, jsonl, tsv, parquet, datasets) share.
+"""The mapping from columns of a row to members of a sample, shared by all tables: csv, jsonl, tsv, parquet, datasets.
 
 Captions are those of mmpretrain.data.captions: a column, or a template over columns in braces.
 """
@@ -28,7 +28,10 @@ _DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
 
 @dataclass(frozen=True)
 class Columns:
-    """What to take from a row. `root` is the folder that paths are relative to and may not leave, except into one of `folders`."""
+    """The columns that a sample is made of.
+
+    `root` is the folder that image paths are relative to and must not leave, except into one of `folders`.
+    """
 
     image: str = "image"
     captions: tuple[str, ...] = ()
@@ -44,32 +47,34 @@ class Columns:
 
     @cached_property
     def texts(self) -> list[CaptionTemplate]:
+        """The parsed captions."""
         return [CaptionTemplate.parse(caption) for caption in self.captions]
 
     @cached_property
     def numbers(self) -> dict[str, int] | None:
+        """Class name -> index; None where there are no names."""
         return None if self.classes is None else {name: i for i, name in enumerate(self.classes)}
 
     def wanted(self) -> dict[str, str]:
-        """Column -> the option that names it."""
-        found = {self.image: "--image-column"}
+        """Returns column -> the option that names it."""
+        options = {self.image: "--image-column"}
         for caption in self.texts:
-            found |= dict.fromkeys(caption.columns, "--caption")
-        found |= {name: option for name, option in ((self.key, "--key-column"), (self.label, "--label-column")) if name}
-        return found | dict.fromkeys(self.extra, "--extra") | {name: "--join" for name, _ in self.join}
+            options |= dict.fromkeys(caption.columns, "--caption")
+        options |= {name: option for name, option in ((self.key, "--key-column"), (self.label, "--label-column")) if name}
+        return options | dict.fromkeys(self.extra, "--extra") | {name: "--join" for name, _ in self.join}
 
     def top(self, existing: Collection[str]) -> list[str]:
-        """The columns that must be read, `a` for `a.b`."""
+        """Returns the columns that must be read, `a` for `a.b`."""
         return list(dict.fromkeys(c if c in existing else c.partition(".")[0] for c in self.wanted()))
 
     def check(self, existing: Collection[str], what: str) -> None:
-        """Raises InputError naming a column that is not there, and those that are."""
+        """Raises InputError for a missing column, with the existing ones; `what` names the table."""
         for column, option in self.wanted().items():
             if column not in existing and column.partition(".")[0] not in existing:
                 raise InputError(f"{what} has no column {column!r} ({option}); it has {some(existing) or 'none'}")
 
     def image_bytes(self, value: Any) -> bytes:
-        """The image file that a cell holds: bytes, {bytes, path}, base64 text or a path. Raises BadSample."""
+        """Returns the image file that a cell holds: bytes, {bytes, path}, base64 text or a path. Raises BadSample."""
         value = _held(value)
         if isinstance(value, bytes | bytearray | memoryview):
             return bytes(value)
@@ -106,14 +111,15 @@ class Columns:
         places = [os.path.join(root, path)]
         if self.table is not None and not path.startswith("/"):
             places.append(os.path.join(files.place(self.table or "."), path))
-        allowed = [found for found in places if any(_inside(str(files.place(f)), found) for f in (self.root or ".", *self.folders))]
+        folders = [str(files.place(folder)) for folder in (self.root or ".", *self.folders)]
+        allowed = [place for place in places if any(_inside(folder, place) for folder in folders)]
         if not allowed:
-            remedy = "pass --root with a folder that holds it" + (", and write such paths relative to that" if path.startswith("/") else "")
-            raise BadSample("outside_root", f"{path[:200]} does not lie in {self.root or '.'}: if it is yours to read, {remedy}")
-        return next((found for found in allowed if os.path.exists(found)), allowed[0])
+            remedy = "if it is yours to read, pass --root with a folder that holds it"
+            raise BadSample("outside_root", f"{path[:200]} does not lie in {self.root or '.'}: {remedy}")
+        return next((place for place in allowed if os.path.exists(place)), allowed[0])
 
     def source(self, row: Mapping[str, Any]) -> str | None:
-        """The file that a row's image lies in, where it is one that may be read."""
+        """Returns the image file that a row names; None where it names none that may be read."""
         value = _held(lookup(row, self.image))
         if not isinstance(value, str) or not value or self.base64 or _DATA_URI.match(value[:100]):
             return None
@@ -123,7 +129,7 @@ class Columns:
             return None
 
     def record(self, number: int, row: Mapping[str, Any]) -> Record:
-        """Row `number` as a sample; the key is the number, followed by the key column's text. Raises BadSample."""
+        """Makes the record of row `number`; its key is the number, followed by the text of the key column. Raises BadSample."""
         if self.image not in row and lookup(row, self.image) is None:
             raise BadSample("missing_column", f"no {self.image!r}, but {', '.join(map(str, row))}"[:300])
         metadata: dict[str, Any] = {column: _plain(lookup(row, column)) for column in self.extra}
@@ -131,9 +137,9 @@ class Columns:
         if self.texts:  # before the image: captions are cheaper to refuse
             join = dict(self.join)
             several = len(self.texts) > 1 or any(t.plain and isinstance(lookup(row, t.plain), list | tuple) for t in self.texts)
-            found = [text for caption in self.texts for text in caption.fill(row, join)]
+            captions = [text for caption in self.texts for text in caption.fill(row, join)]
             columns = ", ".join(column for caption in self.texts for column in caption.columns)
-            members |= caption_members(found, several, metadata, f"of {columns}")
+            members |= caption_members(captions, several, metadata, f"of {columns}")
         if self.label is not None:
             members["cls"] = label_member(lookup(row, self.label), self.numbers, f"column {self.label}")
         if metadata:
@@ -144,19 +150,19 @@ class Columns:
 
 
 def _held(value: Any) -> Any:
-    """Of {bytes, path} the bytes, or else the path."""
+    """Returns the bytes of {bytes, path}, or else the path; other values as they are."""
     if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
         return value.get("bytes") if value.get("bytes") is not None else value.get("path")
     return value
 
 
 def _inside(folder: str, path: str) -> bool:
-    """By their names, or by where links lead."""
+    """Returns whether a path lies in a folder, by name or with links resolved."""
     return any(os.path.commonpath([resolve(folder), resolve(path)]) == resolve(folder) for resolve in (os.path.abspath, os.path.realpath))
 
 
 def _plain(value: Any) -> Any:
-    """A value that JSON holds: NaN becomes null, dates and decimals text. Raises BadSample: bad_metadata for bytes."""
+    """Converts a value for JSON: NaN to null, dates and decimals to text. Raises BadSample: bad_metadata for bytes."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

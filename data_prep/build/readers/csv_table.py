@@ -1,4 +1,4 @@
-"""A CSV or TSV table with image paths, read as a stream: of many million rows only those under way are held."""
+"""The reader of CSV and TSV tables with image paths, as a stream: only the rows in progress are held in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmpretrain.data.tables import MAX_FIELD, START, Header, as_text, check_text
 
 
 class Row(NamedTuple):
-    """A row's number in the table, its first line, and the values of `used`; or `problem`: why it is none."""
+    """A row's number in the table, its first line, and the values of `used`; or the `problem` of a malformed row."""
 
     number: int
     line: int
@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """One record a row, in the table's order."""
+    """Reader of a table: one record per row, in order."""
 
     file: str
     separator: str
@@ -46,9 +46,18 @@ class Table:
         exclude: Mapping[str, str] | None = None,
         separator: str | None = None,
     ) -> Table:
-        """Checks the columns; where there is a label reads the table once for its classes. `columns.root` "": the table's folder.
+        """Opens a table and checks its columns; where there is a label without classes, reads the table once for them.
 
-        `separator` None: what the header line shows. Raises InputError, TableError.
+        Args:
+            file: a path or URL.
+            columns: the columns to use; its root "" means the folder of the table.
+            where: column -> value that kept rows hold.
+            exclude: column -> regular expression of dropped rows.
+            separator: one character, or "tab"; None: what the header line shows.
+
+        Raises:
+            InputError: a missing column, or an option that cannot be used.
+            TableError: a file of another kind, or a wanted column that comes twice.
         """
         separator = _guessed(file) if separator is None else "\t" if separator in ("\\t", "tab") else separator
         if len(separator) != 1:
@@ -66,8 +75,8 @@ class Table:
                 raise InputError(f"--exclude-regex {column}={pattern}: {error}") from error
         chosen = tuple(where.items()), tuple(exclude.items())
         if columns.label is not None and columns.classes is None:
-            at = header.place(columns.label)
-            labels = (row[at] for _, _, row in _chosen(file, separator, header, *chosen) if not isinstance(row, str))
+            position = header.place(columns.label)
+            labels = (row[position] for _, _, row in _chosen(file, separator, header, *chosen) if not isinstance(row, str))
             columns = replace(columns, classes=class_names(labels, f"column {columns.label}"))
         used = tuple(columns.top(header.named))
         for column in used:
@@ -80,11 +89,11 @@ class Table:
 
     def tasks(self, max_count: int) -> Iterator[tuple[Row, ...]]:
         header = _header(self.file, self.separator)
-        at = [header.place(column) for column in self.used]
+        positions = [header.place(column) for column in self.used]
         rows = _chosen(self.file, self.separator, header, self.where, self.exclude)
         yield from chunks(
             (
-                Row(number, line, (), row) if isinstance(row, str) else Row(number, line, tuple([row[i] for i in at]))
+                Row(number, line, (), row) if isinstance(row, str) else Row(number, line, tuple([row[i] for i in positions]))
                 for number, line, row in rows
             ),
             max_count,
@@ -96,13 +105,13 @@ class Table:
             yield attempt(f"{name}, line {row.line}", lambda row=row: self._record(row))
 
     def _record(self, row: Row) -> Record:
-        """Raises BadSample."""
+        """Makes the record of a row. Raises BadSample."""
         if row.problem:
             raise BadSample("bad_row", row.problem)
         return self.columns.record(row.number, dict(zip(self.used, row.values)))
 
     def sources(self, task: tuple[Row, ...]) -> Iterator[str | None]:
-        """The images; the rows themselves are in the task."""
+        """Yields the images; the rows themselves are part of the task."""
         return (self.columns.source(dict(zip(self.used, row.values))) for row in task if not row.problem)
 
 
@@ -112,7 +121,7 @@ def _folder(file: str) -> str:
 
 @contextmanager
 def _opened(file: str) -> Iterator[IO[str]]:
-    """A table as text. Raises TableError for a file of another kind, OSError."""
+    """Opens a table as text. Raises TableError for a file of another kind, OSError."""
     with files.open_binary(file) as handle:
         check_text(file, handle.read(START))
         handle.seek(0)
@@ -141,7 +150,7 @@ def _chosen(
         next(rows)
         for number, (line, fields) in enumerate(rows):
             row = fields if isinstance(fields, str) else header.fit(fields)
-            if not isinstance(row, str):
-                if not all(row[i] == value for i, value in wanted) or any(pattern.search(row[i]) for i, pattern in excluded):
-                    continue
-            yield number, line, row
+            if isinstance(row, str) or (
+                all(row[i] == value for i, value in wanted) and not any(pattern.search(row[i]) for i, pattern in excluded)
+            ):
+                yield number, line, row

@@ -1,4 +1,4 @@
-"""A folder of images at any depth, with or without class folders."""
+"""The reader of a folder of images at any depth, with or without class folders."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mmpretrain.data.schema import BadSample
 
 @dataclass(frozen=True)
 class Folder:
-    """One record an image, in the order of their paths; with `classes`, the first folder of the path is its class."""
+    """Reader of a folder: one record per image, in the order of their paths; with `classes`, the first folder is the class."""
 
     folder: str
     classes: tuple[str, ...] | None = None
 
     @staticmethod
     def open(folder: str, label_from_folder: bool) -> Folder:
-        """Raises InputError where there is no such folder, or none of its files lies in a class folder."""
+        """Opens a folder. Raises InputError where it is missing or empty, or has no class folders to take labels from."""
         if not files.listing(folder):
             raise InputError(f"{folder}: no such folder, or nothing in it. Give the folder that holds the images.")
         if not label_from_folder:
@@ -47,7 +47,7 @@ class Folder:
         return (base + relative for relative in task)
 
     def _record(self, base: str, relative: str, number: dict[str, int]) -> Record:
-        """Raises BadSample."""
+        """Makes the record of an image. Raises BadSample."""
         extension, data = read_image(base + relative)
         members = {extension: data}
         if number:

@@ -1,4 +1,4 @@
-"""Hugging Face `datasets`: saved on disk, or from the hub, as a stream too. Images are not decoded: their bytes pass through."""
+"""The reader of Hugging Face `datasets`: saved on disk, from the hub, or streamed. Image bytes pass through undecoded."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Rows:
 
 @dataclass(frozen=True, repr=False)
 class Streamed:
-    """Rows that a stream gave, the first of them number `start`."""
+    """Rows of a stream, numbered from `start`."""
 
     start: int
     rows: tuple[dict[str, Any], ...]
 
-    def __repr__(self) -> str:  # what tells tasks apart: short, though the rows hold images
+    def __repr__(self) -> str:  # identifies the task; short, though the rows hold images
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(repr(row).encode("utf-8", "surrogatepass"))
@@ -43,7 +43,10 @@ class Streamed:
 
 @dataclass(frozen=True)
 class Hub:
-    """`dataset` is a Dataset or IterableDataset of the columns that are needed, undecoded. Pickled, a Dataset is a list of file names."""
+    """Reader of a data set.
+
+    `dataset` is a Dataset or IterableDataset of the needed columns, undecoded. A Dataset pickles to a list of file names.
+    """
 
     dataset: Any
     columns: Columns
@@ -79,7 +82,7 @@ class Hub:
         return self.__dict__ | ({"dataset": None} if self.stream else {})
 
     def sources(self, task: Rows | Streamed) -> Iterator[str | None]:
-        """The rows' content is in the task."""
+        """Yields nothing: the content of the rows is part of the task."""
         return iter(())
 
 
@@ -96,7 +99,11 @@ def _rows(dataset: Any, start: int, stop: int) -> Iterator[tuple[int, dict[str, 
 
 
 def _content(dataset: Any) -> str:
-    """What the rows are, independent of how often the set was loaded: a Dataset's own fingerprint changes with the path it is cached at."""
+    """Digests the content of a set.
+
+    The fingerprint of a Dataset changes with the path of its cache; this digest is the same however often the set is
+    loaded.
+    """
     digest = hashlib.sha256(f"{len(dataset)} {dataset.features}".encode())
     for row in {0, len(dataset) // 2, len(dataset) - 1} if len(dataset) else ():
         digest.update(repr(dataset[row]).encode())
@@ -104,7 +111,7 @@ def _content(dataset: Any) -> str:
 
 
 def folders(name: str, data_dir: str | None, data_files: list[str]) -> tuple[str, ...]:
-    """Where the image files of a set may lie: in what was named, and where `datasets` keeps what it fetches."""
+    """Returns the folders in which image files of a set may lie: those named, and the caches of `datasets`."""
     from datasets import config
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -114,7 +121,19 @@ def folders(name: str, data_dir: str | None, data_files: list[str]) -> tuple[str
 
 
 def load(name: str, config: str | None, split: str | None, stream: bool, data_dir: str | None, data_files: list[str] | None) -> Any:
-    """A Dataset or IterableDataset. Raises InputError naming the splits where none was chosen of several, OSError."""
+    """Loads a Dataset or IterableDataset.
+
+    Args:
+        name: a folder of save_to_disk, a set of the hub, or a loader such as imagefolder.
+        config: configuration of the set.
+        split: its split; needed where there are several.
+        stream: read the hub as a stream.
+        data_dir: passed to load_dataset.
+        data_files: passed to load_dataset.
+
+    Raises:
+        InputError: the set cannot be loaded, or none of several splits was chosen; the message lists them.
+    """
     try:
         import datasets
         from datasets.exceptions import DatasetsError
@@ -125,24 +144,24 @@ def load(name: str, config: str | None, split: str | None, stream: bool, data_di
         if saved:
             if stream or config or data_dir or data_files:
                 raise InputError(f"{name} was saved with save_to_disk: --stream, --name, --data-dir and --data-files are for the hub.")
-            found = datasets.load_from_disk(name)
+            loaded = datasets.load_from_disk(name)
         else:
-            found = datasets.load_dataset(name, config, split=split, streaming=stream, data_dir=data_dir, data_files=data_files)
+            loaded = datasets.load_dataset(name, config, split=split, streaming=stream, data_dir=data_dir, data_files=data_files)
     except (DatasetsError, OSError) as error:
         raise InputError(f"{name}: {error}") from error
-    if isinstance(found, dict):
-        chosen = split or (next(iter(found)) if len(found) == 1 else None)
-        if chosen is None or chosen not in found:
-            names = ", ".join(map(str, found))
+    if isinstance(loaded, dict):
+        chosen = split or (next(iter(loaded)) if len(loaded) == 1 else None)
+        if chosen is None or chosen not in loaded:
+            names = ", ".join(map(str, loaded))
             raise InputError(f"{name} has the splits {names}, and not {split}." if split else f"{name}: --split one of {names}.")
-        return found[chosen]
-    if split and saved and str(getattr(found, "split", None) or split) != split:
-        raise InputError(f"{name} is the split {found.split}, not {split}.")
-    return found
+        return loaded[chosen]
+    if split and saved and str(getattr(loaded, "split", None) or split) != split:
+        raise InputError(f"{name} is the split {loaded.split}, not {split}.")
+    return loaded
 
 
 def from_dataset(dataset: Any, columns: Columns, name: str) -> Hub:
-    """A reader of a loaded set. Raises InputError for a missing column."""
+    """Opens a reader of a loaded set; `name` is for messages. Raises InputError for a missing column."""
     import datasets
 
     stream = isinstance(dataset, datasets.IterableDataset)

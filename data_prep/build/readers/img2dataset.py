@@ -1,4 +1,4 @@
-"""What img2dataset wrote: numbered tars with a `_stats.json` beside each, which says how many downloads it holds."""
+"""The reader of img2dataset's output: numbered tars with a `_stats.json` beside each, which states its number of downloads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STATS = "_stats.json"
 
 
 def _successes(place: str) -> int:
-    """Raises InputError."""
+    """Reads the number of downloads from a `_stats.json`. Raises InputError."""
     try:
         count = json.loads(files.read_bytes(place))["successes"]
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
@@ -24,9 +24,18 @@ def _successes(place: str) -> int:
 
 
 def img2dataset(folder: str, members: tuple[str, ...] = (), require: tuple[str, ...] = (), keys: str = "keep") -> Shards:
-    """A reader of the tars of a folder, whose counts are held against img2dataset's own.
+    """Opens a reader of the tars of a folder, which are checked against the counts of img2dataset.
 
-    A tar that statistics exist for and that is not there counts as unreadable. Raises InputError where the folder holds something else.
+    A missing tar that has statistics is reported as unreadable.
+
+    Args:
+        folder: output folder of img2dataset.
+        members: see `webdataset.Shards`.
+        require: see `webdataset.Shards`.
+        keys: see `webdataset.Shards`.
+
+    Raises:
+        InputError: the folder holds something else.
     """
     there = files.listing(folder)
     tars = [path for path in there if path.endswith(".tar")]

@@ -1,4 +1,4 @@
-"""Tables of one record a line: JSON Lines, and tab-separated values without quoting. A task is a span of lines; its worker reads them."""
+"""The reader of tables with one record per line: JSON Lines, and tab-separated values without quoting. A task is a span of lines."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from data_prep.build.readers.members import attempt, class_names
 from data_prep.records import InputError, Record, Skipped
 from mmpretrain.data.schema import BadSample
 from mmpretrain.data.shard_names import is_remote
-from mmpretrain.data.tables import START, Header, TableError, check_text
+from mmpretrain.data.tables import START, Header, TableError, check_text, some
 
-MAX_LINE = 256 << 20  # a longer line is skipped, and never held
+MAX_LINE = 256 << 20  # a longer line is skipped, and never held in memory
 CHUNK = 4 << 20
 
 
 @dataclass(frozen=True)
 class Span:
-    """Lines `line` (from 1) to `line + count - 1` of a file, the first at byte `offset`; `number` is the first one's in the whole input."""
+    """Lines `line` (from 1) to `line + count - 1` of a file, from byte `offset`; `number` is that of the first in the whole input."""
 
     file: str
     offset: int
@@ -35,6 +35,7 @@ class Span:
 
 
 def open_bytes(url: str) -> IO[bytes]:
+    """Opens a file or URL for reading."""
     where = files.place(url)
     if isinstance(where, Path):
         return where.open("rb")
@@ -43,19 +44,19 @@ def open_bytes(url: str) -> IO[bytes]:
 
 
 def _starts(handle: IO[bytes]) -> Iterator[int]:
-    """The byte offset of every line, in one pass."""
-    at, fresh = 0, True
+    """Yields the byte offset of every line, in one pass."""
+    offset, line_begins = 0, True
     while chunk := handle.read(CHUNK):
-        if fresh:
-            yield at
-        ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + at + 1
-        at += len(chunk)
-        fresh = len(ends) > 0 and int(ends[-1]) == at
-        yield from (ends[:-1] if fresh else ends).tolist()
+        if line_begins:
+            yield offset
+        ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + offset + 1
+        offset += len(chunk)
+        line_begins = len(ends) > 0 and int(ends[-1]) == offset
+        yield from (ends[:-1] if line_begins else ends).tolist()
 
 
 def _read(handle: IO[bytes]) -> bytes | None:
-    """The next line without its end; None where it is too long to hold."""
+    """Reads the next line without its end; returns None for one that is too long to hold."""
     line = handle.readline(MAX_LINE)
     if len(line) < MAX_LINE or line.endswith(b"\n"):
         return line.rstrip(b"\r\n")
@@ -65,7 +66,7 @@ def _read(handle: IO[bytes]) -> bytes | None:
 
 
 def parse_json(line: bytes) -> dict[str, Any]:
-    """A line of JSON Lines. Raises BadSample: not_utf8, bad_json."""
+    """Parses a line of JSON Lines. Raises BadSample: not_utf8, bad_json."""
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -79,7 +80,7 @@ def parse_json(line: bytes) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Lines:
-    """Samples from lines. `header` holds the column names of tab-separated values; None means JSON Lines."""
+    """Reader of lines. `header`: the column names of tab-separated values; None: JSON Lines."""
 
     inputs: tuple[str, ...]
     columns: Columns
@@ -91,7 +92,7 @@ class Lines:
         return None if self.columns.classes is None else list(self.columns.classes)
 
     def parse(self, line: bytes) -> dict[str, Any]:
-        """Raises BadSample: not_utf8, bad_json, bad_row."""
+        """Parses a line to column -> value. Raises BadSample: not_utf8, bad_json, bad_row."""
         if self.header is None:
             return parse_json(line)
         try:
@@ -107,20 +108,20 @@ class Lines:
         for file in self.inputs:
             line = count = offset = 0
             with open_bytes(file) as handle:
-                for line, at in enumerate(_starts(handle), 1):
+                for line, line_offset in enumerate(_starts(handle), 1):
                     if line == 1 and self.skip_first:
                         continue
                     if count == max_count:
                         yield Span(file, offset, line - count, count, number)
                         number, count = number + count, 0
-                    offset = at if count == 0 else offset
+                    offset = line_offset if count == 0 else offset
                     count += 1
             if count:
                 yield Span(file, offset, line - count + 1, count, number)
                 number += count
 
     def rows(self, span: Span) -> Iterator[tuple[int, bytes | None]]:
-        """(place in the span, line) of the lines that are not blank."""
+        """Yields (index in the span, line) of the lines that are not blank; None for a line that is too long."""
         with open_bytes(span.file) as handle:
             handle.seek(span.offset)
             for i in range(span.count):
@@ -145,9 +146,9 @@ class Lines:
                     yield self.columns.source(self.parse(line))
 
 
-def _sample(reader: Lines, file: str, most: int) -> Iterator[dict[str, Any]]:
-    """The first rows of a file that can be read."""
-    for i, line in reader.rows(Span(file, 0, 1, most, 0)):
+def _sample(reader: Lines, file: str, max_rows: int) -> Iterator[dict[str, Any]]:
+    """Yields the first rows of a file, without unreadable ones."""
+    for i, line in reader.rows(Span(file, 0, 1, max_rows, 0)):
         if line is not None and (i or not reader.skip_first):
             try:
                 yield reader.parse(line)
@@ -156,7 +157,7 @@ def _sample(reader: Lines, file: str, most: int) -> Iterator[dict[str, Any]]:
 
 
 def _checked(reader: Lines) -> Lines:
-    """With the columns checked against the beginning of each file, and the classes of the label column gathered."""
+    """Checks the columns against the beginning of each file, and adds the classes of the label column."""
     for file in reader.inputs:
         if reader.header is None:
             existing: dict[str, None] = {}
@@ -168,8 +169,8 @@ def _checked(reader: Lines) -> Lines:
             reader.columns.check([name for name in reader.header if name.strip()], file)
     if reader.columns.label is None or reader.columns.classes is not None:
         return reader
-    found = class_names(_labels(reader, reader.columns.label), f"column {reader.columns.label}")
-    return replace(reader, columns=replace(reader.columns, classes=found))
+    classes = class_names(_labels(reader, reader.columns.label), f"column {reader.columns.label}")
+    return replace(reader, columns=replace(reader.columns, classes=classes))
 
 
 def _labels(reader: Lines, label: str) -> Iterator[Any]:
@@ -195,7 +196,7 @@ def _first_bytes(file: str, check: Callable[[bytes], str | None]) -> bytes:
 
 
 def json_lines(inputs: list[str], columns: Columns) -> Lines:
-    """A reader of JSON Lines files. Raises InputError for a file of another kind or a missing column, OSError."""
+    """Opens a reader of JSON Lines files. Raises InputError for a file of another kind or a missing column, OSError."""
 
     def check(start: bytes) -> str | None:
         array = start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
@@ -207,22 +208,28 @@ def json_lines(inputs: list[str], columns: Columns) -> Lines:
 
 
 def tab_separated(inputs: list[str], columns: Columns, header: list[str] | None = None) -> Lines:
-    """A reader of tab-separated files without quoting. `header` names the columns of files that have no header line.
+    """Opens a reader of tab-separated files without quoting.
 
-    Raises InputError for files whose headers differ or lack a column, OSError.
+    Args:
+        inputs: paths or URLs.
+        columns: the columns to use.
+        header: the column names, where the files have no header line.
+
+    Raises:
+        InputError: the headers of the files differ or lack a column.
+        OSError: a file cannot be read.
     """
-    found = header
+    common = header
     for file in inputs:
         start = _first_bytes(file, lambda start: None if start.strip() else "empty, expected a header line")
         if header is None:
             names = start.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
-            if found is not None and names != found:
-                raise InputError(f"{file}: its header ({', '.join(names)}) differs from that of {inputs[0]} ({', '.join(found)})")
-            found = names
-    if not found:
+            if common is not None and names != common:
+                raise InputError(f"{file}: its header ({some(names)}) differs from that of {inputs[0]} ({some(common)})")
+            common = names
+    if not common:
         raise InputError(f"{inputs[0]}: no column names, expected a header line or --columns")
-    names = Header(inputs[0], tuple(found))
-    for column in columns.top(found):
-        if column in found:
-            names.place(column)
-    return _checked(Lines(tuple(inputs), columns, tuple(found), header is None))
+    for column in columns.top(common):
+        if column in common:
+            Header(inputs[0], tuple(common)).place(column)
+    return _checked(Lines(tuple(inputs), columns, tuple(common), header is None))

@@ -1,4 +1,4 @@
-"""What every reader makes samples of: image bytes, captions, metadata, keys; each refuses what cannot be used with a BadSample."""
+"""Members and keys of samples, for all readers: images, captions, labels, metadata. Unusable input raises BadSample."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from mmpretrain.data.schema import IMAGE_EXTENSIONS, SAFE_KEY, BadSample, ShardE
 from mmpretrain.data.shard_names import is_remote
 from mmpretrain.data.tables import distinct_integers
 
-IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS) - {".avif", ".img"}  # of files that are taken for images
+IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS) - {".avif", ".img"}  # of files that are read as images
 
 
 def attempt(where: str, make: Callable[[], Record]) -> Record | Skipped:
-    """The record, or why there is none."""
+    """Returns the record that `make` makes, or for a BadSample a Skipped with its reason; `where` is the input."""
     try:
         return replace(make(), where=printable(where))
     except BadSample as error:
@@ -33,18 +33,18 @@ def attempt(where: str, make: Callable[[], Record]) -> Record | Skipped:
 
 
 def image_member(data: bytes, what: str) -> tuple[str, bytes]:
-    """(extension by content, the bytes as they are). Raises BadSample: unknown_format."""
+    """Returns (extension by content, data). Raises BadSample: unknown_format; `what` names the image."""
     extension = extension_of(data)
     if extension is None:
-        found = f"it begins with {bytes(data[:12])!r}" if data else "it is empty"
-        foreign = foreign_kind(data)
-        kind = f"{foreign[0]}, not an image that is read" if foreign else "no image that is read"
-        raise BadSample("unknown_format", f"{what} is {kind}: {found}" + (f". {foreign[1]}".rstrip(". ") if foreign else ""))
+        begin = f"it begins with {bytes(data[:12])!r}" if data else "it is empty"
+        noun, remedy = foreign_kind(data) or ("", "")
+        kind = f"{noun}, not an image of a known format" if noun else "not an image of a known format"
+        raise BadSample("unknown_format", f"{what} is {kind}: {begin}" + (f". {remedy}" if remedy else ""))
     return extension, data
 
 
 def read(url: str, reason: str = "missing_image") -> bytes:
-    """A file's bytes. Raises BadSample: `reason`, also for a pipe or a device, which inputs may name and which has no end."""
+    """Reads a file. Raises BadSample: `reason`, also for a pipe or device, which inputs may name and which has no end."""
     try:
         if (path := files.local_path(url)) is not None:
             mode = os.stat(path).st_mode
@@ -58,11 +58,12 @@ def read(url: str, reason: str = "missing_image") -> bytes:
 
 
 def read_image(url: str) -> tuple[str, bytes]:
+    """Reads an image file; returns (extension by content, data). Raises BadSample."""
     return image_member(read(url), url)
 
 
 def inside(base: str, name: str) -> str:
-    """`base`/`name`, which an annotation file names: never a place outside `base`. Raises BadSample: bad_path."""
+    """Returns `base`/`name` for a name from an annotation file. Raises BadSample: bad_path outside `base`."""
     name = name.replace("\\", "/")
     plain = posixpath.normpath(name)
     if not name or "\0" in name or is_remote(name) or plain.startswith(("/", "../")) or plain in ("..", "."):
@@ -71,7 +72,7 @@ def inside(base: str, name: str) -> str:
 
 
 def text_member(text: str, what: str) -> bytes:
-    """A caption as UTF-8 in NFC without outer white space. Raises BadSample: empty_caption, not_utf8, too_many_bytes."""
+    """Encodes a caption: UTF-8 in NFC without outer white space. Raises BadSample: empty_caption, not_utf8, too_many_bytes."""
     try:
         data = caption_text(text).encode()
     except BadSample as error:
@@ -82,9 +83,16 @@ def text_member(text: str, what: str) -> bytes:
 
 
 def caption_members(texts: Iterable[str], several: bool, metadata: dict[str, Any], what: str) -> dict[str, bytes]:
-    """`txt` is the first caption; where `several`, all different ones are in the json's `captions`. Empty ones are left out.
+    """Makes the txt member of captions: the first one. Empty captions are ignored.
 
-    Raises BadSample: empty_caption where all are, not_utf8 for lone surrogates, too_many_bytes for the first.
+    Args:
+        texts: the captions.
+        several: also add all different captions to the metadata, as `captions`.
+        metadata: the content of the json member; changed in place.
+        what: names the captions in errors.
+
+    Raises:
+        BadSample: empty_caption where all are empty, not_utf8 for lone surrogates, too_many_bytes for the first caption.
     """
     try:
         kept = list(dict.fromkeys(clean_texts(texts)))
@@ -98,7 +106,7 @@ def caption_members(texts: Iterable[str], several: bool, metadata: dict[str, Any
 
 
 def json_member(value: dict[str, Any]) -> bytes:
-    """Raises BadSample: bad_metadata for what JSON in UTF-8 cannot hold, not_utf8 for text that is none."""
+    """Encodes the json member. Raises BadSample: bad_metadata for values that JSON cannot hold, not_utf8 for lone surrogates."""
     try:
         return json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
     except UnicodeEncodeError as error:
@@ -108,7 +116,15 @@ def json_member(value: dict[str, Any]) -> bytes:
 
 
 def path_key(relative: str, shared: bool = False) -> str:
-    """A key from a file's path without its suffix. One that had to be changed, or is `shared`, gets its digest, which keeps keys apart."""
+    """Makes a key from the path of a file, without its suffix.
+
+    Args:
+        relative: the path in its folder.
+        shared: another file has the same key.
+
+    Returns:
+        The path where it is a safe key and not shared; else a safe form with a digest, which keeps keys different.
+    """
     stem = str(PurePosixPath(relative).with_suffix(""))
     if not shared and len(stem.encode("utf-8", "surrogateescape")) <= 100 and SAFE_KEY.fullmatch(stem):
         return stem
@@ -117,7 +133,7 @@ def path_key(relative: str, shared: bool = False) -> str:
 
 
 def class_names(labels: Iterable[Any], what: str) -> tuple[str, ...] | None:
-    """The sorted names among labels, or None where all are numbers or digits, each number spelt in one way.
+    """Returns the sorted names among labels; None where all are numbers or digits, each number spelt in one way.
 
     Raises InputError where names and numbers are mixed.
     """
@@ -136,7 +152,16 @@ def class_names(labels: Iterable[Any], what: str) -> tuple[str, ...] | None:
 
 
 def label_member(value: Any, classes: Mapping[str, int] | None, what: str) -> bytes:
-    """The class index as digits. Raises BadSample: missing_label, bad_label."""
+    """Encodes a label as the digits of its class index.
+
+    Args:
+        value: a class name or index.
+        classes: name -> index; None: there are only indices.
+        what: names the label in errors.
+
+    Raises:
+        BadSample: missing_label, bad_label.
+    """
     if value is None or value == "":
         raise BadSample("missing_label", what)
     if isinstance(value, str) and not is_utf8(value):

@@ -1,4 +1,4 @@
-"""Parquet tables: a task is a span of rows. A worker holds a few rows at a time, of the columns that it needs, and a place in one file."""
+"""The reader of parquet tables. A task is a span of rows; a worker holds a few rows of the needed columns at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BATCH = 32  # rows decoded at a time: they may hold whole photos
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows `start` to `stop - 1` of a file; `number` is the first one's in the whole input."""
+    """Rows `start` to `stop - 1` of a file; `number` is that of the first in the whole input."""
 
     file: str
     start: int
@@ -33,7 +33,7 @@ class Rows:
 
 @contextmanager
 def opened(file: str) -> Iterator[Any]:
-    """A pyarrow ParquetFile. Raises InputError for a file that is none."""
+    """Opens a file as a pyarrow ParquetFile. Raises InputError for a file of another kind."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -41,7 +41,7 @@ def opened(file: str) -> Iterator[Any]:
         raise InputError("reading parquet needs pyarrow: pip install pyarrow") from error
     with open_bytes(file) as handle:
         try:
-            table = parquet.ParquetFile(handle, buffer_size=4 << 20)  # else a row group's column is held whole
+            table = parquet.ParquetFile(handle, buffer_size=4 << 20)  # without it, a column of a row group is held whole
         except (pyarrow.ArrowInvalid, OSError) as error:
             handle.seek(0)
             noun, remedy = foreign_kind(handle.read(512)) or ("", "")
@@ -53,7 +53,7 @@ def opened(file: str) -> Iterator[Any]:
 
 
 class _Cursor:
-    """Reads on in a file: a row group can only be decoded from its start, which would be done anew for each task of a large one."""
+    """A position in a file. A row group is decoded from its start, so the tasks of a large one share a cursor."""
 
     def __init__(self, file: str, names: tuple[str, ...]) -> None:
         self._file, self._names = file, names
@@ -68,7 +68,7 @@ class _Cursor:
         self._open.close()
 
     def rows(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(number in the file, row) of those from `start` to `stop`. Raises InputError where the file cannot be decoded."""
+        """Yields (number in the file, row) of rows `start` to `stop - 1`. Raises InputError where the file cannot be decoded."""
         while start < min(stop, self.edges[-1]):
             self._seek(start)
             end = min(stop, self._first + len(self._batch))
@@ -93,17 +93,19 @@ class _Cursor:
 
 @lru_cache(maxsize=1)
 def _cursor(file: str, names: tuple[str, ...], state: str) -> _Cursor:
-    """The last one: a worker's next task mostly begins further on in the same file. `state`: another where the file has changed."""
+    """Caches the last cursor: the next task of a worker usually continues in the same file. `state` changes with the file."""
     return _Cursor(file, names)
 
 
 def rows(file: str, start: int, stop: int, names: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number in the file, row) of the rows from `start` to `stop`, of the columns `names`. Raises InputError."""
+    """Yields (number in the file, row) of rows `start` to `stop - 1`, of the columns `names`. Raises InputError."""
     return _cursor(file, tuple(names), files.states([file])).rows(start, stop)
 
 
 @dataclass(frozen=True)
 class Parquet:
+    """Reader of parquet files; see `parquet_files`."""
+
     inputs: tuple[str, ...]
     columns: Columns
     names: tuple[str, ...]  # the columns to read
@@ -132,7 +134,7 @@ class Parquet:
 
 
 def _feature_names(schema: Any, label: str) -> tuple[str, ...] | None:
-    """The class names that Hugging Face `datasets` notes in the file's metadata, if it does."""
+    """Returns the class names that Hugging Face `datasets` stores in the metadata of a file; None without them."""
     try:
         noted = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
         return tuple(map(str, noted))
@@ -141,12 +143,12 @@ def _feature_names(schema: Any, label: str) -> tuple[str, ...] | None:
 
 
 def _holder(names: list[str], column: str) -> list[str]:
-    """The column that must be read to have `column`: itself, or `a` for `a.b`."""
+    """Returns the column that must be read for `column`: itself, or `a` for `a.b`."""
     return [column if column in names else column.partition(".")[0]]
 
 
 def parquet_files(inputs: list[str], columns: Columns) -> Parquet:
-    """A reader of parquet files. Raises InputError for a file of another kind or a missing column, OSError."""
+    """Opens a reader of parquet files. Raises InputError for a file of another kind or a missing column, OSError."""
     names: list[str] = []
     noted: tuple[str, ...] | None = None
     for file in inputs:

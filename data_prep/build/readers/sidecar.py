@@ -1,6 +1,6 @@
-"""A folder of images with a .txt or a .json of the same name beside each.
+"""The reader of a folder of images with a .txt or a .json of the same name beside each.
 
-Captions are those of the .txt, or fields of the .json; the .txt is the field `txt`, so templates may use both.
+Captions come from the .txt or from fields of the .json; the .txt is the field `txt`, so templates may use both.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mmpretrain.data.schema import BadSample
 
 @dataclass(frozen=True)
 class Beside:
-    """An image (None: there is none) and what lies beside it, relative to the folder."""
+    """An image (None: it is missing) and its sidecar files, relative to the folder."""
 
     key: str
     image: str | None
@@ -41,7 +41,7 @@ class Beside:
 
 
 def _stem(name: str) -> str:
-    """What an image and its sidecars have in common: `a` of a.jpg, a.txt and a.jpg.txt."""
+    """Returns the name that an image and its sidecars share: `a` of a.jpg, a.txt and a.jpg.txt."""
     path = PurePosixPath(name)
     stem = path.with_suffix("")
     named_after_file = path.suffix.lower() in (".txt", ".json") and stem.suffix.lower() in IMAGE_SUFFIXES
@@ -50,6 +50,8 @@ def _stem(name: str) -> str:
 
 @dataclass(frozen=True)
 class Sidecar:
+    """Reader of images with sidecar files; see `sidecar`."""
+
     folder: str
     captions: tuple[str, ...] = ()  # fields of the .json, or templates over them; by default the .txt, else the field `caption`
     lines: bool = False  # each line of a .txt is a caption
@@ -62,9 +64,9 @@ class Sidecar:
         return None if self.names is None else list(self.names)
 
     def inputs(self) -> Iterator[Beside]:
-        """Images and sidecars by their common name; several images of one name share its sidecars."""
-        found = sorted((_stem(name), name) for name in files.walk(self.folder))
-        for _, group in itertools.groupby(found, key=lambda pair: pair[0]):
+        """Yields images with their sidecars by common name; several images of one name share its sidecars."""
+        names_by_stem = sorted((_stem(name), name) for name in files.walk(self.folder))
+        for _, group in itertools.groupby(names_by_stem, key=lambda pair: pair[0]):
             names = [(PurePosixPath(name).suffix.lower(), name) for _, name in group]
             images = [name for suffix, name in names if suffix in IMAGE_SUFFIXES]
             txt = next((name for suffix, name in names if suffix == ".txt"), None)
@@ -87,13 +89,13 @@ class Sidecar:
         return (files.join(self.folder, name) for item in task for name in (item.image, item.txt, item.json) if name)
 
     def fields(self, item: Beside) -> dict[str, Any]:
-        """The .json's fields. Raises BadSample: missing_sidecar, bad_json."""
+        """Reads the fields of the .json. Raises BadSample: missing_sidecar, bad_json."""
         if item.json is None:
             return {}
         return parse_json(read(files.join(self.folder, item.json), "missing_sidecar"))
 
     def record(self, item: Beside) -> Record:
-        """Raises BadSample."""
+        """Makes the record of an image. Raises BadSample."""
         if item.image is None:
             raise BadSample("missing_image", "no image of this name lies beside it")
         metadata = self.fields(item)
@@ -143,7 +145,20 @@ def sidecar(
     label_from_folder: bool = False,
     classes: tuple[str, ...] | None = None,
 ) -> Sidecar:
-    """A reader of images with sidecars. Raises InputError for a folder without them, or a caption that is no template."""
+    """Opens a reader of images with sidecar files.
+
+    Args:
+        folder: folder or URL.
+        captions: fields of the .json, or templates over them; empty: the .txt, else the field `caption`.
+        lines: every line of a .txt is a caption.
+        label: a field of class names or indices.
+        label_from_folder: the first folder of a path is its class.
+        classes: the class names in order; None: gathered from the labels.
+
+    Raises:
+        InputError: the folder holds neither images nor sidecars, or has no class folders.
+        ValueError: a caption is not a template.
+    """
     for caption in captions:
         CaptionTemplate.parse(caption)
     reader = Sidecar(folder, captions, lines, label, label_from_folder, classes)

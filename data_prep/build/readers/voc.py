@@ -1,4 +1,4 @@
-"""A folder in the layout of PASCAL VOC: JPEGImages, Annotations, ImageSets/Main, SegmentationClass where there are masks.
+"""The reader of a folder in the layout of PASCAL VOC: JPEGImages, Annotations, ImageSets/Main, and SegmentationClass for masks.
 
 VOC counts pixels from 1 and includes both corners, so a box is [xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1] in COCO's form.
 """
@@ -26,7 +26,11 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def parse_xml(data: bytes) -> Element:
-    """A stranger's XML document as a tree; a DOCTYPE, and so any entity of its own, is refused. Raises BadSample: unsafe_xml, bad_xml."""
+    """Parses an untrusted XML document.
+
+    Raises:
+        BadSample: unsafe_xml for a DOCTYPE, and thus for any entity of its own; bad_xml.
+    """
     if len(data) > MAX_XML:
         raise BadSample("unsafe_xml", f"{len(data)} bytes, at most {MAX_XML} are read")
     builder, parser, depth = TreeBuilder(), expat.ParserCreate(), 0
@@ -75,8 +79,17 @@ def _flag(thing: Element, name: str) -> dict[str, int]:
 
 
 def boxes(root: Element, numbers: dict[str, int] | None, zero_based: bool) -> list[dict[str, Any]]:
-    """The objects of an annotation in COCO's form. Raises BadSample: bad_box, unknown_category."""
-    found = []
+    """Converts the objects of an annotation to COCO's form.
+
+    Args:
+        root: the annotation.
+        numbers: class name -> index; None: boxes without indices.
+        zero_based: corners are edges counted from 0, not pixels counted from 1.
+
+    Raises:
+        BadSample: bad_box, unknown_category.
+    """
+    converted = []
     for thing in root.iter("object"):
         name = (thing.findtext("name") or "").strip()
         if numbers is not None and name not in numbers:
@@ -85,19 +98,19 @@ def boxes(root: Element, numbers: dict[str, int] | None, zero_based: bool) -> li
         if outline is None:
             raise BadSample("bad_box", f"object {name!r} has no bndbox")
         left, top, right, bottom = (_number(outline, corner) for corner in _CORNERS)
-        more = 0 if zero_based else 1
-        box = [left - more, top - more, right - left + more, bottom - top + more]
+        first = 0 if zero_based else 1
+        box = [left - first, top - first, right - left + first, bottom - top + first]
         if box[2] <= 0 or box[3] <= 0:
             raise BadSample("bad_box", f"object {name!r} goes from {left}, {top} to {right}, {bottom}")
         label = {} if numbers is None else {"category_id": numbers[name]}
-        found.append({"bbox": box, "category": name} | label | _flag(thing, "difficult") | _flag(thing, "truncated"))
-    return found
+        converted.append({"bbox": box, "category": name} | label | _flag(thing, "difficult") | _flag(thing, "truncated"))
+    return converted
 
 
 def _index_png(data: bytes, name: str) -> bytes:
-    """Raises BadSample: bad_mask."""
+    """Checks that a mask is a PNG of class indices, and returns it. Raises BadSample: bad_mask."""
     if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 33:
-        raise BadSample("bad_mask", f"{name} is no PNG")
+        raise BadSample("bad_mask", f"{name} is not a PNG")
     if data[25] not in (0, 3):
         raise BadSample("bad_mask", f"{name} is a PNG in colour, expected class indices as grey or palette")
     return data
@@ -105,7 +118,7 @@ def _index_png(data: bytes, name: str) -> bytes:
 
 @dataclass(frozen=True)
 class Item:
-    """One annotation's name, and its files relative to the folder; "" where there is none."""
+    """The name of an annotation, and its files relative to the folder; "" for a missing one."""
 
     name: str
     image: str
@@ -115,6 +128,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Voc:
+    """Reader of a VOC folder; see `voc`."""
+
     folder: str
     names: tuple[str, ...]  # the annotations to read
     category: tuple[str, ...]
@@ -125,11 +140,12 @@ class Voc:
         return list(self.category) or None
 
     def items(self) -> Iterator[Item]:
-        found = {part: _by_stem(self.folder, part) for part in ("JPEGImages", "Annotations", "SegmentationClass")}
+        """Yields the annotations to read, with their files."""
+        files_of = {part: _by_stem(self.folder, part) for part in ("JPEGImages", "Annotations", "SegmentationClass")}
         for name in self.names:
-            images = [file for file in found["JPEGImages"].get(name, []) if PurePosixPath(file).suffix.lower() in IMAGE_SUFFIXES]
-            mask = next((file for file in found["SegmentationClass"].get(name, []) if file.lower().endswith(".png")), "")
-            note = next((file for file in found["Annotations"].get(name, []) if file.lower().endswith(".xml")), "")
+            images = [file for file in files_of["JPEGImages"].get(name, []) if PurePosixPath(file).suffix.lower() in IMAGE_SUFFIXES]
+            mask = next((file for file in files_of["SegmentationClass"].get(name, []) if file.lower().endswith(".png")), "")
+            note = next((file for file in files_of["Annotations"].get(name, []) if file.lower().endswith(".xml")), "")
             yield Item(name, images[0] if images else "", note, mask)
 
     def tasks(self, max_count: int) -> Iterator[tuple[Item, ...]]:
@@ -145,7 +161,7 @@ class Voc:
         return (files.join(self.folder, name) for item in task for name in (item.image, item.annotation, item.mask) if name)
 
     def record(self, item: Item) -> Record:
-        """Raises BadSample."""
+        """Makes the record of an annotation. Raises BadSample."""
         metadata: dict[str, Any] = {}
         members: dict[str, bytes] = {}
         file = item.image
@@ -171,15 +187,15 @@ class Voc:
 
 
 def _by_stem(folder: str, part: str) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    by_stem: dict[str, list[str]] = {}
     for path in files.listing(files.join(folder, part)):
         name = path.rpartition("/")[2]
-        found.setdefault(name.rpartition(".")[0] or name, []).append(f"{part}/{name}")
-    return found
+        by_stem.setdefault(name.rpartition(".")[0] or name, []).append(f"{part}/{name}")
+    return by_stem
 
 
 def _split(folder: str, split: str) -> list[str]:
-    """The names that a list of ImageSets gives; of a class's list (name and 1, 0 or -1) those marked 1. Raises InputError."""
+    """Reads the names in a list of ImageSets; in the list of a class (name and 1, 0 or -1), those marked 1. Raises InputError."""
     lists = {path: path.rpartition("/")[2].removesuffix(".txt") for part in ("Main", "Segmentation") for path in _lists(folder, part)}
     chosen = next((path for path, name in lists.items() if name == split), None)
     if chosen is None:
@@ -193,9 +209,16 @@ def _lists(folder: str, part: str) -> list[str]:
 
 
 def voc(folder: str, split: str | None = None, zero_based: bool = False, classes: tuple[str, ...] | None = None) -> Voc:
-    """A reader of a VOC folder, of one split or of all annotations. Classes are those of all annotations, whatever the split.
+    """Opens a reader of a VOC folder.
 
-    Raises InputError where the folder has another layout or no such split.
+    Args:
+        folder: folder or URL.
+        split: a list of ImageSets; None: all annotations.
+        zero_based: corners are edges counted from 0, not pixels counted from 1.
+        classes: the class names in order; None: those of all annotations, whatever the split.
+
+    Raises:
+        InputError: the folder has another layout or no such split.
     """
     annotations = _by_stem(folder, "Annotations")
     if not annotations and not files.listing(files.join(folder, "SegmentationClass")):
@@ -209,11 +232,11 @@ def voc(folder: str, split: str | None = None, zero_based: bool = False, classes
 
 
 def _categories(folder: str, annotations: dict[str, list[str]]) -> tuple[str, ...]:
-    found: set[str] = set()
+    names: set[str] = set()
     for file in sorted(file for group in annotations.values() for file in group if file.lower().endswith(".xml")):
         try:
             root = parse_xml(read(files.join(folder, file)))
         except BadSample:
             continue
-        found |= {(thing.findtext("name") or "").strip() for thing in root.iter("object")}
-    return tuple(sorted(found - {""}))
+        names |= {(thing.findtext("name") or "").strip() for thing in root.iter("object")}
+    return tuple(sorted(names - {""}))

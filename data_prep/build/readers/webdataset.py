@@ -1,6 +1,6 @@
-"""WebDataset shards that others wrote -> samples again: for shards of another size, safe keys, an index, and without what is damaged.
+"""The reader of WebDataset shards of any origin, to rebuild them with another size, safe keys and an index, without damaged samples.
 
-Tasks are ranges of samples over as many shards as `max_count` takes; the members' bytes pass through.
+A task is a range of `max_count` samples over one or more shards; the bytes of members pass through.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ KEYS = ("keep", "shard")
 
 @dataclass(frozen=True)
 class Part:
-    """Samples `start` to `stop - 1` of a shard of `tar_bytes`. `repeated`: those whose key came before. `problems`: what else is lost."""
+    """Samples `start` to `stop - 1` of a shard of `tar_bytes`.
+
+    `repeated`: those whose key an earlier sample has. `problems`: other losses of the shard.
+    """
 
     shard: str
     tar_bytes: int
@@ -43,7 +46,7 @@ class Part:
 
 
 class _Surveyed(NamedTuple):
-    """What is held of every shard while the tasks are made; `keys`: uint64 [samples], a digest of each key."""
+    """What is held of every shard while the tasks are made. `keys`: uint64 [samples], a digest of each key."""
 
     name: str
     tar_bytes: int
@@ -53,13 +56,13 @@ class _Surveyed(NamedTuple):
 
 
 def partial(index: ShardIndex) -> str:
-    """The members that all samples but the last have: without them it was cut, where the shard is damaged."""
+    """Returns the members that all samples but the last have: in a damaged shard, the last one was cut off."""
     last = index.members(len(index) - 1) if len(index) > 1 else {}
     return ", ".join(extension for extension, n in index.counts().items() if n == len(index) - 1 and extension not in last)
 
 
 def safe_key(key: str) -> str:
-    """A key as the writer takes it; one that had to be changed gets its digest."""
+    """Returns a key that the writer accepts; a changed key gets a digest of the original."""
     if len(key) <= 200 and SAFE_KEY.fullmatch(key):
         return key
     digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:10]
@@ -68,14 +71,14 @@ def safe_key(key: str) -> str:
 
 @dataclass(frozen=True)
 class Shards:
-    """`expected`: shard -> its number of samples, where something beside it states one."""
+    """Reader of shards; see `shards`. `expected`: (shard, samples, file that states it)."""
 
     names: tuple[str, ...]
     members: tuple[str, ...] = ()  # keep only these; all where empty
     require: tuple[str, ...] = ()
     keys: str = "keep"  # shard: the last `depth` parts of the shard's name before each key
     depth: int = 1
-    expected: tuple[tuple[str, int, str], ...] = ()  # (shard, samples, what states it)
+    expected: tuple[tuple[str, int, str], ...] = ()
     classes: None = None
 
     def _survey(self, name: str, stated: tuple[int, str] | None) -> _Surveyed:
@@ -102,14 +105,14 @@ class Shards:
         held: list[Part] = []
         room, first = max_count, 0
         for shard in surveyed:
-            count, at, done = len(shard.keys), 0, False
-            while at < count or (shard.problems and not done):
-                stop = min(count, at + room)
-                repeated = tuple((np.flatnonzero(again[first + at : first + stop]) + at).tolist())
+            count, start, done = len(shard.keys), 0, False
+            while start < count or (shard.problems and not done):
+                stop = min(count, start + room)
+                repeated = tuple((np.flatnonzero(again[first + start : first + stop]) + start).tolist())
                 done = stop == count
                 end = (shard.partial, shard.problems) if done else ("", ())
-                held.append(Part(shard.name, shard.tar_bytes, at, stop, repeated, *end))
-                room, at = room - (stop - at), stop
+                held.append(Part(shard.name, shard.tar_bytes, start, stop, repeated, *end))
+                room, start = room - (stop - start), stop
                 if room == 0:
                     yield tuple(held)
                     held, room = [], max_count
@@ -137,31 +140,31 @@ class Shards:
         return safe_key(f"{before}_{key}" if self.keys == "shard" else key)
 
     def _record(self, shard: Shard | ShardRange, i: int, part: Part, repeated: set[int]) -> Record:
-        """Raises BadSample."""
+        """Reads and checks a sample. Raises BadSample."""
         key = shard.key(i)
         if i in repeated:
             raise BadSample("duplicate_key", "an earlier sample has it. Where each shard counts from 0, pass --keys shard")
         if part.partial and i == part.stop - 1:
             raise BadSample("missing_member", f"{part.partial}: the shard is damaged after its other members")
-        found = shard.read(i, self.members or None).members
-        if not found:
+        kept = shard.read(i, self.members or None).members
+        if not kept:
             raise BadSample("missing_member", f"none of {', '.join(self.members)}; it has {', '.join(shard.index.members(i))}")
-        lacking = [extension for extension in self.require if extension not in found]
+        lacking = [extension for extension in self.require if extension not in kept]
         if lacking:
-            raise BadSample("missing_member", f"{', '.join(lacking)}; it has {', '.join(sorted(found))}")
-        check_members(found)
-        return Record(self.key(part.shard, key), found)
+            raise BadSample("missing_member", f"{', '.join(lacking)}; it has {', '.join(sorted(kept))}")
+        check_members(kept)
+        return Record(self.key(part.shard, key), kept)
 
 
 def _come_again(index: ShardIndex) -> set[int]:
-    """The samples whose key came before in the shard: the index calls them KEY~2, KEY~3 ..."""
+    """Returns the samples that repeat a key within the shard: the index names them KEY~2, KEY~3 ..."""
     keys = set(index.keys) if index.duplicates else set()
     named = ((i, *key.rpartition("~")) for i, key in enumerate(index.keys if keys else []))
     return {i for i, base, _, number in named if base in keys and number.isdecimal()}
 
 
 def check_members(members: Mapping[str, bytes]) -> None:
-    """Raises BadSample for an image of unknown format, an empty or non-UTF-8 caption, or an odd extension. Nothing is decoded."""
+    """Raises BadSample for an image of unknown format, an empty or non-UTF-8 caption, or an invalid extension. Decodes nothing."""
     if any(not extension or "/" in extension or "\0" in extension for extension in members):
         raise BadSample("bad_member", f"its members are {', '.join(map(repr, members))}")
     extension = image_extension(list(members))
@@ -175,7 +178,7 @@ def check_members(members: Mapping[str, bytes]) -> None:
 
 
 def _index(name: str) -> ShardIndex:
-    """Raises ShardError, OSError."""
+    """Opens the index of a shard, without the shard where it is remote and indexed. Raises ShardError, OSError."""
     if is_remote(name):
         index = remote_index(name)
         if index is not None:
@@ -185,7 +188,18 @@ def _index(name: str) -> ShardIndex:
 
 
 def shards(names: list[str], members: tuple[str, ...] = (), require: tuple[str, ...] = (), keys: str = "keep") -> Shards:
-    """A reader of shards. Raises InputError, ShardError."""
+    """Opens a reader of shards.
+
+    Args:
+        names: paths or URLs.
+        members: extensions to keep; empty: all.
+        require: extensions without which a sample is skipped.
+        keys: "keep", or "shard" to put the shard's name before each key.
+
+    Raises:
+        InputError: an option or a repeated shard.
+        ShardError: a sizes.json beside the shards cannot be read.
+    """
     if keys not in KEYS:
         raise InputError(f"--keys {keys!r}: expected {' or '.join(KEYS)}")
     twice = sorted(name for name, times in Counter(names).items() if times > 1)
