@@ -78,7 +78,8 @@ class Coco:
         return Record(item.key, members | {extension: data, "json": json_member(metadata)})
 
     def _box(self, annotation: Any, bbox: Any, category: Any, area: Any, crowd: Any) -> dict[str, Any]:
-        index = {known: i for i, (known, _) in enumerate(self.categories)}.get(category)
+        numbers = {known: i for i, (known, _) in enumerate(self.categories)}
+        index = numbers.get(category) if isinstance(category, int | str) else None
         if index is None:
             raise BadSample("unknown_category", f"annotation {annotation} has category_id {category!r}, which `categories` does not list")
         numbers = bbox if isinstance(bbox, list | tuple) and len(bbox) == 4 else ()
@@ -131,8 +132,15 @@ def _drop_outlines(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def _load(file: str) -> dict[str, list[dict[str, Any]]]:
-    """Reads the lists of an annotation file, without outlines. Raises InputError for a file that is not one of COCO."""
+def _load(file: str) -> tuple[dict[str, list[dict[str, Any]]], list[Annotated]]:
+    """Reads the lists of an annotation file, without outlines.
+
+    Returns:
+        (the lists, entries of `images` and `annotations` that lack what they need).
+
+    Raises:
+        InputError: the file is not one of COCO: a category, or all entries of a list, lack what they need.
+    """
     data = files.read_bytes(file)
     try:
         value = json.loads(data, object_hook=_drop_outlines)
@@ -147,12 +155,21 @@ def _load(file: str) -> dict[str, list[dict[str, Any]]]:
     if not lists or "images" not in value or "annotations" not in value:
         keys = ", ".join(value) if isinstance(value, dict) else f"a {type(value).__name__}"
         raise InputError(f"{file}: expected COCO annotations with `images` and `annotations`, found {keys[:200]}")
+    bad: list[Annotated] = []
     for name, items in lists.items():
-        for i, item in enumerate(items if isinstance(items, list) else [items]):
+        listed = items if isinstance(items, list) else [items]
+        good = []
+        for i, item in enumerate(listed):
             lacking = [field for field in wanted[name] if not isinstance(item, dict) or field not in item]
-            if lacking or not isinstance(item[wanted[name][0]], int | str):
-                raise InputError(f"{file}: {name}[{i}] has no {', '.join(lacking) or wanted[name][0] + ' that is a number or text'}")
-    return lists
+            if not lacking and isinstance(item[wanted[name][0]], int | str):
+                good.append(item)
+                continue
+            detail = f"{file}: {name}[{i}] has no {', '.join(lacking) or wanted[name][0] + ' that is a number or text'}"
+            if name == "categories" or (i == len(listed) - 1 and not good):
+                raise InputError(detail)
+            bad.append(Annotated("", f"{name}[{i}]", "-", None, reason="bad_entry", detail=detail))
+        lists[name] = good
+    return lists, bad
 
 
 def _orphan(annotation: dict[str, Any], file: str) -> Annotated:
@@ -181,7 +198,8 @@ def coco(annotations: list[str], images: str) -> Coco:
     orphans: list[Annotated] = []
     captioned = False
     for file in annotations:
-        content = _load(file)
+        content, bad = _load(file)
+        repeated += bad
         here: set[Any] = set()
         for image in content["images"]:
             if image["id"] in here:
@@ -207,7 +225,7 @@ def coco(annotations: list[str], images: str) -> Coco:
                 fields = ("id", "bbox", "category_id", "area", "iscrowd")
                 boxes.setdefault(note["image_id"], []).append(tuple(note.get(field) for field in fields))
         captioned = captioned or any("caption" in note for note in content["annotations"])
-    ordered = tuple(sorted(categories.items()))
+    ordered = tuple(sorted(categories.items(), key=lambda category: (isinstance(category[0], str), category[0])))
     if len({name for _, name in ordered}) != len(ordered):
         raise InputError(f"{', '.join(annotations)}: two categories have the same name")
     inputs = (_input(image, boxes.get(image["id"], []), captions.get(image["id"], [])) for image in listed.values())

@@ -27,6 +27,16 @@ _DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
 
 
 @dataclass(frozen=True)
+class BadCell:
+    """Stands in a row for a value that cannot be read."""
+
+    detail: str
+
+
+CELL_ERRORS = (ArithmeticError, LookupError, TypeError, ValueError)  # of values that Python cannot hold, such as far dates
+
+
+@dataclass(frozen=True)
 class Columns:
     """The columns that a sample is made of.
 
@@ -130,6 +140,9 @@ class Columns:
 
     def record(self, number: int, row: Mapping[str, Any]) -> Record:
         """Makes the record of row `number`; its key is the number, followed by the text of the key column. Raises BadSample."""
+        for column, value in row.items():
+            if isinstance(value, BadCell):
+                raise BadSample("bad_cell", f"column {column} cannot be read: {value.detail}")
         if self.image not in row and lookup(row, self.image) is None:
             raise BadSample("missing_column", f"no {self.image!r}, but {', '.join(map(str, row))}"[:300])
         metadata: dict[str, Any] = {column: _plain(lookup(row, column)) for column in self.extra}
