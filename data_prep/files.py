@@ -15,6 +15,7 @@ from typing import IO, Any, BinaryIO
 
 from mmpretrain.atomic import write_atomically
 from mmpretrain.config.build import OptionError
+from mmpretrain.data import folders
 from mmpretrain.data.cache import retried
 from mmpretrain.data.schema import ShardError
 from mmpretrain.data.shard_names import is_remote
@@ -99,6 +100,12 @@ def open_text(url: str | Path) -> Iterator[IO[str]]:
         yield text
 
 
+def head(url: str | Path, num_bytes: int) -> bytes:
+    """Reads the first bytes of a remote file. Raises ShardError where it stays unreachable."""
+    system, path = filesystem(str(place(url)))
+    return retried(lambda: system.cat_file(path, start=0, end=num_bytes), str(url))
+
+
 def exists(url: str | Path) -> bool:
     where = place(url)
     if isinstance(where, Path):
@@ -166,27 +173,12 @@ def walk(url: str | Path) -> Iterator[str]:
     """
     where = place(url)
     if isinstance(where, Path):
-        yield from _walk_local(str(where), "", {os.path.realpath(where)})
+        yield from folders.walk(str(where))
         return
     system, path = filesystem(where)
     below = path.strip("/") + "/"
     names = [name.lstrip("/").removeprefix(below) for name in retried(lambda: system.find(path), where)]
     yield from sorted((name for name in names if not name.startswith(".") and "/." not in name), key=lambda name: name.replace("/", "\0"))
-
-
-def _walk_local(folder: str, before: str, above: set[str]) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        names, folders = [], set()
-        for entry in entries:
-            if not entry.name.startswith("."):
-                names.append(entry.name)
-                if entry.is_dir():
-                    folders.add(entry.name)
-    for name in sorted(names):
-        if name not in folders:
-            yield before + name
-        elif (real := os.path.realpath(os.path.join(folder, name))) not in above:
-            yield from _walk_local(os.path.join(folder, name), f"{before}{name}/", above | {real})
 
 
 @contextmanager

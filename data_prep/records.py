@@ -56,6 +56,7 @@ class Skipped:
     where: str
     reason: str  # a stable identifier, such as "checksum"
     detail: str
+    harmless: bool = False  # nothing that was meant to be read: a build goes on without --skip-bad
 
 
 class Split(Protocol):

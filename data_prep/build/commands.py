@@ -15,6 +15,7 @@ from data_prep import cli, files
 from data_prep.build.readers.base import Reader
 from data_prep.shards.build import build
 from data_prep.shards.task import part_folder
+from mmpretrain.data.formats import printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -124,7 +125,11 @@ def _report(manifest: dict[str, Any], out: str, json_output: bool) -> None:
         where = part_folder(out, part)
         typer.echo(f"{part_manifest['num_samples']} samples ({members}) in {len(part_manifest['shards'])} shards in {where}")
     if manifest["skipped"]:
-        typer.echo(f"{manifest['skipped']} inputs left out: see {files.join(out, 'skipped.jsonl')}")
+        listed = files.join(out, "skipped.jsonl")
+        with files.open_text(listed) as lines:
+            first = json.loads(next(lines))["input"]
+        reasons = ", ".join(f"{n} {reason}" for reason, n in manifest.get("reasons", {}).items())
+        typer.echo(f"{manifest['skipped']} inputs left out{f' ({reasons})' if reasons else ''}, first {printable(first)}: see {listed}")
 
 
 @kind("folder", "python -m data_prep build folder photos/ --out shards/photos --label-from-folder")

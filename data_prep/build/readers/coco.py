@@ -78,8 +78,7 @@ class Coco:
         return Record(item.key, members | {extension: data, "json": json_member(metadata)})
 
     def _box(self, annotation: Any, bbox: Any, category: Any, area: Any, crowd: Any) -> dict[str, Any]:
-        numbers = {known: i for i, (known, _) in enumerate(self.categories)}
-        index = numbers.get(category) if isinstance(category, int | str) else None
+        index = next((i for i, (known, _) in enumerate(self.categories) if known == category), None)
         if index is None:
             raise BadSample("unknown_category", f"annotation {annotation} has category_id {category!r}, which `categories` does not list")
         numbers = bbox if isinstance(bbox, list | tuple) and len(bbox) == 4 else ()

@@ -11,12 +11,25 @@ from data_prep import files
 from data_prep.build.readers.base import chunks, safe
 from data_prep.build.readers.members import attempt, read_image
 from data_prep.records import InputError, Record, Skipped
+from mmpretrain.data.folders import HEAD, holds_image, named_as_image
+from mmpretrain.data.formats import printable, sniff
 from mmpretrain.data.schema import BadSample
+
+
+def _is_image(base: str, relative: str) -> bool:
+    """Returns whether a file of the folder `base` is to be read as an image: by its name, or else by its first bytes."""
+    if named_as_image(relative):
+        return True
+    path = files.local_path(base + relative)
+    return sniff(files.head(base + relative, HEAD)) is not None if path is None else holds_image(path)
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Reader of a folder: one record per image, in the order of their paths; with `classes`, the first folder is the class."""
+    """Reader of a folder: one record per image, in the order of their paths; with `classes`, the first folder is the class.
+
+    Files that are not images are left out and counted.
+    """
 
     folder: str
     classes: tuple[str, ...] | None = None
@@ -28,7 +41,8 @@ class Folder:
             raise InputError(f"{folder}: no such folder, or nothing in it. Give the folder that holds the images.")
         if not label_from_folder:
             return Folder(folder)
-        classes = sorted({name.split("/", 1)[0] for name in files.walk(folder) if "/" in name})
+        base = files.join(folder, "").rstrip("/") + "/"
+        classes = sorted({name.split("/", 1)[0] for name in files.walk(folder) if "/" in name and _is_image(base, name)})
         if not classes:
             raise InputError(f"{folder} has no class folders (--label-from-folder)")
         return Folder(folder, tuple(classes))
@@ -40,6 +54,10 @@ class Folder:
         number = {name: i for i, name in enumerate(self.classes or ())}
         base = files.join(self.folder, "").rstrip("/") + "/"
         for relative in task:
+            if not _is_image(base, relative):
+                detail = "neither its name nor its first bytes are those of an image"
+                yield Skipped(printable(relative), "not_an_image", detail, harmless=True)
+                continue
             yield attempt(relative, lambda relative=relative: self._record(base, relative, number))
 
     def sources(self, task: tuple[str, ...]) -> Iterator[str | None]:

@@ -222,7 +222,7 @@ def _source(
     if kind == "folder":
         if captions:
             raise OptionError(f"data={config.data!r} is a class folder: it has no captions; use a CSV, shards, or a CLIP_benchmark folder")
-        source = items.folder_items(root, subset)
+        source = items.folder_items(root, subset, skip)
     elif kind == "csv":
         rows = BRIEF_ROWS if brief else None
         source = items.csv_items(root, subset, config.image, config.label, config.caption, captions, skip, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ from typing import Any
 from mmpretrain.data.cache import ShardCache
 from mmpretrain.data.captions import CaptionTemplate
 from mmpretrain.data.fields import Fields, place_of
+from mmpretrain.data.folders import holds_image, named_as_image, walk
 from mmpretrain.data.formats import clean_texts, is_utf8, printable, read_text
-from mmpretrain.data.schema import IMAGE_EXTENSIONS, BadSample, ShardError, image_extension
+from mmpretrain.data.schema import BadSample, ShardError, image_extension
 from mmpretrain.data.shard_names import expand
 from mmpretrain.data.shards import ShardSet
 from mmpretrain.data.source_config import SourceConfig
@@ -21,6 +23,7 @@ from mmpretrain.data.tables import MAX_FIELD, Header, distinct_integers, open_lo
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.data.class_names import Label
 
+logger = logging.getLogger(__name__)
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
 
 
@@ -49,8 +52,11 @@ def _file_item(key: str, path: Path, **known: Any) -> Item:
     return Item(key, path.read_bytes, size=status.st_size, stamp=status.st_mtime_ns, **known)
 
 
-def folder_items(root: Path, subset: str | None) -> Iterator[Item]:
-    """torchvision's ImageFolder layout: root/[subset/]CLASS/**/image. The label is the folder's name."""
+def folder_items(root: Path, subset: str | None, skip: Skip) -> Iterator[Item]:
+    """torchvision's ImageFolder layout: root/[subset/]CLASS/**/image, the files that `data_prep build folder` takes.
+
+    The label is the folder's name. Files that are not images, and images outside of class folders, are left out with a warning.
+    """
     base = root
     folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if subset is not None:
@@ -59,10 +65,22 @@ def folder_items(root: Path, subset: str | None) -> Iterator[Item]:
             raise OptionError(f"{root}: no subset {subset!r}; folders there are {', '.join(folders[:20]) or 'none'}")
     elif folders and {name.lower() for name in folders} <= SPLITS:
         raise OptionError(f"{root}: its folders {', '.join(folders)} are subsets, not classes: add subset={folders[0]}")
-    for directory in sorted(p for p in base.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        for path in sorted(directory.rglob("*")):
-            if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and path.is_file():
-                yield _file_item(path.relative_to(root).as_posix(), path, label=directory.name)
+    others: list[str] = []
+    outside: list[str] = []
+    for name in walk(str(base)):
+        if not named_as_image(name) and not holds_image(str(base / name)):
+            others.append(name)
+        elif "/" not in name:
+            outside.append(name)
+        else:
+            key = name if subset is None else f"{subset}/{name}"
+            if (base / name).is_file():
+                yield _file_item(key, base / name, label=name.partition("/")[0])
+            else:
+                skip(key, "missing_file")
+    for names, what in ((others, "that are not images"), (outside, "that lie in no class folder")):
+        if names:
+            logger.warning("%s: %d files %s are left out: %s", base, len(names), what, some(names, 3))
 
 
 def _column(wanted: str | None, usual: tuple[str, ...], columns: list[str], what: str, path: Path) -> str | None:
