@@ -38,6 +38,9 @@ Classes = Annotated[str | None, typer.Option("--classes", help="file of class na
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave bad inputs out and list them in skipped.jsonl, instead of stopping")]
 JsonOutput = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 Resize = Annotated[int | None, typer.Option("--resize", min=1, help="shrink images whose shorter side exceeds N pixels to N")]
+ImageMember = Annotated[
+    str | None, typer.Option("--image-member", help="the member that is the image (png, input.jpg); default: the first of jpg, png, ...")
+]
 Reencode = Annotated[str | None, typer.Option("--reencode", help="encode images as jpeg, webp or png; else their bytes stay as they are")]
 Quality = Annotated[int, typer.Option("--quality", min=1, max=100, help="of JPEG and WebP where --resize or --reencode encodes")]
 Holdout = Annotated[

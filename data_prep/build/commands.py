@@ -54,14 +54,15 @@ def finish(
         raise typer.BadParameter(f"--reencode {reencode!r}: expected jpeg, webp or png")
     if holdout_by not in ("key", "image"):
         raise typer.BadParameter(f"--holdout-by {holdout_by!r}: expected key or image")
+    image = getattr(reader, "image_member", None)
     if resize is not None or reencode is not None:
         from data_prep.build.images import Images
 
-        produce = Images(reader, resize, reencode, quality)
+        produce = Images(reader, resize, reencode, quality, image)
     if holdout is not None:
         from data_prep.build.images import Holdout
 
-        split = Holdout(holdout, holdout_by)
+        split = Holdout(holdout, holdout_by, image_member=image)
     options = repr(produce)
     if re.search(r" at 0x[0-9a-f]+>", options):
         raise TypeError(f"{type(reader).__name__} has no repr that is the same in the next run: {options}")
@@ -347,12 +348,13 @@ def build_img2dataset(
     members: Members = [],  # noqa: B006
     require: Require = [],  # noqa: B006
     keys: Keys = "keep",
+    image_member: cli.ImageMember = None,
 ) -> Reader:
     """Build shards from the output of img2dataset; its tars are checked against the counts in its _stats.json."""
     from data_prep.build.readers.img2dataset import img2dataset
 
     cli.check_there(folder)
-    return img2dataset(folder, tuple(members), tuple(require), keys)
+    return img2dataset(folder, tuple(members), tuple(require), keys, image_member)
 
 
 @kind("shards", "python -m data_prep build shards 'theirs/{00000..00099}.tar' --out shards/ours --skip-bad")
@@ -361,8 +363,9 @@ def build_shards(
     members: Members = [],  # noqa: B006
     require: Require = [],  # noqa: B006
     keys: Keys = "keep",
+    image_member: cli.ImageMember = None,
 ) -> Reader:
     """Build shards of --max-count samples from other WebDataset shards; damaged samples are left out and listed (--skip-bad)."""
     from data_prep.build.readers.webdataset import shards
 
-    return shards(cli.shard_names(spec), tuple(members), tuple(require), keys)
+    return shards(cli.shard_names(spec), tuple(members), tuple(require), keys, image_member)

@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -127,10 +127,11 @@ class Images:
     resize: int | None
     form: str | None
     quality: int
+    image_member: str | None = field(default=None, repr=False)  # which member is the image; the repr of the reader has it
 
     def __call__(self, task: Any) -> Iterator[Record | Skipped]:
         for item in self.produce(task):
-            extension = image_extension(list(item.members)) if isinstance(item, Record) else None
+            extension = image_extension(item.members, self.image_member) if isinstance(item, Record) else None
             yield item if isinstance(item, Skipped) or extension is None else self._changed(item, extension)
 
     def sources(self, task: Any) -> Iterator[str | None]:
@@ -142,12 +143,16 @@ class Images:
             encoded = encode(record.members[extension], self.resize, self.form, self.quality)
             if encoded is None:
                 return record
+            name = extension.rpartition(".")[0]
+            name = f"{name}.{encoded.extension}" if name else encoded.extension
+            if name in members:
+                raise BadSample("bad_member", f"{extension}, encoded as {encoded.extension}, would replace the member {name}")
             changed = scaled(members, encoded.before, encoded.after) if encoded.before != encoded.after else {}
         except BadSample as error:
             return Skipped(record.where or record.key, error.reason, error.detail)
         except (Exception, MemoryError) as error:  # decoders raise errors of any kind for hostile bytes
             return Skipped(record.where or record.key, "undecodable_image", f"{extension}: {decoder_message(error)}")
-        return replace(record, members=members | changed | {encoded.extension: encoded.data})
+        return replace(record, members=members | changed | {name: encoded.data})
 
 
 @dataclass(frozen=True)
@@ -163,9 +168,10 @@ class Holdout:
     fraction: float
     by: str  # key | image
     parts: tuple[str, ...] = ("train", "holdout")
+    image_member: str | None = field(default=None, repr=False)  # which member is the image; the repr of the reader has it
 
     def __call__(self, record: Record) -> str:
-        extension = image_extension(list(record.members)) if self.by == "image" else None
+        extension = image_extension(record.members, self.image_member) if self.by == "image" else None
         content = record.key.encode() if extension is None else _pixels(record.members[extension])
         return self.parts[is_held_out(content, self.fraction)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 from collections.abc import Collection, Iterator
@@ -134,7 +135,7 @@ def _remote(spec: str) -> list[str]:
             names.append(name)
             continue
         system, path = files.filesystem(name)
-        pattern = path if "*" in path else f"{path.rstrip('/')}/*.tar"
+        pattern = path if "*" in path else f"{glob.escape(path.rstrip('/'))}/*.tar"
         matches = sorted(retried(lambda system=system, pattern=pattern: system.glob(pattern), name))
         if not matches:
             raise ShardError(f"{name}: no *.tar found. Give a folder that holds shards, a glob, or the shards' own URLs.")

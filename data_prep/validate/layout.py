@@ -68,8 +68,9 @@ def read_ahead(file: int) -> None:
 class Layout:
     """Locations of a shard's samples, from its headers, or from an index with checksums where the headers are damaged."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, image_member: str | None = None) -> None:
+        """Reads the headers. `image_member`: the member that is the image, which is no end of a dotted key."""
+        self.name, self._image_member = name, image_member
         self.findings: list[Finding] = []
         self.lost, self.estimated = 0, False
         self.trusted = True  # the locations are those of intact headers
@@ -183,7 +184,7 @@ class Layout:
                 if self.linked[m]:
                     extension, offset = self.index.extensions[self.index.extension[m]], int(self.index.offset[m])
                     problems.append(("linked_member", offset, f"{extension} is a link to the bytes at {offset}"))
-        yield from _split(Unit(key, places, problems), self._rare_extensions)
+        yield from _split(Unit(key, places, problems), self._rare_extensions, self._image_member)
 
     def close(self) -> None:
         if self.file >= 0:
@@ -218,14 +219,14 @@ def _rare(index: ShardIndex) -> set[str]:
     return {e for e, n in counts.items() if "." in e and _known(e.rpartition(".")[2]) and n * 10 < len(index)}
 
 
-def _split(unit: Unit, rare: set[str]) -> Iterator[Unit]:
+def _split(unit: Unit, rare: set[str], image: str | None) -> Iterator[Unit]:
     """Splits `photo.1.jpg` and `photo.2.jpg`, which readers merge into one sample; `x.jpg` with `x.seg.png` stays one."""
     hidden: dict[str, dict[str, Member]] = {}
     for extension, member in unit.places.items():
         middle, dot, last = extension.rpartition(".")
         if not dot or not _known(last):
             continue
-        plain = any(e in unit.places for e in IMAGE_EXTENSIONS) if is_image(last) else last in unit.places
+        plain = any(e in unit.places for e in (*IMAGE_EXTENSIONS, image)) if is_image(last) else last in unit.places
         if not plain or extension in rare:
             hidden.setdefault(f"{unit.key}.{middle}", {})[last] = member
     moved = {f"{key[len(unit.key) + 1 :]}.{last}" for key, places in hidden.items() for last in places}

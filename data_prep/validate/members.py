@@ -35,6 +35,7 @@ class Checks:
     """The requirements on every sample."""
 
     need: tuple[str, ...] = ()  # extensions; "image" stands for any image
+    image_member: str | None = None  # the member that is the image; None: the first of the usual ones
     caption: str = "txt"  # the member that holds it, or json:FIELD
     decode: bool = True
     checksums: bool = True
@@ -149,7 +150,7 @@ def _content(members: Members, extension: str, checks: Checks, role: str) -> Ite
 def examine(members: Members, checks: Checks, size: int) -> Iterator[Problem]:
     """Yields the problems of a sample's members, in a shard of `size` bytes."""
     places = members.places
-    picture = image_extension(list(places))
+    picture = image_extension(places, checks.image_member)
     for wanted in checks.need:
         if (picture if wanted == "image" else places.get(wanted)) is None:
             start = min((member.offset for member in places.values()), default=-1)
@@ -230,7 +231,7 @@ class Sound:
 
     def _plan(self, extensions: list[str]) -> list[str] | None:
         """Returns the roles of the members; None where one must be reported, or one is missing."""
-        picture = image_extension(extensions)
+        picture = image_extension(extensions, self._checks.image_member)
         for wanted in self._checks.need:
             if (picture is None) if wanted == "image" else (wanted not in extensions):
                 return None

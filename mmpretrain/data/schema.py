@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from mmpretrain.errors import MMPretrainError
@@ -59,6 +59,24 @@ def split_name(name: str) -> tuple[str, str] | None:
     return name[:dot], name[dot + 1 :].lower()
 
 
-def image_extension(extensions: Container[str]) -> str | None:
-    """Which of a sample's members is its image; only the name is judged here, the format is sniffed from the content."""
+def image_extension(extensions: Container[str], wanted: str | None = None) -> str | None:
+    """Which of a sample's members is its image: `wanted`, or else the first of IMAGE_EXTENSIONS that it has; None where it has none.
+
+    Only the name is judged here, the format is sniffed from the content.
+    """
+    if wanted is not None:
+        return wanted if wanted in extensions else None
     return next((extension for extension in IMAGE_EXTENSIONS if extension in extensions), None)
+
+
+def several_images(counts: Mapping[str, int], samples: int) -> str | None:
+    """A warning where samples have more than one image; None where each has one at most.
+
+    Args:
+        counts: extension -> samples that have it.
+        samples: all of them.
+    """
+    images = [extension for extension in IMAGE_EXTENSIONS if counts.get(extension)]
+    if sum(counts[extension] for extension in images) <= samples:
+        return None
+    return f"samples have several images ({', '.join(images)}), of which {images[0]} is read"

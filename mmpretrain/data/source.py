@@ -21,7 +21,7 @@ from mmpretrain.data.cache import ShardCache
 from mmpretrain.data.fields import Fields, member_of, place_of
 from mmpretrain.data.index import LeftOut, Member
 from mmpretrain.data.order import Blend, Order
-from mmpretrain.data.schema import BadSample, BadSampleBudgetError, ShardError, image_extension
+from mmpretrain.data.schema import BadSample, BadSampleBudgetError, ShardError, image_extension, several_images
 from mmpretrain.data.shards import ShardSet, load_classes, shard_label
 from mmpretrain.data.source_config import ImageConfig, Part, SourceConfig, SplitConfig
 from mmpretrain.types import Sample, ViewSpec
@@ -120,8 +120,11 @@ class Source:
                 raise ShardError(f"{where}: no samples{part}.")
             n = shards.looked_at
             has = ", ".join(shards.found)
-            if n and self._wants["image"] and image_extension(shards.found) is None:
-                raise ShardError(f"{where}: 0 of {n} samples have an image (jpg, png, jpeg, webp); they have {has}.")
+            if n and self._wants["image"] and image_extension(shards.found, self.config.image_member) is None:
+                what = self.config.image_member or "an image (jpg, png, jpeg, webp)"
+                raise ShardError(f"{where}: 0 of {n} samples have {what}; they have {has}.")
+            if self._wants["image"] and self.config.image_member is None and (several := several_images(shards.found, n)):
+                log.warning("%s: %s. `image_member:` says which.", where, several)
             for extension in needed:
                 if n and not shards.found.get(extension):
                     raise ShardError(
@@ -256,7 +259,9 @@ class Source:
         if self._wants["label"]:
             sample.labels["label"] = fields.label(str(self.config.label), self._class_index)
         if wants["image"]:
-            sample.image = decode.decode_image(read(place_of(members, image_extension(members), limit)), self._limits)
+            sample.image = decode.decode_image(
+                read(place_of(members, image_extension(members, self.config.image_member), limit)), self._limits
+            )
         return sample
 
     def _cut(self, samples: list[Sample], seeds: Tensor, skipped: list[dict[str, Any]], views: list[ViewSpec]) -> Block:

@@ -80,6 +80,7 @@ class Shards:
     depth: int = 1
     expected: tuple[tuple[str, int, str], ...] = ()
     classes: None = None
+    image_member: str | None = None  # the member that is the image; None: the first of the usual ones
 
     def _survey(self, name: str, stated: tuple[int, str] | None) -> _Surveyed:
         try:
@@ -152,7 +153,7 @@ class Shards:
         lacking = [extension for extension in self.require if extension not in kept]
         if lacking:
             raise BadSample("missing_member", f"{', '.join(lacking)}; it has {', '.join(sorted(kept))}")
-        check_members(kept)
+        check_members(kept, self.image_member)
         return Record(self.key(part.shard, key), kept)
 
 
@@ -163,11 +164,13 @@ def _come_again(index: ShardIndex) -> set[int]:
     return {i for i, base, _, number in named if base in keys and number.isdecimal()}
 
 
-def check_members(members: Mapping[str, bytes]) -> None:
+def check_members(members: Mapping[str, bytes], image: str | None = None) -> None:
     """Raises BadSample for an image of unknown format, an empty or non-UTF-8 caption, or an invalid extension. Decodes nothing."""
     if any(not extension or "/" in extension or "\0" in extension for extension in members):
         raise BadSample("bad_member", f"its members are {', '.join(map(repr, members))}")
-    extension = image_extension(list(members))
+    extension = image_extension(members, image)
+    if image is not None and extension is None:
+        raise BadSample("missing_member", f"{image}; it has {', '.join(sorted(members))}")
     if extension is not None and extension_of(members[extension]) is None:
         data = members[extension]
         noun, _ = foreign_kind(data) or ("", "")
@@ -187,7 +190,9 @@ def _index(name: str) -> ShardIndex:
         return shard.index
 
 
-def shards(names: list[str], members: tuple[str, ...] = (), require: tuple[str, ...] = (), keys: str = "keep") -> Shards:
+def shards(
+    names: list[str], members: tuple[str, ...] = (), require: tuple[str, ...] = (), keys: str = "keep", image: str | None = None
+) -> Shards:
     """Opens a reader of shards.
 
     Args:
@@ -195,6 +200,7 @@ def shards(names: list[str], members: tuple[str, ...] = (), require: tuple[str, 
         members: extensions to keep; empty: all.
         require: extensions without which a sample is skipped.
         keys: "keep", or "shard" to put the shard's name before each key.
+        image: the member that is the image; None: the first of the usual ones.
 
     Raises:
         InputError: an option or a repeated shard.
@@ -212,4 +218,4 @@ def shards(names: list[str], members: tuple[str, ...] = (), require: tuple[str, 
     depth = 1
     while len({tuple(name.split("/")[-depth:]) for name in names}) < len(names):
         depth += 1
-    return Shards(tuple(names), members, require, keys, depth, stated)
+    return Shards(tuple(names), members, require, keys, depth, stated, image_member=image)

@@ -44,7 +44,7 @@ class DataConfig:
 
     data: str  # class folder, CSV file, shards (globs, braces, or a folder of tars), or CLIP_benchmark folder
     subset: str | None = None  # subfolder (class folder, shards), or value of the column `split` (CSV); CLIP_benchmark: test
-    image: str | None = None  # CSV column with the image file
+    image: str | None = None  # CSV column with the image file; in shards the member that is the image (png), default: the first there is
     label: str | None = None  # CSV column with the label; in shards a member (cls) or json:FIELD
     caption: str | None = None  # CSV column or template '{name}: {keywords}'; in shards a member (txt) or json:FIELD (a text or a list)
     classes: str | list[str] | dict[str, str] | None = None  # class names: imagenet, a .txt or .json file, a list, or a mapping label: name
@@ -232,14 +232,14 @@ def _source(
         if what == "multilabel" or (what == "retrieval") != captions:
             raise OptionError(f"{root}: dataset_type.txt says {what}; it does not fit an evaluator for {task}")
         given, templates = _beside(root, given)
-        source = items.benchmark_items(root, subset, config.label, captions, skip, brief)
+        source = items.benchmark_items(root, subset, config.image, config.label, captions, skip, brief)
     else:
         label = {"classification": config.label or "cls", "retrieval": None, "images": None}[task]
         paths = items.shard_paths(config.data, subset)
         given, templates = _beside(Path(paths[0]).parent, given)
         caption = (config.caption or "txt") if captions else None
         chosen = [name for name in paths[:1] if not is_remote(name)] if brief else paths
-        source = items.shard_items(chosen, label, caption, skip, metadata=task == "images") if chosen else iter(())
+        source = items.shard_items(chosen, label, caption, skip, image=config.image, metadata=task == "images") if chosen else iter(())
     return source, given, templates, subset
 
 

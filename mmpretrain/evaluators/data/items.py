@@ -15,7 +15,7 @@ from mmpretrain.data.captions import CaptionTemplate
 from mmpretrain.data.fields import Fields, place_of
 from mmpretrain.data.folders import holds_image, named_as_image, walk
 from mmpretrain.data.formats import clean_texts, is_utf8, printable, read_text
-from mmpretrain.data.schema import BadSample, ShardError, image_extension
+from mmpretrain.data.schema import BadSample, ShardError, image_extension, several_images
 from mmpretrain.data.shard_names import expand
 from mmpretrain.data.shards import ShardSet
 from mmpretrain.data.source_config import SourceConfig
@@ -182,11 +182,18 @@ def shard_paths(data: str, subset: str | None) -> list[str]:
 
 
 def shard_items(
-    paths: list[str], label: str | None, caption: str | None, skip: Skip, *, lines: bool = False, metadata: bool = False
+    paths: list[str],
+    label: str | None,
+    caption: str | None,
+    skip: Skip,
+    *,
+    image: str | None = None,
+    lines: bool = False,
+    metadata: bool = False,
 ) -> Iterator[Item]:
     """Samples of shards. `label` and `caption` are a member (`cls`, `txt`) or a field of the JSON member (`json:label`).
 
-    A member text that is an integer is an integer label. `lines`: every line of the caption member is a caption. `metadata`: the JSON
+    `image` is the member that is the image. A member text that is an integer is an integer label. `lines`: every line of the caption member is a caption. `metadata`: the JSON
     member is wanted for itself. Limits and checks are those of training sources (mmpretrain.data).
     Raises OptionError where no sample has what was asked for, ShardError for a shard that cannot be read.
     """
@@ -197,6 +204,8 @@ def shard_items(
     for name, member in shards.left_out:
         if member.lost:
             skip(f"{Path(name).name}/{member.key}", f"{member.reason}: {member}")
+    if image is None and (several := several_images(shards.found, shards.looked_at)):
+        logger.warning("%s: %s. image= says which.", paths[0], several)
     found = 0
     for shard, (name, count) in enumerate(shards):
         written = 0
@@ -206,8 +215,8 @@ def shard_items(
                 written = os.stat(opened.path).st_mtime_ns
             full = f"{Path(name).name}/{key}"
             try:
-                place = place_of(members, image_extension(members), SourceConfig.max_member_bytes)
-                item = Item(full, _reader(shards, shard, sample), size=place.size, stamp=written + place.offset, bare_key=key)
+                place = place_of(members, image_extension(members, image), SourceConfig.max_member_bytes)
+                item = Item(full, _reader(shards, shard, sample, image), size=place.size, stamp=written + place.offset, bare_key=key)
                 read = lambda member, opened=opened: shards.read(opened, member)  # noqa: E731
                 fields = Fields.placed(members, read, SourceConfig.max_member_bytes)
                 item.metadata = fields.json() if metadata else {}
@@ -219,17 +228,17 @@ def shard_items(
             found += 1
             yield item
     if not found:
-        wanted = " and ".join(name for name in ("an image", label, caption, "json" if metadata else None) if name)
+        wanted = " and ".join(name for name in (image or "an image", label, caption, "json" if metadata else None) if name)
         have = ", ".join(sorted(shards.found)) or "nothing"
         raise OptionError(f"{paths[0]}: 0 of {shards.looked_at} samples have {wanted}; they have {have}")
 
 
-def _reader(shards: ShardSet, shard: int, sample: int) -> Callable[[], bytes]:
+def _reader(shards: ShardSet, shard: int, sample: int, image: str | None) -> Callable[[], bytes]:
     """Reads the image later; the shard set keeps a bounded number of files open."""
 
     def read() -> bytes:
         _, members, opened = shards.members(shard, sample)
-        return shards.read(opened, place_of(members, image_extension(members), SourceConfig.max_member_bytes))
+        return shards.read(opened, place_of(members, image_extension(members, image), SourceConfig.max_member_bytes))
 
     return read
 
@@ -251,7 +260,9 @@ def settle_labels(items: list[Item]) -> None:
             item.label = int(text)
 
 
-def benchmark_items(root: Path, subset: str, label: str | None, captions_wanted: bool, skip: Skip, brief: bool = False) -> Iterator[Item]:
+def benchmark_items(
+    root: Path, subset: str, image: str | None, label: str | None, captions_wanted: bool, skip: Skip, brief: bool = False
+) -> Iterator[Item]:
     """A CLIP_benchmark folder: root/SUBSET/{0..N-1}.tar with nshards.txt; integer `cls`, or captions in `txt`, one a line.
 
     `brief`: the first shard alone.
@@ -267,7 +278,9 @@ def benchmark_items(root: Path, subset: str, label: str | None, captions_wanted:
     if missing := [path for path in paths if not path.is_file()]:
         raise OptionError(f"{missing[0]}: not found, but {counted} says {len(paths)} shards")
     names = [str(path) for path in paths[: 1 if brief else None]]
-    return shard_items(names, None if captions_wanted else label or "cls", "txt" if captions_wanted else None, skip, lines=True)
+    return shard_items(
+        names, None if captions_wanted else label or "cls", "txt" if captions_wanted else None, skip, image=image, lines=True
+    )
 
 
 def lines_of(path: Path) -> list[str]:

@@ -105,13 +105,18 @@ def test_text_that_is_not_utf8_costs_its_row(kind: str, tmp_path: Path) -> None:
     assert [item.reason for item in left_out] == ["not_utf8"]
 
 
+ODD_TEXTS = ["\ud800", "../\ud800", "/etc", "..\\x", "9" * 30, "\0", "a/../../b", "data:image/png;base64,@", "\udcff.png", "C:\\x"]
 LEAVES = st.one_of(
-    st.none(), st.booleans(), st.integers(-(10**30), 10**30), st.floats(), st.binary(max_size=5), st.text(st.characters(), max_size=8),
-    st.sampled_from(["\ud800", "../\ud800", "/etc", "..\\x", "9" * 30, "\0", "a/../../b", "data:image/png;base64,@"]), st.sampled_from(["\udcff.png", "C:\\x"]),
-)  # fmt: skip
-VALUES = st.recursive(
-    LEAVES, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["bytes", "path", "x"]), inner))
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**30), 10**30),
+    st.floats(),
+    st.binary(max_size=5),
+    st.text(st.characters(), max_size=8),
+    st.sampled_from(ODD_TEXTS),
 )
+NAMES = st.sampled_from(["bytes", "path", "x"])
+VALUES = st.recursive(LEAVES, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(NAMES, inner)))
 OPTIONS = st.fixed_dictionaries(
     {
         "captions": st.sampled_from([(), ("t",), ("{t}: {x}",), ("t.x", "t")]),
