@@ -15,6 +15,7 @@ from data_prep import files
 from data_prep.engine import ENGINES
 from data_prep.records import InputError
 from mmpretrain.config.build import OptionError
+from mmpretrain.data.formats import foreign_kind, printable
 from mmpretrain.data.schema import ShardError
 from mmpretrain.errors import MMPretrainError, file_errors
 
@@ -37,6 +38,9 @@ Classes = Annotated[str | None, typer.Option("--classes", help="file of class na
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave bad inputs out and list them in skipped.jsonl, instead of stopping")]
 JsonOutput = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 Resize = Annotated[int | None, typer.Option("--resize", min=1, help="shrink images whose shorter side exceeds N pixels to N")]
+ImageMember = Annotated[
+    str | None, typer.Option("--image-member", help="the member that is the image (png, input.jpg); default: the first of jpg, png, ...")
+]
 Reencode = Annotated[str | None, typer.Option("--reencode", help="encode images as jpeg, webp or png; else their bytes stay as they are")]
 Quality = Annotated[int, typer.Option("--quality", min=1, max=100, help="of JPEG and WebP where --resize or --reencode encodes")]
 Holdout = Annotated[
@@ -63,7 +67,7 @@ def one_line(status: int | None = None) -> Iterator[None]:
         with file_errors():
             yield
     except MMPretrainError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {printable(str(error))}", err=True)
         raise typer.Exit(error.status if status is None else status) from error
 
 
@@ -74,7 +78,7 @@ def input_errors() -> Iterator[None]:
         try:
             yield
         except (InputError, OptionError) as error:
-            raise typer.BadParameter(str(error)) from error
+            raise typer.BadParameter(printable(str(error))) from error
 
 
 def check_there(*inputs: str) -> None:
@@ -90,7 +94,10 @@ def class_names(file: str | None) -> tuple[str, ...] | None:
         return None
     check_there(file)
     try:
-        names = tuple(line.strip() for line in files.read_bytes(file).decode("utf-8-sig").splitlines() if line.strip())
+        data = files.read_bytes(file)
+        if (foreign := foreign_kind(data)) is not None:
+            raise InputError(f"--classes {file}: {foreign[0]}, expected class names, one a line. {foreign[1]}".rstrip())
+        names = tuple(line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip())
     except UnicodeDecodeError as error:
         raise InputError(f"--classes {file}: not UTF-8 ({error})") from error
     if not names or len(set(names)) != len(names):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from mmpretrain.config.build import OptionError
 from mmpretrain.data import folders
 from mmpretrain.data.cache import filesystem, retried
 from mmpretrain.data.shard_names import is_remote
+from mmpretrain.data.tables import as_text
 
 
 def local_path(name: str | Path) -> str | None:
@@ -70,17 +70,29 @@ def read_bytes(url: str | Path) -> bytes:
 
 
 @contextmanager
-def open_text(url: str | Path) -> Iterator[IO[str]]:
-    """Opens a UTF-8 text file as a stream; other bytes are read as surrogates. Raises FileNotFoundError."""
+def open_binary(url: str | Path) -> Iterator[BinaryIO]:
+    """Opens a file as a stream of bytes. Raises FileNotFoundError, or ShardError for a remote file that stays unreachable."""
     where = place(url)
-    options: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
     if isinstance(where, Path):
-        with where.open(**options) as file:
+        with where.open("rb") as file:
             yield file
         return
     system, path = filesystem(where)
-    with retried(lambda: system.open(path, "rb"), where) as file, io.TextIOWrapper(file, **options) as text:
+    with retried(lambda: system.open(path, "rb"), where) as file:
+        yield file
+
+
+@contextmanager
+def open_text(url: str | Path) -> Iterator[IO[str]]:
+    """Opens a text file as a stream: UTF-8, where other bytes are read as surrogates, or what its byte order mark says."""
+    with open_binary(url) as file, as_text(file) as text:
         yield text
+
+
+def head(url: str | Path, num_bytes: int) -> bytes:
+    """Reads the first bytes of a remote file. Raises ShardError where it stays unreachable."""
+    system, path = filesystem(str(place(url)))
+    return retried(lambda: system.cat_file(path, start=0, end=num_bytes), str(url))
 
 
 def exists(url: str | Path) -> bool:
@@ -111,8 +123,15 @@ def states(names: Iterable[str | None]) -> str:
             with suppress(OSError, ValueError):
                 status = os.stat(path)
                 state = f"{status.st_size} {status.st_mtime_ns}"
-        digest.update(f"{name}\0{state}\0".encode("utf-8", "surrogateescape"))
+        digest.update(_encoded(f"{name}\0{state}\0"))
     return digest.hexdigest()
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # a lone surrogate that does not stand for a byte
+        return text.encode("utf-8", "surrogatepass")
 
 
 def make_folder(url: str | Path) -> None:

@@ -55,6 +55,7 @@ class Indexed:
     count: int | None = None
     summary: str = ""
     damage: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # lines that are no failure
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,9 @@ class IndexShard:
             raise ShardError(str(error).replace(str(path), name)) from error
         for damage in scanned.damage:
             result.damage.append(f"{name}: {damage.reason} at byte {damage.offset}: {damage.detail}; {len(scanned)} samples before it")
+        for member in scanned.left_out or ():
+            lines = result.damage if member.reason != "link_to_folder" else result.notes
+            lines.append(f"{name}: {member.reason} at byte {member.offset}: {member}")
         known = None if self.replace else _known(name)
         if self.checksums:
             checksum = None if known is None else known.checksum
@@ -90,8 +94,10 @@ class IndexShard:
         shard_index.save(scanned, place, 0 if files.is_remote(name) else path.stat().st_mtime_ns)
         if files.is_remote(name):
             files.put(place, name + shard_index.SUFFIX)
+        links = int(np.count_nonzero(scanned.linked)) if scanned.linked is not None else 0
+        linked = f", {links} of the members are links" if links else ""
         repeated = f", {scanned.duplicates} keys repeated" if scanned.duplicates else ""
-        result.summary = f"{len(scanned)} samples ({', '.join(f'{n} {e}' for e, n in scanned.counts().items())}{repeated})"
+        result.summary = f"{len(scanned)} samples ({', '.join(f'{n} {e}' for e, n in scanned.counts().items())}{repeated}{linked})"
         result.count = len(scanned)
 
 
@@ -129,8 +135,8 @@ def index(
     with one_line(status=1):
         names = [name.removeprefix("file://") for name in expand(shards)]
         for result in run(IndexShard(checksums, replace), names, engine=engine, processes=processes, title="shards"):
-            for damage in result.damage:
-                typer.echo(damage, err=True)
+            for line in (*result.damage, *result.notes):
+                typer.echo(line, err=True)
             failed += len(result.damage)
             if result.count is not None:
                 counts[result.name] = result.count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from mmpretrain.data.schema import SAFE_KEY
@@ -17,10 +17,11 @@ class RecordError(MMPretrainError, ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """One sample: a key without dots, and its members' bytes by extension ("jpg", "txt", "cls", "json")."""
+    """One sample: a key without dots, its members' bytes by extension ("jpg", "txt", "cls", "json"), and where they come from."""
 
     key: str
     members: dict[str, bytes]
+    where: str = field(default="", compare=False)  # the file or the row, for messages
 
     def check(self) -> None:
         """Raises RecordError for an unsafe or dotted key, no members, or odd extensions."""
@@ -55,6 +56,7 @@ class Skipped:
     where: str
     reason: str  # a stable identifier, such as "checksum"
     detail: str
+    harmless: bool = False  # nothing that was meant to be read: a build goes on without --skip-bad
 
 
 class Split(Protocol):

@@ -52,6 +52,8 @@ def keep(part: Part) -> Iterator[Record | Skipped]:
             raise ShardError(f"{part.name}: {len(shard)} samples, but {part.count} when it was judged. Shards must not change meanwhile.")
         for damage in shard.index.damage:
             yield Skipped(part.name, damage.reason, f"at byte {damage.offset}: {damage.detail}; about {damage.lost} samples lost")
+        for member in shard.index.left_out or ():
+            yield Skipped(f"{part.name}/{member.key}", member.reason, str(member))
         for sample in range(len(shard)):
             where = f"{part.name}/{shard.key(sample)}"
             if sample in drops:

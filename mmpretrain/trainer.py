@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -22,6 +22,7 @@ from mmpretrain.config.build import blaming
 from mmpretrain.config.recipe import Config
 from mmpretrain.cost_probe import CostProbe
 from mmpretrain.data.loader import Loader
+from mmpretrain.data.schema import BadSampleBudgetError
 from mmpretrain.data.source import Source
 from mmpretrain.errors import MMPretrainError, ModelError
 from mmpretrain.evaluation import DataInProgress, Evaluations, build_evaluators
@@ -139,10 +140,11 @@ def setup(config: Config, closing: ExitStack, data: DataInProgress) -> Run:
     # Parameters without a gradient are frozen before DDP and the optimizer see them. The first batch is trained on afterwards.
     phases: dict[float, set[str]] = {}
     if step < steps:
-        first = next(batches)
-        batches = chain([first], batches)
         moments = sorted({0.0, *(f for span in model.spans.values() for f in span if f < 1)})
-        few = first_rows(first, 4) if len(moments) == 1 else few_rows(sources, device)
+        with listing_bad_samples(tracker, loader, step + 1):
+            first = next(batches)
+            few = first_rows(first, 4) if len(moments) == 1 else few_rows(sources, device)
+        batches = chain([first], batches)
         with accelerator.autocast(), blaming("objectives", ModelError):
             unused, phases = freeze_unused(model, few, moments)
         if unused:
@@ -196,7 +198,8 @@ def fit(run: Run) -> str | None:
     model.train()
     while run.step < steps and not stop:
         started = time.perf_counter()
-        batch = next(run.batches)
+        with listing_bad_samples(tracker, loader, run.step + 1, pending):
+            batch = next(run.batches)
         waited = loader.wait_s
         progress = run.step / steps
         lr = set_learning_rate(run.optimizer, config.optim, run.step, steps)
@@ -317,6 +320,18 @@ def few_rows(sources: dict[str, Source], device: torch.device, count: int = 4) -
         finally:
             source.schedule = schedule
     return batch
+
+
+@contextmanager
+def listing_bad_samples(tracker: Tracker, loader: Loader, step: int, pending: Iterable[Outcome] = ()) -> Iterator[None]:
+    """Where too many samples are bad for the run to go on, write all of this rank's that were read to skipped.jsonl."""
+    try:
+        yield
+    except BadSampleBudgetError as error:
+        for outcome in pending:
+            tracker.skipped(outcome.step, outcome.replaced, ending=True)
+        tracker.skipped(step, [*loader.drain_skipped(), *error.records], ending=True)
+        raise
 
 
 def report_skipped(tracker: Tracker, outcome: Outcome, count: int, max_skipped: int) -> None:

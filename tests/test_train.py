@@ -19,6 +19,7 @@ from data_prep.shards.serial import write_shards
 from mmpretrain.checkpoint import CheckpointError, checkpoints, find_checkpoint, load_json, load_tensors
 from mmpretrain.config import recipe as recipes
 from mmpretrain.config.build import OptionError
+from mmpretrain.data.schema import BadSampleBudgetError
 from mmpretrain.model import PretrainModel
 from mmpretrain.tracking.jsonl import read_jsonl
 from mmpretrain.trainer import TrainingError, train
@@ -498,6 +499,23 @@ def test_skipped_samples_are_logged_once_with_their_step(data, tmp_path):
     assert 1 <= first["step"] <= 5
     assert first["slot"] // 8 == first["step"] - 1
     assert "/p" in first["replaced_by"]
+
+
+@pytest.mark.parametrize("options", [{"max_bad_fraction": 0.0}, {"max_consecutive_bad": 2, "max_bad_fraction": 1.0}])
+@pytest.mark.parametrize("processes", [False, True])
+def test_a_run_that_ends_by_its_budget_lists_the_bad_samples(options, processes, tmp_path):
+    bad = {f"p{i:04d}" for i in range(400) if i % 4 == 0}
+    records = [Record(f"p{i:04d}", {"png": b"no picture" if i % 4 == 0 else runs.picture(i), "txt": b"one"}) for i in range(400)]
+    write_shards(records, tmp_path / "data")
+    sources = {"pairs": {"shards": str(tmp_path / "data"), "batch_size": 8, **options}}
+    recipe = runs.recipe(tmp_path, tmp_path / "run", sources=sources, objectives={"clip": {"source": "pairs"}}, teacher=None, steps=50)
+    with pytest.raises(BadSampleBudgetError) as error:
+        train(recipes.assemble(recipe | {"loader_processes": processes, "loader_threads": 2}))
+    lines = read_jsonl(tmp_path / "run" / "skipped.jsonl")
+    assert {line["key"] for line in lines} <= bad
+    assert {line["reason"] for line in lines} == {"unknown_format"}
+    places = [(line["slot"], line["key"]) for line in lines]
+    assert len(places) == len(set(places)) >= (2 if "max_consecutive_bad" in options else 11), error.value
 
 
 def test_pictures_of_an_objective_that_takes_several_views(monkeypatch):

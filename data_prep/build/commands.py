@@ -15,6 +15,7 @@ from data_prep import cli, files
 from data_prep.build.readers.base import Reader
 from data_prep.shards.build import build
 from data_prep.shards.task import part_folder
+from mmpretrain.data.formats import printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,14 +54,15 @@ def finish(
         raise typer.BadParameter(f"--reencode {reencode!r}: expected jpeg, webp or png")
     if holdout_by not in ("key", "image"):
         raise typer.BadParameter(f"--holdout-by {holdout_by!r}: expected key or image")
+    image = getattr(reader, "image_member", None)
     if resize is not None or reencode is not None:
         from data_prep.build.images import Images
 
-        produce = Images(reader, resize, reencode, quality)
+        produce = Images(reader, resize, reencode, quality, image)
     if holdout is not None:
         from data_prep.build.images import Holdout
 
-        split = Holdout(holdout, holdout_by)
+        split = Holdout(holdout, holdout_by, image_member=image)
     options = repr(produce)
     if re.search(r" at 0x[0-9a-f]+>", options):
         raise TypeError(f"{type(reader).__name__} has no repr that is the same in the next run: {options}")
@@ -124,7 +126,11 @@ def _report(manifest: dict[str, Any], out: str, json_output: bool) -> None:
         where = part_folder(out, part)
         typer.echo(f"{part_manifest['num_samples']} samples ({members}) in {len(part_manifest['shards'])} shards in {where}")
     if manifest["skipped"]:
-        typer.echo(f"{manifest['skipped']} inputs left out: see {files.join(out, 'skipped.jsonl')}")
+        listed = files.join(out, "skipped.jsonl")
+        with files.open_text(listed) as lines:
+            first = json.loads(next(lines))["input"]
+        reasons = ", ".join(f"{n} {reason}" for reason, n in manifest.get("reasons", {}).items())
+        typer.echo(f"{manifest['skipped']} inputs left out{f' ({reasons})' if reasons else ''}, first {printable(first)}: see {listed}")
 
 
 @kind("folder", "python -m data_prep build folder photos/ --out shards/photos --label-from-folder")
@@ -209,11 +215,13 @@ def _folder_of(inputs: list[str]) -> str:
 @kind("csv", "python -m data_prep build csv pairs.csv --out shards/pairs --image-column file --caption '{name}: {keywords}'")
 @_with_columns
 def build_csv(
-    file: Annotated[str, typer.Argument(help="the table, a path or URL; UTF-8, with a header line")],
+    file: Annotated[str, typer.Argument(help="the table, a path or URL, with a header line; UTF-8, or UTF-16 with a byte order mark")],
     columns: Any,
     where: Annotated[list[str], typer.Option(help="COLUMN=VALUE: keep only rows that hold it")] = [],  # noqa: B006
     exclude_regex: Annotated[list[str], typer.Option(help="COLUMN=PATTERN: drop rows that match")] = [],  # noqa: B006
-    separator: Annotated[str, typer.Option(help="field separator; tab for tabs")] = ",",
+    separator: Annotated[
+        str | None, typer.Option(help="field separator; tab for tabs. Default: what the header line shows: a comma, a tab, ; or |")
+    ] = None,
 ) -> Reader:
     """Build shards from a table with image paths and captions."""
     from data_prep.build.readers.csv_table import Table
@@ -340,12 +348,13 @@ def build_img2dataset(
     members: Members = [],  # noqa: B006
     require: Require = [],  # noqa: B006
     keys: Keys = "keep",
+    image_member: cli.ImageMember = None,
 ) -> Reader:
     """Build shards from the output of img2dataset; its tars are checked against the counts in its _stats.json."""
     from data_prep.build.readers.img2dataset import img2dataset
 
     cli.check_there(folder)
-    return img2dataset(folder, tuple(members), tuple(require), keys)
+    return img2dataset(folder, tuple(members), tuple(require), keys, image_member)
 
 
 @kind("shards", "python -m data_prep build shards 'theirs/{00000..00099}.tar' --out shards/ours --skip-bad")
@@ -354,8 +363,9 @@ def build_shards(
     members: Members = [],  # noqa: B006
     require: Require = [],  # noqa: B006
     keys: Keys = "keep",
+    image_member: cli.ImageMember = None,
 ) -> Reader:
     """Build shards of --max-count samples from other WebDataset shards; damaged samples are left out and listed (--skip-bad)."""
     from data_prep.build.readers.webdataset import shards
 
-    return shards(cli.shard_names(spec), tuple(members), tuple(require), keys)
+    return shards(cli.shard_names(spec), tuple(members), tuple(require), keys, image_member)

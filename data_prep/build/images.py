@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -14,7 +14,7 @@ from PIL import Image
 from data_prep.build.readers.members import json_member
 from data_prep.records import Record, Skipped
 from mmpretrain.data import raster
-from mmpretrain.data.formats import sniff
+from mmpretrain.data.formats import decoder_message, sniff
 from mmpretrain.data.holdout import is_held_out
 from mmpretrain.data.schema import METADATA_EXTENSION, BadSample, image_extension
 
@@ -90,10 +90,11 @@ class Images:
     resize: int | None
     form: str | None
     quality: int
+    image_member: str | None = field(default=None, repr=False)  # which member is the image; the repr of the reader has it
 
     def __call__(self, task: Any) -> Iterator[Record | Skipped]:
         for item in self.produce(task):
-            extension = image_extension(list(item.members)) if isinstance(item, Record) else None
+            extension = image_extension(item.members, self.image_member) if isinstance(item, Record) else None
             yield item if isinstance(item, Skipped) or extension is None else self._changed(item, extension)
 
     def sources(self, task: Any) -> Iterator[str | None]:
@@ -105,12 +106,16 @@ class Images:
             encoded = encode(record.members[extension], self.resize, self.form, self.quality)
             if encoded is None:
                 return record
+            name = extension.rpartition(".")[0]
+            name = f"{name}.{encoded.extension}" if name else encoded.extension
+            if name in members:
+                raise BadSample("bad_member", f"{extension}, encoded as {encoded.extension}, would replace the member {name}")
             changed = scaled(members, encoded.before, encoded.after) if encoded.before != encoded.after else {}
         except BadSample as error:
-            return Skipped(record.key, error.reason, error.detail)
+            return Skipped(record.where or record.key, error.reason, error.detail)
         except (Exception, MemoryError) as error:  # decoders raise errors of any kind for hostile bytes
-            return Skipped(record.key, "undecodable_image", f"{extension}: {' '.join(str(error).split())[:200]}")
-        return Record(record.key, members | changed | {encoded.extension: encoded.data})
+            return Skipped(record.where or record.key, "undecodable_image", f"{extension}: {decoder_message(error)}")
+        return replace(record, members=members | changed | {name: encoded.data})
 
 
 @dataclass(frozen=True)
@@ -126,9 +131,10 @@ class Holdout:
     fraction: float
     by: str  # key | image
     parts: tuple[str, ...] = ("train", "holdout")
+    image_member: str | None = field(default=None, repr=False)  # which member is the image; the repr of the reader has it
 
     def __call__(self, record: Record) -> str:
-        extension = image_extension(list(record.members)) if self.by == "image" else None
+        extension = image_extension(record.members, self.image_member) if self.by == "image" else None
         content = record.key.encode() if extension is None else _pixels(record.members[extension])
         return self.parts[is_held_out(content, self.fraction)]
 
@@ -202,6 +208,6 @@ def _mask(data: bytes, before: Size, after: Size) -> bytes:
     except BadSample:
         raise
     except (Exception, MemoryError) as error:  # decoders raise errors of any kind for hostile bytes
-        raise BadSample("bad_mask", f"{MASK}: {' '.join(str(error).split())[:200]}") from error
+        raise BadSample("bad_mask", f"{MASK}: {decoder_message(error)}") from error
     resized.save(out, "PNG")
     return out.getvalue()

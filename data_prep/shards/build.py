@@ -26,6 +26,8 @@ __all__ = ["InputError", "Record", "Skipped", "Split", "build", "write_json", "w
 
 SKIPPED = "skipped.jsonl"
 PLAN = "plan.json"
+CLASSES = "classnames.txt"
+HOLDOUT_PARTS = ("train", "holdout")  # folders of a build with --holdout
 
 
 def build(
@@ -78,6 +80,7 @@ def build(
     plan_digest = digest_of(json.dumps(plan, sort_keys=True, default=repr), max_bytes, split)
     parts = split.parts if split else ("",)
     job = Job(out, produce, plan_digest, max_bytes, allow_skipped, split)
+    _clear_empty(out, parts)
     if _finished(out, parts):
         manifest = _finished_manifest(out, parts, job, tasks)
         if isinstance(files.place(out), Path):
@@ -141,10 +144,8 @@ def _locked(out: str, plan_digest: str) -> Iterator[None]:
     files.make_folder(out)
     state = files.join(out, UNFINISHED)
     plan = files.join(state, PLAN)
-    if files.exists(plan):
-        if _read_object(plan, out).get("plan") != plan_digest:
-            raise OutputError(f"{out} holds an unfinished build of other inputs or options. Choose another --out, or delete it.")
-    elif others := [name for name in files.listing(out) if name != state]:
+    begun = files.exists(plan)
+    if not begun and (others := [name for name in files.listing(out) if name != state]):
         raise OutputError(
             f"{out} is not empty ({others[0]}) and holds no unfinished build of ours. Choose another --out, or empty the folder."
         )
@@ -155,6 +156,12 @@ def _locked(out: str, plan_digest: str) -> Iterator[None]:
     except BlockingIOError:
         raise OutputError(f"another process is building in {out}. Wait for it, or choose another --out.") from None
     try:
+        if begun and _read_object(plan, out).get("plan") != plan_digest:
+            if _has_shards(out):
+                raise OutputError(f"{out} holds an unfinished build of other inputs or options. Choose another --out, or delete it.")
+            for name in files.listing(state):  # it failed before it wrote anything: its command has been corrected
+                if name.endswith(".json"):
+                    files.remove(name)
         files.write_json(plan, {"plan": plan_digest})
         _sweep(out)
         yield
@@ -168,6 +175,27 @@ def _locked(out: str, plan_digest: str) -> Iterator[None]:
         _sweep(out)
         if lock is not None:
             lock.close()
+
+
+def _has_shards(out: str) -> bool:
+    """Returns whether OUT, or a folder of it, holds a shard."""
+    inside = files.listing(out)
+    folders = [name for name in inside if "." not in name.rpartition("/")[2] and not name.endswith(f"/{UNFINISHED}")]
+    return any(name.endswith(".tar") for name in (*inside, *(name for folder in folders for name in files.listing(folder))))
+
+
+def _clear_empty(out: str, parts: tuple[str, ...]) -> None:
+    """Removes a finished build without any sample, so that its corrected command can write there."""
+    folders = sorted({out, *(part_folder(out, part) for part in (*parts, *HOLDOUT_PARTS))})
+    manifests = [name for folder in folders if files.exists(name := files.join(folder, MANIFEST))]
+    if not manifests or _has_shards(out) or any(_read_object(name, out).get("num_samples") != 0 for name in manifests):
+        return
+    for folder in folders:
+        for name in files.listing(folder):
+            if name.rpartition("/")[2] in (MANIFEST, SIZES, SKIPPED, CLASSES):
+                files.remove(name)
+        if folder != out and isinstance(where := files.place(folder), Path) and where.is_dir() and not any(where.iterdir()):
+            where.rmdir()
 
 
 def _sweep(out: str) -> None:
@@ -191,10 +219,9 @@ def _gather(
     """Collects the manifest of each part, and writes skipped.jsonl. Raises RecordError for a repeated key."""
     shards: dict[str, dict[str, dict[str, Any]]] = {part: {} for part in parts}
     keys: list[np.ndarray] = []
-    left_out = 0
+    reasons: Counter[str] = Counter()
 
     def tasks() -> Iterator[str]:
-        nonlocal left_out
         for done in results:
             for part, written in done.shards.items():
                 shards[part].update(written)
@@ -202,12 +229,14 @@ def _gather(
             for item in done.skipped:
                 record = {"input": item.where, "reason": item.reason, "detail": item.detail}
                 skipped.write(json.dumps(record, ensure_ascii=False) + "\n")
-            left_out += len(done.skipped)
+                reasons[item.reason] += 1
             yield done.task
 
     build_digest = _total(plan_digest, tasks())
     _check_no_other_shards(shards, out)
     _check_unique(keys, [files.join(part_folder(out, part), name) for part in parts for name in shards[part]])
+    left_out = reasons.total()
+    more = {"reasons": dict(sorted(reasons.items()))} if left_out else {}
     if left_out:
         skipped.seek(0)
         files.write_lines(files.join(out, SKIPPED), skipped)
@@ -216,7 +245,7 @@ def _gather(
         members: Counter[str] = Counter()
         for shard in shards[part].values():
             members.update(shard["members"])
-        manifests[part] = manifest_of(shards[part], members, command, licence, skipped=left_out, build=build_digest)
+        manifests[part] = manifest_of(shards[part], members, command, licence, skipped=left_out, **more, build=build_digest)
     return manifests
 
 
@@ -255,4 +284,5 @@ def _sum(manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
         members.update(manifest["members"])
     shards = {f"{part}/{name}": shard for part, manifest in manifests.items() for name, shard in manifest["shards"].items()}
     first = next(iter(manifests.values()))
-    return manifest_of(shards, members, first["command"], first["licence"], skipped=first["skipped"], build=first["build"], parts=manifests)
+    more = {name: first[name] for name in ("skipped", "reasons", "build") if name in first}
+    return manifest_of(shards, members, first["command"], first["licence"], **more, parts=manifests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 from collections.abc import Collection, Iterator
@@ -134,7 +135,7 @@ def _remote(spec: str) -> list[str]:
             names.append(name)
             continue
         system, path = files.filesystem(name)
-        pattern = path if "*" in path else f"{path.rstrip('/')}/*.tar"
+        pattern = path if "*" in path else f"{glob.escape(path.rstrip('/'))}/*.tar"
         matches = sorted(retried(lambda system=system, pattern=pattern: system.glob(pattern), name))
         if not matches:
             raise ShardError(f"{name}: no *.tar found. Give a folder that holds shards, a glob, or the shards' own URLs.")
@@ -288,5 +289,6 @@ def spans(names: list[str]) -> Iterator[Span]:
 
 
 def damage_lines(shard: Shard) -> list[str]:
-    """Returns a line per unreadable region of a shard, for a report."""
-    return [f"{shard.name} at byte {d.offset}: {d.reason}: {d.detail}; about {d.lost} samples lost" for d in shard.index.damage]
+    """Returns a line per unreadable region or member of a shard, for a report."""
+    regions = [f"{shard.name} at byte {d.offset}: {d.reason}: {d.detail}; about {d.lost} samples lost" for d in shard.index.damage]
+    return regions + [f"{shard.name} at byte {m.offset}: {m.reason}: {m}" for m in shard.index.left_out or ()]

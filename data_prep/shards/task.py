@@ -140,6 +140,8 @@ class Job:
         with suppress(ValueError, KeyError):  # truncated by a crash of the machine
             content = json.loads(files.read_bytes(note))
             if content["task"] != digest:
+                if not any(content["shards"].values()):
+                    return None
                 raise OutputError(
                     f"{self.out} holds an unfinished build of other samples than these inputs give, or an input has "
                     f"changed since (see {note}). Choose another --out, or delete it."
@@ -159,7 +161,7 @@ class Job:
         try:
             for item in self.produce(task):
                 if isinstance(item, Skipped):
-                    if not self.allow_skipped:
+                    if not self.allow_skipped and not item.harmless:
                         raise InputError(f"{item.where}: {item.reason}: {item.detail}. Correct it, or leave such inputs out (--skip-bad).")
                     done.skipped.append(item)
                     continue

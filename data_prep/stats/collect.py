@@ -72,6 +72,11 @@ class Stage:
             summary.unreadable.offer(
                 rank, (shard.name, damage.reason, f"byte {damage.offset}: {damage.detail}; about {damage.lost} samples lost")
             )
+        for member in index.left_out or ():
+            summary.lost += member.lost
+            summary.problems[f"shard: {member.reason}"] += 1
+            rank = (hashed(f"{shard.name}:{member.offset}"),)
+            summary.unreadable.offer(rank, (shard.name, member.reason, f"byte {member.offset}: {member}"))
 
     def _sample(self, summary: Summary, shard: Shard, i: int, ref: Ref, rank: int) -> None:
         summary.looked_at += 1

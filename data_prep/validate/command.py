@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from data_prep.cli import Engine, JsonOutput, Processes, command_line, one_line
+from data_prep.cli import Engine, ImageMember, JsonOutput, Processes, command_line, one_line
 from data_prep.engine import run
 from data_prep.shards.read import Shard, expand, image_member
 from mmpretrain.data.decode import ImageLimits
@@ -42,6 +42,7 @@ def validate(
     need: Annotated[
         str | None, typer.Option(help="members that every sample must have, e.g. image,txt; default: those that most have; none: ''")
     ] = None,
+    image_member: ImageMember = None,
     caption: Annotated[str, typer.Option(help="the member that holds the caption, or json:FIELD")] = "txt",
     max_pixels: Annotated[int, typer.Option(min=1, help="width times height of an image")] = ImageLimits.max_pixels,
     min_side: Annotated[int, typer.Option(min=1, help="pixels of an image's shorter side")] = ImageLimits.min_side,
@@ -62,9 +63,11 @@ def validate(
     with one_line(status=2):
         names = expand(shards)
         needed = usual(names) if need is None else [part.strip() for part in need.split(",") if part.strip()]
-        needed = list(dict.fromkeys("image" if part in IMAGE_EXTENSIONS else part for part in needed))
+        if need is None and image_member is not None:
+            needed = ["image", *(part for part in needed if part != image_member)]
+        needed = list(dict.fromkeys("image" if part in IMAGE_EXTENSIONS or part == image_member else part for part in needed))
         limits = ImageLimits(max_pixels, min_side, max_aspect)
-        checks = Checks(tuple(needed), caption, decode, checksums, limits)
+        checks = Checks(tuple(needed), image_member, caption, decode, checksums, limits)
         reports = list(run(Examine(checks, max_findings), names, engine=engine, processes=processes, title="validate"))
         verdict, clashes = summarise(reports, needed, max_findings)
         if repair is not None:

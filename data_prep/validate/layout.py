@@ -20,7 +20,7 @@ from data_prep.validate.kinds import Finding, Problem, is_image
 from mmpretrain.data import index as shard_index
 from mmpretrain.data.index import Member, ShardIndex
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, SAFE_KEY, ShardError, split_name
-from mmpretrain.data.tar import NO_HEADERS, read_headers
+from mmpretrain.data.tar import NO_HEADERS, Headers, read_headers
 
 MAX_KEY = 200
 _HOSTILE = re.compile(r"(^|/)\.\.(/|$)|^/|^[A-Za-z]:|\\|[\x00-\x1f\x7f\ud800-\udfff]")
@@ -68,11 +68,14 @@ def read_ahead(file: int) -> None:
 class Layout:
     """Locations of a shard's samples, from its headers, or from an index with checksums where the headers are damaged."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, image_member: str | None = None) -> None:
+        """Reads the headers. `image_member`: the member that is the image, which is no end of a dotted key."""
+        self.name, self._image_member = name, image_member
         self.findings: list[Finding] = []
         self.lost, self.estimated = 0, False
         self.trusted = True  # the locations are those of intact headers
+        self.linked: np.ndarray | None = None  # bool [M]: members that are links; None where that is not known
+        self.header: np.ndarray | None = None  # int64 [M]: where the members' headers lie
         self.index = shard_index.from_headers(NO_HEADERS, None, 0)
         self.size, self.file = 0, -1
         self._copy: LocalCopy | None = None
@@ -106,6 +109,7 @@ class Layout:
         try:
             headers, stop = read_headers(mmap.mmap(self.file, 0, access=mmap.ACCESS_READ) if self.size else b"", str(path))
             scanned = shard_index.from_headers(headers, stop, self.size)
+            self._left_out(scanned, headers)
             if len(headers.names) > len(scanned.offset):
                 for member, offset in zip(headers.names, headers.header.tolist()):
                     if split_name(member) is None and not re.fullmatch(r"(.*/)?__\w+__", member):
@@ -115,8 +119,20 @@ class Layout:
             self.lost, self.estimated = 1, True
         for damage in () if scanned is None else scanned.damage:  # an index without samples is falsy
             self._add(damage.reason, damage.offset, damage.detail)
-            self.lost, self.estimated = damage.lost, True
+            self.lost, self.estimated = self.lost + damage.lost, True
         self._choose(saved, scanned)
+
+    def _left_out(self, scanned: ShardIndex, headers: Headers) -> None:
+        """Adds the members that cannot be read, and counts the samples lost with them."""
+        listed = scanned.left_out or []
+        for member in listed:
+            self._add(member.reason, member.offset, str(member)[:300], member.key)
+        self.lost += sum(member.lost for member in listed)
+        samples = {member.offset for member in listed}
+        for member in headers.unread:
+            if member.header not in samples:
+                self._add("stray_member", member.header, f"{member.name!r} is {member.detail}"[:300])
+        self.linked, self.header = scanned.linked, scanned.header
 
     def _choose(self, saved: ShardIndex | None, scanned: ShardIndex | None) -> None:
         """Chooses the layout: of a damaged shard, a saved index with checksums also locates the samples behind the damage."""
@@ -136,6 +152,7 @@ class Layout:
         if scanned is None or scanned.damage or self.size < saved.tar_bytes:
             self.index, self.trusted = saved, False
             self.lost, self.estimated = 0, False
+            self.linked = self.header = None
 
     def units(self) -> Iterator[Unit]:
         """Yields the samples in order, with those of dotted keys split."""
@@ -143,7 +160,7 @@ class Layout:
 
     @cached_property
     def crossed(self) -> np.ndarray | None:
-        return _interleaved(self.index)
+        return _interleaved(self.index, self.index.offset if self.header is None else self.header)
 
     @cached_property
     def _repeated(self) -> set[str]:
@@ -162,7 +179,12 @@ class Layout:
             key = base
         if self.crossed is not None and self.crossed[i]:
             problems.append(("interleaved", -1, "other samples' members lie between its own"))
-        yield from _split(Unit(key, places, problems), self._rare_extensions)
+        if self.linked is not None:
+            for m in range(int(self.index.starts[i]), int(self.index.starts[i + 1])):
+                if self.linked[m]:
+                    extension, offset = self.index.extensions[self.index.extension[m]], int(self.index.offset[m])
+                    problems.append(("linked_member", offset, f"{extension} is a link to the bytes at {offset}"))
+        yield from _split(Unit(key, places, problems), self._rare_extensions, self._image_member)
 
     def close(self) -> None:
         if self.file >= 0:
@@ -178,11 +200,11 @@ class Layout:
         self.close()
 
 
-def _interleaved(index: ShardIndex) -> np.ndarray | None:
-    """Marks samples interleaved with others, bool [S]; None for none."""
-    if not len(index.offset) or (np.diff(index.offset) >= 0).all():
+def _interleaved(index: ShardIndex, offset: np.ndarray) -> np.ndarray | None:
+    """Marks samples interleaved with others, bool [S], by the places of members, int64 [M]; None for none."""
+    if not len(offset) or (np.diff(offset) >= 0).all():
         return None
-    rank = np.argsort(np.argsort(index.offset, kind="stable"), kind="stable")
+    rank = np.argsort(np.argsort(offset, kind="stable"), kind="stable")
     first, last = np.minimum.reduceat(rank, index.starts[:-1]), np.maximum.reduceat(rank, index.starts[:-1])
     return last - first + 1 != np.diff(index.starts)
 
@@ -197,18 +219,18 @@ def _rare(index: ShardIndex) -> set[str]:
     return {e for e, n in counts.items() if "." in e and _known(e.rpartition(".")[2]) and n * 10 < len(index)}
 
 
-def _split(unit: Unit, rare: set[str]) -> Iterator[Unit]:
+def _split(unit: Unit, rare: set[str], image: str | None) -> Iterator[Unit]:
     """Splits `photo.1.jpg` and `photo.2.jpg`, which readers merge into one sample; `x.jpg` with `x.seg.png` stays one."""
     hidden: dict[str, dict[str, Member]] = {}
     for extension, member in unit.places.items():
         middle, dot, last = extension.rpartition(".")
         if not dot or not _known(last):
             continue
-        plain = any(e in unit.places for e in IMAGE_EXTENSIONS) if is_image(last) else last in unit.places
+        plain = any(e in unit.places for e in (*IMAGE_EXTENSIONS, image)) if is_image(last) else last in unit.places
         if not plain or extension in rare:
             hidden.setdefault(f"{unit.key}.{middle}", {})[last] = member
-    moved = {member.offset for places in hidden.values() for member in places.values()}
-    rest = {extension: member for extension, member in unit.places.items() if member.offset not in moved}
+    moved = {f"{key[len(unit.key) + 1 :]}.{last}" for key, places in hidden.items() for last in places}
+    rest = {extension: member for extension, member in unit.places.items() if extension not in moved}
     if rest or not hidden:
         yield _with_checked_key(Unit(unit.key, rest, unit.problems))
     for key, places in hidden.items():

@@ -32,6 +32,7 @@ class Checks:
     """The requirements on every sample."""
 
     need: tuple[str, ...] = ()  # extensions; "image" stands for any image
+    image_member: str | None = None  # the member that is the image; None: the first of the usual ones
     caption: str = "txt"  # the member that holds it, or json:FIELD
     decode: bool = True
     checksums: bool = True
@@ -124,7 +125,7 @@ def _content(members: Members, extension: str, checks: Checks, role: str) -> Ite
 def examine(members: Members, checks: Checks, size: int) -> Iterator[Problem]:
     """Yields the problems of a sample's members, in a shard of `size` bytes."""
     places = members.places
-    picture = image_extension(list(places))
+    picture = image_extension(places, checks.image_member)
     for wanted in checks.need:
         if (picture if wanted == "image" else places.get(wanted)) is None:
             start = min((member.offset for member in places.values()), default=-1)
@@ -163,6 +164,7 @@ class Sound:
     def __init__(self, layout: Layout, checks: Checks) -> None:
         index = layout.index
         self._file, self._size, self._checks, self._crossed = layout.file, layout.size, checks, layout.crossed
+        self._linked = None if layout.linked is None or not layout.linked.any() else layout.linked
         self._keys, self._names = index.keys, index.extensions
         self._starts, self._kinds = index.starts.tolist(), index.extension.tolist()
         self._offsets, self._sizes = index.offset.tolist(), index.size.tolist()
@@ -180,6 +182,8 @@ class Sound:
         if not self._any or len(key) > MAX_KEY or not SAFE_KEY.fullmatch(key) or (self._crossed is not None and self._crossed[i]):
             return False
         first, end = self._starts[i], self._starts[i + 1]
+        if self._linked is not None and self._linked[first:end].any():
+            return False  # to report it
         kinds = tuple(self._kinds[first:end])
         if kinds not in self._roles:
             self._roles[kinds] = self._plan([self._names[kind] for kind in kinds])
@@ -202,7 +206,7 @@ class Sound:
 
     def _plan(self, extensions: list[str]) -> list[str] | None:
         """Returns the roles of the members; None where one must be reported, or one is missing."""
-        picture = image_extension(extensions)
+        picture = image_extension(extensions, self._checks.image_member)
         for wanted in self._checks.need:
             if (picture is None) if wanted == "image" else (wanted not in extensions):
                 return None

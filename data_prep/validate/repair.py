@@ -33,7 +33,7 @@ class Repair:
 
     def __call__(self, task: ToRepair) -> Iterator[Record | Skipped]:
         clashes = set(task.clashes)
-        with Layout(task.name) as layout:
+        with Layout(task.name, self.checks.image_member) as layout:
             where = shard_label(task.name)
             for finding in layout.findings:
                 if severity(finding.kind) == "bad":

@@ -46,7 +46,7 @@ class Examine:
     max_findings: int = 100
 
     def __call__(self, name: str) -> ShardReport:
-        with Layout(name) as layout:
+        with Layout(name, self.checks.image_member) as layout:
             report = ShardReport(name, lost=layout.lost, estimated=layout.estimated, bytes=layout.size)
             for finding in layout.findings:
                 report.add(finding, self.max_findings)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmpretrain.data import raster
-from mmpretrain.data.formats import sniff
+from mmpretrain.data.formats import decoder_message, foreign_kind, sniff
 from mmpretrain.data.orientation import jpeg_header, orientation
 from mmpretrain.data.raster import PILLOW_FORMATS
 from mmpretrain.data.schema import BadSample
@@ -79,7 +79,9 @@ def decode_image(data: bytes, limits: ImageLimits = ImageLimits(), background: C
     """
     kind = sniff(data)
     if kind is None:
-        raise BadSample("unknown_format", f"begins with {bytes(data[:12])!r}; decoded are {', '.join(PILLOW_FORMATS)}")
+        noun, _ = foreign_kind(data) or ("", "")
+        what = f"{noun}, which begins" if noun else "begins"
+        raise BadSample("unknown_format", f"{what} with {bytes(data[:12])!r}; decoded are {', '.join(PILLOW_FORMATS)}")
     try:
         if kind == "png" and len(data) >= 24:
             limits.check(*struct.unpack(">II", data[16:24]))
@@ -95,4 +97,4 @@ def decode_image(data: bytes, limits: ImageLimits = ImageLimits(), background: C
     except BadSample:
         raise
     except (Exception, MemoryError) as error:  # `simplejpeg` and large images
-        raise BadSample("undecodable_image", f"{kind}: {' '.join(str(error).split())[:200]}") from error
+        raise BadSample("undecodable_image", f"{kind}: {decoder_message(error)}") from error

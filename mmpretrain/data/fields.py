@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mmpretrain.config.build import OptionError
-from mmpretrain.data.formats import decode_text
+from mmpretrain.data.formats import clean_text, clean_texts, decode_text
 from mmpretrain.data.index import Member
 from mmpretrain.data.schema import BadSample
 
@@ -136,10 +135,10 @@ def decode_json(data: bytes) -> dict[str, Any]:
 def captions_from(value: Any, what: str) -> list[str]:
     """Return the captions in a string, or in a list of strings without empty ones. Raises BadSample; `what` is for the message."""
     if isinstance(value, str):
-        return [decode_text(value.encode("utf-8", "surrogatepass"))]
+        return [clean_text(value)]
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise BadSample("bad_caption", f"{what} holds {type(value).__name__}, expected text or a list of texts")
-    texts = [text for text in (unicodedata.normalize("NFC", item).strip() for item in value) if text]
+    texts = clean_texts(value)
     if not texts:
         raise BadSample("empty_caption", what)
     return texts

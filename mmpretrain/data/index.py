@@ -22,7 +22,7 @@ import xxhash
 
 from mmpretrain.atomic import write_atomically
 from mmpretrain.data.schema import ShardError, split_name
-from mmpretrain.data.tar import Headers, Stop, read_headers
+from mmpretrain.data.tar import BLOCK, Headers, Stop, read_headers
 from mmpretrain.system import lock_across_forks
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,23 @@ class Damage(NamedTuple):
     detail: str
 
 
+class LeftOut(NamedTuple):
+    """A member of a sample that cannot be read, such as a link out of the tar."""
+
+    name: str
+    offset: int  # of its header
+    reason: str  # dangling_link | link_to_folder | special_member | sparse_member
+    detail: str
+    lost: bool  # no other member of its sample can be read
+
+    @property
+    def key(self) -> str:
+        return (split_name(self.name) or (self.name, ""))[0]
+
+    def __str__(self) -> str:
+        return f"{self.name} is {self.detail}"
+
+
 @dataclass
 class ShardIndex:
     """Samples in order of first appearance; members are grouped by key, even where a writer interleaved them."""
@@ -85,6 +102,13 @@ class ShardIndex:
     checksum: np.ndarray | None = None  # uint8 [M, 16], or [M, 32] of sha256
     damage: list[Damage] = field(default_factory=list)
     duplicates: int = 0  # repeated keys; each is a sample of its own, with ~2, ~3 ... after the key
+    left_out: list[LeftOut] | None = None  # in the tar's order; None where unknown: written by the builder, or by an earlier version
+    header: np.ndarray | None = None  # int64 [M], offset of each member's header; only after a scan
+
+    @property
+    def linked(self) -> np.ndarray | None:
+        """bool [M]: which members are links to the bytes of another; None where that is not known."""
+        return None if self.header is None else self.header + BLOCK != self.offset
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -127,7 +151,21 @@ def from_headers(headers: Headers, stop: Stop | None, tar_bytes: int) -> ShardIn
         tar_bytes=tar_bytes,
         damage=damage,
         duplicates=grouping.duplicates,
+        left_out=left_out(headers, set(grouping.keys) if headers.unread else set()),
+        header=headers.header[grouping.member],
     )
+
+
+def left_out(headers: Headers, keys: set[str]) -> list[LeftOut]:
+    """The members of samples that a tar names and that cannot be read; the first of a key that `keys` lack counts as a lost sample."""
+    listed = []
+    for name, offset, reason, detail in headers.unread:
+        if (named := split_name(name)) is not None:
+            lost = reason != "link_to_folder" and named[0] not in keys
+            listed.append(LeftOut(name, offset, reason, detail, lost))
+            if lost:
+                keys.add(named[0])
+    return listed
 
 
 def scan(path: str | Path) -> ShardIndex:
@@ -160,6 +198,8 @@ def _items(blob: np.ndarray) -> list[str]:
 def save(index: ShardIndex, path: Path, mtime_ns: int = 0) -> None:
     """Write an index atomically; its bytes depend on the content alone."""
     head = {"version": VERSION, "bytes": index.tar_bytes, "mtime_ns": mtime_ns, "duplicates": index.duplicates, "damage": index.damage}
+    if index.left_out is not None:
+        head["left_out"] = index.left_out
     arrays = {
         "head": _text([json.dumps(head)]),
         "keys": _text(index.keys),
@@ -190,6 +230,7 @@ def _read(path: str | Path | Any) -> tuple[ShardIndex, int]:
             checksum=digests if len(digests) else None,
             damage=[Damage(*d) for d in head["damage"]],
             duplicates=head["duplicates"],
+            left_out=[LeftOut(*entry) for entry in head["left_out"]] if "left_out" in head else None,
         )
     return index, head["mtime_ns"]
 
@@ -235,6 +276,24 @@ def _check_saved(shard: str, index: ShardIndex, tar_bytes: int) -> None:
     )
 
 
+_COMPARED: set[str] = set()  # shards whose index of an earlier version was compared with their headers
+
+
+def _warn_of_links(shard: str, index: ShardIndex) -> None:
+    """Log what an index that `data_prep index` of an earlier version wrote does not list."""
+    if shard in _COMPARED:
+        return
+    _COMPARED.add(shard)
+    scanned = scan(shard)
+    if scanned.left_out or scanned.keys != index.keys or len(scanned.offset) != len(index.offset):
+        log.warning(
+            "%s: its index lists %d samples and passes over links; the shard holds %d. Run `python -m data_prep index --replace`.",
+            shard,
+            len(index),
+            len(scanned),
+        )
+
+
 def open_index(shard: str | Path, expected: int | None = None, save_new: bool = True, cache: Path | None = None) -> ShardIndex:
     """Open the index of a local shard: a saved one that fits the file, else from a scan.
 
@@ -262,9 +321,13 @@ def open_index(shard: str | Path, expected: int | None = None, save_new: bool = 
         saved, mtime_ns = load(place)
         if saved.checksum is not None:
             _check_saved(shard, saved, status.st_size)
+            if saved.left_out is None and mtime_ns:
+                _warn_of_links(shard, saved)
         elif saved.tar_bytes != status.st_size or mtime_ns != status.st_mtime_ns:
             log.info("%s changed since it was indexed: scanning it again", shard)
             continue
+        elif saved.left_out is None:
+            continue  # by a version that passed over links
         index = saved
         break
     if index is None:

@@ -23,7 +23,7 @@ import torch
 
 from mmpretrain.data.block import Block, join
 from mmpretrain.data.loader_worker import Worker, start_workers
-from mmpretrain.data.schema import LoaderError
+from mmpretrain.data.schema import BadSampleBudgetError, LoaderError
 from mmpretrain.data.source import Source
 from mmpretrain.system import cores
 from mmpretrain.types import Batch
@@ -211,6 +211,7 @@ class Loader:
                 log.warning("no batch for %.0f s; the loader is reading %s", waited, reading)
         if step.error is not None:
             self.close()
+            self._skipped += self._unseen(step.error)
             raise step.error
         staged, self._staged = self._staged, None
         batch = staged[1] if staged is not None and staged[0] is step else self._on_device(step)
@@ -230,6 +231,16 @@ class Loader:
         self.wait_s = time.perf_counter() - started
         return batch
 
+    def _unseen(self, raised: BaseException) -> list[dict[str, Any]]:
+        """The bad samples of steps that no batch will be handed out of, but for those that the error that is raised lists."""
+        records = []
+        for step in self._steps:
+            made = [block for blocks in list(step.blocks.values()) for block in blocks if block is not None] or list(step.result.values())
+            records += [record for block in made for record in block.skipped]
+            if isinstance(step.error, BadSampleBudgetError) and step.error is not raised:
+                records += step.error.records
+        return records
+
     def _on_device(self, step: _Step) -> Batch:
         if self.device.type == "cpu":
             return {name: block.to_rows() for name, block in step.result.items()}
@@ -247,7 +258,10 @@ class Loader:
         return dict(self._transparent)
 
     def drain_skipped(self) -> list[dict[str, Any]]:
-        """Return the samples replaced in batches since the last call: {source, shard, key, reason, detail, slot, replaced_by}."""
+        """Return the samples replaced in batches since the last call: {source, shard, key, reason, detail, slot, replaced_by}.
+
+        After an error, also those of batches that were being made.
+        """
         records, self._skipped = self._skipped, []
         return records
 

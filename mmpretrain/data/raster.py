@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from mmpretrain.data import pnm, tiff, tiff_tags
+from mmpretrain.data.formats import decoder_message
 from mmpretrain.data.levels import eight_bit
 from mmpretrain.data.library_messages import collected
 from mmpretrain.data.orientation import QUARTER_TURNS, JpegHeader, exif_orientation, jpeg_header, stored_orientation
@@ -159,7 +160,7 @@ def read_header(data: bytes, kind: str) -> Header:
     except Image.DecompressionBombError as error:
         raise BadSample("too_many_pixels", str(error)) from error
     except (Exception, MemoryError) as error:  # decoders raise various errors for hostile bytes
-        raise BadSample("undecodable_image", f"{kind}: {' '.join(str(error).split())[:200]}") from error
+        raise BadSample("undecodable_image", f"{kind}: {decoder_message(error)}") from error
 
 
 def decode(data: bytes, kind: str, check: Callable[[int, int], None], draft: tuple[int, int] | None = None) -> Raster:
@@ -183,7 +184,7 @@ def decode(data: bytes, kind: str, check: Callable[[int, int], None], draft: tup
     except Image.DecompressionBombError as error:  # Pillow's own limit comes before ours
         raise BadSample("too_many_pixels", str(error)) from error
     except (Exception, MemoryError) as error:  # decoders raise various errors for hostile bytes
-        details = [f"{kind}: {' '.join(str(error).split())[:200]}", *(" ".join(message.split())[:200] for message in messages[:2])]
+        details = [f"{kind}: {decoder_message(error)}", *(" ".join(message.split())[:200] for message in messages[:2])]
         raise BadSample("undecodable_image", "; ".join(details)) from error
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterable, Mapping
+from typing import Any
 
 from mmpretrain.errors import MMPretrainError
 
@@ -33,7 +34,17 @@ class LoaderError(MMPretrainError, RuntimeError):
 
 
 class BadSampleBudgetError(MMPretrainError, RuntimeError):
-    """More samples are bad than the source allows. The message has counts per reason and examples."""
+    """More samples are bad than the source allows. The message has counts per reason and examples.
+
+    `records` are the bad samples that no batch has listed yet, as in skipped.jsonl.
+    """
+
+    def __init__(self, message: str, records: Iterable[dict[str, Any]] = ()) -> None:
+        super().__init__(message)
+        self.records = list(records)
+
+    def __reduce__(self) -> tuple[type[BadSampleBudgetError], tuple[str, list[dict[str, Any]]]]:
+        return BadSampleBudgetError, (str(self), self.records)
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -48,6 +59,29 @@ def split_name(name: str) -> tuple[str, str] | None:
     return name[:dot], name[dot + 1 :].lower()
 
 
-def image_extension(extensions: Container[str]) -> str | None:
-    """Return the extension of a sample's image, by name alone; its format is recognised by content later."""
+def image_extension(extensions: Container[str], wanted: str | None = None) -> str | None:
+    """Return the extension of a sample's image, by name alone; its format is recognised by content later.
+
+    Args:
+        extensions: of the sample's members.
+        wanted: the member that is the image; None: the first of IMAGE_EXTENSIONS that the sample has.
+
+    Returns:
+        The extension, or None where the sample lacks it.
+    """
+    if wanted is not None:
+        return wanted if wanted in extensions else None
     return next((extension for extension in IMAGE_EXTENSIONS if extension in extensions), None)
+
+
+def several_images(counts: Mapping[str, int], samples: int) -> str | None:
+    """A warning where samples have more than one image; None where each has one at most.
+
+    Args:
+        counts: extension -> samples that have it.
+        samples: all of them.
+    """
+    images = [extension for extension in IMAGE_EXTENSIONS if counts.get(extension)]
+    if sum(counts[extension] for extension in images) <= samples:
+        return None
+    return f"samples have several images ({', '.join(images)}), of which {images[0]} is read"

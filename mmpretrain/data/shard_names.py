@@ -171,6 +171,14 @@ def _range(spec: str) -> Range | None:
     return Range(head, int(first), int(last) - int(first) + 1, _padding(first, last), tail)
 
 
+def _literal_folder(spec: str) -> str:
+    """Return the folders at the start of a path that exist under this very name, with their slash: their characters are no pattern."""
+    end = 0
+    while (slash := spec.find("/", end)) >= 0 and (slash == 0 or os.path.isdir(spec[:slash])):
+        end = slash + 1
+    return spec[:end]
+
+
 def _expand_one(spec: str) -> Sequence[str]:
     if os.path.isfile(spec):  # literal names first: a path may contain # ? [ or {
         return [spec]
@@ -186,15 +194,19 @@ def _expand_one(spec: str) -> Sequence[str]:
     if (span := _range(spec)) is not None:
         return span
     names: list[str] = []
-    for name in expand_braces(spec):
+    folder = "" if is_remote(spec) else _literal_folder(spec)
+    for tail in expand_braces(spec[len(folder) :]):
+        name = folder + tail
         if is_remote(name) or os.path.isfile(name):
             names.append(name)
             continue
-        matches = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else []
+        patterns = (tail, tail.replace("[", "[[]")) if glob.has_magic(tail) else ()  # brackets as choices, or else as themselves
+        globbed = (glob.glob(glob.escape(folder) + pattern, recursive=True) for pattern in patterns)
+        matches = sorted(next(filter(None, globbed), []))
         if not matches:
-            folder = os.path.dirname(name) or "."
-            there = sorted(os.listdir(folder))[:5] if os.path.isdir(folder) else None
-            holds = f"{folder} holds {', '.join(there) or 'nothing'}" if there is not None else f"there is no folder {folder}"
+            parent = os.path.dirname(name) or "."
+            there = sorted(os.listdir(parent))[:5] if os.path.isdir(parent) else None
+            holds = f"{parent} holds {', '.join(there) or 'nothing'}" if there is not None else f"there is no folder {parent}"
             raise ShardError(f"{name}: no such shard ({holds}). Check the name, and the folder it is relative to.")
         names += matches
     return names

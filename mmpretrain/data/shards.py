@@ -14,7 +14,7 @@ from mmpretrain.config.build import OptionError
 from mmpretrain.data.cache import ShardCache, remote_index, stated_counts
 from mmpretrain.data.formats import read_json, read_text
 from mmpretrain.data.holdout import in_part
-from mmpretrain.data.index import Damage, Member, ShardIndex, open_index
+from mmpretrain.data.index import Damage, LeftOut, Member, ShardIndex, open_index
 from mmpretrain.data.order import Recent
 from mmpretrain.data.schema import BadSample, ShardError
 from mmpretrain.data.shard_names import expand, is_remote
@@ -63,6 +63,7 @@ class ShardSet:
         self._stated = stated_counts(self.names)
         self._opened = Recent(self._open, window + 8)
         self.damage: list[tuple[str, Damage]] = []
+        self.left_out: list[tuple[str, LeftOut]] = []  # (shard, member that cannot be read)
         self.duplicates = 0
         self.extension_counts: dict[str, int] = {}  # extension -> samples that have it, in the opened shards
         self.looked_at = 0  # samples in the opened shards
@@ -76,6 +77,7 @@ class ShardSet:
             for shard, (count, index) in zip(looked_at, pool.map(self._survey, looked_at)):
                 counts[shard] = count
                 self.damage += [(self.names[shard], damage) for damage in index.damage]
+                self.left_out += [(self.names[shard], member) for member in index.left_out or ()]
                 self.duplicates += index.duplicates
                 self.looked_at += len(index)
                 for extension, number in index.counts().items():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,9 @@ from mmpretrain.data import buffers, decode
 from mmpretrain.data.block import Block
 from mmpretrain.data.cache import ShardCache
 from mmpretrain.data.fields import Fields, member_of, place_of
-from mmpretrain.data.index import Member
+from mmpretrain.data.index import LeftOut, Member
 from mmpretrain.data.order import Blend, Order
-from mmpretrain.data.schema import BadSample, BadSampleBudgetError, ShardError, image_extension
+from mmpretrain.data.schema import BadSample, BadSampleBudgetError, ShardError, image_extension, several_images
 from mmpretrain.data.shards import ShardSet, load_classes, shard_label
 from mmpretrain.data.source_config import ImageConfig, Part, SourceConfig, SplitConfig
 from mmpretrain.types import Sample, ViewSpec
@@ -44,6 +45,11 @@ class _Tally:
             self.reasons[record["reason"]] += 1
             self.examples.setdefault(record["reason"], "{shard}/{key}: {reason}: {detail}".format_map(record))
         return self
+
+
+def _by_shard(members: list[tuple[str, LeftOut]]) -> Iterator[tuple[str, list[LeftOut]]]:
+    for name, group in itertools.groupby(members, key=lambda pair: pair[0]):
+        yield name, [member for _, member in group]
 
 
 class Source:
@@ -125,30 +131,38 @@ class Source:
                 raise ShardError(f"{where}: no samples{part}.")
             n = shards.looked_at
             has = ", ".join(shards.extension_counts)
-            if n and self._wants["image"] and image_extension(shards.extension_counts) is None:
-                raise ShardError(f"{where}: 0 of {n} samples have an image (jpg, png, jpeg, webp); they have {has}.")
+            if n and self._wants["image"] and image_extension(shards.extension_counts, self.config.image_member) is None:
+                what = self.config.image_member or "an image (jpg, png, jpeg, webp)"
+                raise ShardError(f"{where}: 0 of {n} samples have {what}; they have {has}.")
+            if self._wants["image"] and self.config.image_member is None and (several := several_images(shards.extension_counts, n)):
+                log.warning("%s: %s. `image_member:` says which.", where, several)
             for extension in needed:
                 if n and not shards.extension_counts.get(extension):
                     raise ShardError(
                         f"{where}: 0 of {n} samples have {extension}; they have {has}. Set `caption:` or `label:` to a member they have."
                     )
-            lost = sum(damage.lost for _, damage in shards.damage)
+            lost = sum(damage.lost for _, damage in shards.damage) + sum(member.lost for _, member in shards.left_out)
             for name, damage in shards.damage:
                 log.warning("%s: %s at byte %d: %s; about %d samples lost", name, damage.reason, damage.offset, damage.detail, damage.lost)
+            for name, members in _by_shard(shards.left_out):
+                some = "; ".join(map(str, members[:3])) + ("; ..." if len(members) > 3 else "")
+                count = sum(member.lost for member in members)
+                log.warning("%s: %d members cannot be read, %d samples lost: %s", name, len(members), count, some)
             if lost > 10 + self.config.max_bad_fraction * order.total:
-                name, damage = shards.damage[0]
+                places = [*shards.damage, *shards.left_out]
+                name, first = places[0]
                 raise ShardError(
-                    f"{where}: {len(shards.damage)} damaged shards, about {lost} samples lost; the first is {name}, {damage.reason} "
-                    f"at byte {damage.offset}: {damage.detail}. Fetch or build them again, or raise max_bad_fraction "
+                    f"{where}: {len({name for name, _ in places})} damaged shards, about {lost} samples lost; the first is {name}, "
+                    f"{first.reason} at byte {first.offset}: {first.detail}. Fetch or build them again, or raise max_bad_fraction "
                     f"({self.config.max_bad_fraction})."
                 )
 
     def damaged(self) -> list[dict[str, Any]]:
-        """Return one record per damaged region of the shards, as in skipped.jsonl."""
+        """Return one record per damaged region of the shards and per member that cannot be read, as in skipped.jsonl."""
         return [
             {"source": self.name, "shard": shard_label(name), "key": d.key, "reason": d.reason, "detail": f"byte {d.offset}: {d.detail}"}
             for shards in self.shard_sets
-            for name, d in shards.damage
+            for name, d in (*shards.damage, *shards.left_out)
         ]
 
     def read_ahead(self, slot: int) -> None:
@@ -205,7 +219,7 @@ class Source:
                     bad.append(self._record(c, where[0], where[1], slot, error))
                     if len(bad) >= self.config.max_consecutive_bad:
                         problem = f"{len(bad)} samples in a row are bad (max_consecutive_bad: {self.config.max_consecutive_bad})"
-                        raise self._over_budget(problem, _Tally().add(0, bad)) from error
+                        raise self._over_budget(problem, _Tally().add(0, bad), skipped + bad) from error
                     where = self._orders[c].replacement(own_slot, len(bad))
             skipped += [record | {"replaced_by": sample.key} for record in bad]
             samples.append(sample)
@@ -229,7 +243,9 @@ class Source:
             self._tally.add(len(block.keys), block.skipped)
             if self._tally.bad > 10 + self.config.max_bad_fraction * self._tally.read:
                 problem = f"{self._tally.bad} of {self._tally.read} samples read are bad"
-                raise self._over_budget(f"{problem}, more than max_bad_fraction: {self.config.max_bad_fraction}", self._tally)
+                raise self._over_budget(
+                    f"{problem}, more than max_bad_fraction: {self.config.max_bad_fraction}", self._tally, block.skipped
+                )
         return block
 
     def read(self, component: int, shard: int, sample: int) -> tuple[str, str, dict[str, bytes]]:
@@ -251,11 +267,12 @@ class Source:
         key = self.shard_sets[c].members(shard, number)[0]
         return {"source": self.name, "shard": shard_label(name), "key": key, "reason": bad.reason, "detail": bad.detail, "slot": slot}
 
-    def _over_budget(self, problem: str, tally: _Tally) -> BadSampleBudgetError:
+    def _over_budget(self, problem: str, tally: _Tally, records: list[dict[str, Any]]) -> BadSampleBudgetError:
         reasons = ", ".join(f"{n} {reason}" for reason, n in tally.reasons.most_common())
         return BadSampleBudgetError(
             f"source {self.name!r}: {problem}: {reasons}. "
-            f"For instance {'; '.join(list(tally.examples.values())[:3])}. Repair the shards or raise the limit."
+            f"For instance {'; '.join(list(tally.examples.values())[:3])}. Repair the shards or raise the limit.",
+            records,
         )
 
     def _sample(self, c: int, shard: int, number: int, wants: dict[str, bool], background: Callable[[], decode.Background]) -> Sample:
@@ -292,7 +309,7 @@ class Source:
         if self._wants["label"]:
             sample.labels["label"] = fields.label(str(self.config.label), self._class_index)
         if wants["image"]:
-            data = read(place_of(members, image_extension(members), limit))
+            data = read(place_of(members, image_extension(members, self.config.image_member), limit))
             sample.image = decode.decode_image(data, self._limits, background)
         return sample
 

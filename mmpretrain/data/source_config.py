@@ -72,6 +72,7 @@ class SourceConfig:
     shards: str | list = ""  # glob, brace range, folder, several joined with ::, a list of these, or a list of {path, weight}
     batch_size: Annotated[int, Range(1)] = 256  # global rows per update
     image: ImageConfig | None = field(default_factory=ImageConfig)  # how images are made into views
+    image_member: str | None = None  # the member that is the image (png, input.jpg); default: the first of jpg, png, ... that a sample has
     caption: str = "txt"  # the member that holds the caption, or json:FIELD (a text or a list of texts)
     label: str | None = None  # the member that holds the class (cls), or json:FIELD
     classes: Any = None  # class names, or a file with one per line: needed where labels are names

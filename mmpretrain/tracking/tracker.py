@@ -125,11 +125,12 @@ class Tracker:
         when = "" if step is None else f" at step {step}"
         self._progress.print(f"{name}{when}, n = {line.get('n')}: {shown}")
 
-    def skipped(self, step: int, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write records {source, shard, key, reason} of all ranks, which the caller gathers."""
-        if self.is_main:
+    def skipped(self, step: int, records: Iterable[Mapping[str, Any]], ending: bool = False) -> None:
+        """Write records {source, shard, key, reason} of all ranks, which the caller gathers; a rank `ending` the run writes its own."""
+        if self.is_main or ending:
+            file = self._files["skipped"] if self.is_main else JsonLines(self.run_dir / "skipped.jsonl")
             for record in records:
-                self._files["skipped"].append({"step": step, **record})
+                file.append({"step": step, **record})
 
     def images(self, step: int, name: str, grid: Tensor) -> None:
         """Write a picture, float [3, H, W] in 0..1, to TensorBoard and images/NAME-STEP.png."""

@@ -97,3 +97,26 @@ def test_nested_ranges_are_counted_as_a_whole():
         expand("s3://bucket/{{0..10000}/{0..9999},{0..10000}}.tar")
     with pytest.raises(ShardError, match=r"over 10\^18 names"):
         expand("{0..9999999999}" * 500)
+
+
+@pytest.mark.parametrize("name", ["set[v2]", "set[12]", "a{b,c}", "what?", "star*", "{0..3}", "a]b[", "deep[1]/er{x,y}"])
+@pytest.mark.parametrize("spec", ["{}/*.tar", "{}/**/*.tar", "{}/0[01].tar", "{}/{{00..01}}.tar", "{}", "{}/00.tar::{}/01.tar"])
+def test_folders_whose_names_hold_special_characters_are_themselves(name, spec, tmp_path):
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    for shard in ("00.tar", "01.tar"):
+        (folder / shard).write_bytes(b"x")
+    assert list(expand(spec.replace("{{", "<").replace("}}", ">").replace("{}", str(folder)).replace("<", "{").replace(">", "}"))) == [
+        str(folder / "00.tar"),
+        str(folder / "01.tar"),
+    ]
+
+
+def test_brackets_choose_where_a_name_with_them_does_not_exist(tmp_path):
+    for name in ("set1", "set2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.tar").write_bytes(b"x")
+    assert list(expand(f"{tmp_path}/set[12]/*.tar")) == [f"{tmp_path}/set1/0.tar", f"{tmp_path}/set2/0.tar"]
+    (tmp_path / "x[v2]-0.tar").write_bytes(b"x")
+    assert list(expand(f"{tmp_path}/x[v2]-*.tar")) == [f"{tmp_path}/x[v2]-0.tar"]
+    assert list(expand(f"{tmp_path}/{{set1,set2}}/*.tar")) == [f"{tmp_path}/set1/0.tar", f"{tmp_path}/set2/0.tar"]

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from data_prep.__main__ import app
 from data_prep.build.readers import csv_table, json_lines
 from data_prep.build.readers.columns import Columns
+from mmpretrain.data import tables
 from tests.data_prep.build.readers.support import image, samples
 
 PNG = b"\x89PNG\r\n\x1a\n"  # enough for `build`, which decodes nothing
@@ -103,7 +104,7 @@ def test_good_and_counted_bad_rows_are_all_rows(kind: str, images: Path, tmp_pat
 
 
 def test_a_line_without_an_end_is_not_held(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(csv_table, "MAX_LINE", 1000)
+    monkeypatch.setattr(tables, "MAX_LINE", 1000)
     (tmp_path / "t.csv").write_text("file,title\n" + "x," * 5000 + "\nimages/0.png,good\n")
     found = next(csv_table.Table.open(str(tmp_path / "t.csv"), Columns("file", ("title",))).tasks(10))
     assert [(row.line, row.problem[:13]) for row in found] == [(2, "a line of mor"), (3, "")]

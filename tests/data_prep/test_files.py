@@ -1,6 +1,7 @@
 """Local paths, file:// and other URLs are the same to the stages."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,3 +103,9 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "set" / "gone.jpg").symlink_to(tmp_path / "nowhere")
     assert list(files.walk(tmp_path / "real")) == ["dogs/1.jpg"]
     assert list(files.walk(tmp_path / "set")) == ["dogs/1.jpg", "gone.jpg"]  # a broken link is there to be reported
+
+
+def test_a_link_to_itself_is_a_name_that_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    os.symlink("loop.jpg", tmp_path / "loop.jpg")
+    assert list(files.walk(tmp_path)) == ["a.jpg", "loop.jpg"]

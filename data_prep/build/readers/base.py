@@ -9,7 +9,6 @@ from typing import Any, Protocol, TypeVar
 
 from data_prep.records import Record, Skipped
 from mmpretrain.data.formats import clean_text, decode_text, sniff
-from mmpretrain.data.schema import BadSample
 
 T = TypeVar("T")
 
@@ -54,10 +53,4 @@ def safe(text: str) -> str:
 
 def caption_text(text: str | bytes) -> str:
     """Normalises a caption: NFC, without outer white space. Raises BadSample: empty_caption, not_utf8."""
-    if isinstance(text, bytes):
-        return decode_text(text)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadSample("not_utf8", str(error)) from error
-    return clean_text(text)
+    return decode_text(text) if isinstance(text, bytes) else clean_text(text)

@@ -12,7 +12,9 @@ from typing import Any
 from data_prep import files
 from data_prep.build.readers.members import attempt, caption_members, inside, json_member, path_key, read_image
 from data_prep.records import InputError, Record, Skipped
+from mmpretrain.data.formats import foreign_kind
 from mmpretrain.data.schema import BadSample
+from mmpretrain.data.tables import some
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Coco:
         return Record(item.key, members | {extension: data, "json": json_member(metadata)})
 
     def _box(self, annotation: Any, bbox: Any, category: Any, area: Any, crowd: Any) -> dict[str, Any]:
-        index = {known: i for i, (known, _) in enumerate(self.categories)}.get(category)
+        index = next((i for i, (known, _) in enumerate(self.categories) if known == category), None)
         if index is None:
             raise BadSample("unknown_category", f"annotation {annotation} has category_id {category!r}, which `categories` does not list")
         numbers = bbox if isinstance(bbox, list | tuple) and len(bbox) == 4 else ()
@@ -89,28 +91,84 @@ class Coco:
         return box | ({"iscrowd": 1} if crowd == 1 else {})
 
 
+def flavour_of(value: Any) -> str | None:
+    """Names another kind of annotation file, with the remedy; None for COCO's own kinds and for what is not known."""
+    if isinstance(value, list):
+        first = value[0] if value else None
+        if not isinstance(first, dict):
+            return None
+        if "image_id" in first and "score" in first:
+            return "a list of detections, COCO's results format. Add the `images` and `categories` of the ground truth"
+        if "regions" in first:
+            return "Visual Genome's region descriptions. Write them as JSON Lines, one region a line, for `build jsonl`"
+        if "annotations" in first and ("data" in first or "completions" in first):
+            return "an export of Label Studio. Export it there as COCO"
+        return f"a list of objects with {some(first, 8)}. If each is an image with its caption, write one a line for `build jsonl`"
+    if not isinstance(value, dict):
+        return None
+    images, notes = value.get("images"), value.get("annotations")
+    image = images[0] if isinstance(images, list) and images and isinstance(images[0], dict) else {}
+    note = notes[0] if isinstance(notes, list) and notes and isinstance(notes[0], dict) else {}
+    if "_via_img_metadata" in value or "_via_settings" in value:
+        return "a project of the VGG Image Annotator. Export it there as COCO"
+    if "shapes" in value and "imagePath" in value:
+        return "the annotation of one image by LabelMe. Convert the folder with labelme2coco"
+    if "sentences" in image:
+        return "Karpathy's split, with `sentences` in each image. Write one caption a line for `build jsonl`"
+    if "segments_info" in note:
+        return "COCO's panoptic annotations, which have segments in place of boxes. Use the instances file"
+    if "anns" in value and "imgs" in value:
+        return "an index of annotations (`imgs`, `anns`), as COCO-Text has it. Write their values as lists `images` and `annotations`"
+    if "question" in note or "questions" in value:
+        return "questions and answers (VQA). Write one question a line for `build jsonl`"
+    if image and "file_name" not in image and "coco_url" in image:
+        return "LVIS's annotations, whose images have `coco_url` in place of `file_name`. Add the last part of it as `file_name`"
+    return None
+
+
 def _drop_outlines(value: dict[str, Any]) -> dict[str, Any]:
     value.pop("segmentation", None)  # most of the file, and not used
     return value
 
 
-def _load(file: str) -> dict[str, list[dict[str, Any]]]:
-    """Reads the lists of an annotation file, without outlines. Raises InputError for a file that is not one of COCO."""
+def _load(file: str) -> tuple[dict[str, list[dict[str, Any]]], list[Annotated]]:
+    """Reads the lists of an annotation file, without outlines.
+
+    Returns:
+        (the lists, entries of `images` and `annotations` that lack what they need).
+
+    Raises:
+        InputError: the file is not one of COCO: a category, or all entries of a list, lack what they need.
+    """
+    data = files.read_bytes(file)
     try:
-        value = json.loads(files.read_bytes(file), object_hook=_drop_outlines)
+        value = json.loads(data, object_hook=_drop_outlines)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not readable as JSON ({error})") from error
+        noun, remedy = foreign_kind(data) or ("", "")
+        what = f"{noun}, expected COCO annotations in JSON. {remedy}".rstrip() if noun else f"not readable as JSON ({error})"
+        raise InputError(f"{file}: {what}") from error
+    if flavour := flavour_of(value):
+        raise InputError(f"{file}: {flavour}; expected COCO's instances or captions, with `images` and `annotations`.")
     lists = {name: value.get(name, []) for name in ("images", "annotations", "categories")} if isinstance(value, dict) else {}
     wanted = {"images": ("id", "file_name"), "annotations": ("image_id",), "categories": ("id", "name")}
     if not lists or "images" not in value or "annotations" not in value:
         keys = ", ".join(value) if isinstance(value, dict) else f"a {type(value).__name__}"
         raise InputError(f"{file}: expected COCO annotations with `images` and `annotations`, found {keys[:200]}")
+    bad: list[Annotated] = []
     for name, items in lists.items():
-        for i, item in enumerate(items if isinstance(items, list) else [items]):
+        listed = items if isinstance(items, list) else [items]
+        good = []
+        for i, item in enumerate(listed):
             lacking = [field for field in wanted[name] if not isinstance(item, dict) or field not in item]
-            if lacking or not isinstance(item[wanted[name][0]], int | str):
-                raise InputError(f"{file}: {name}[{i}] has no {', '.join(lacking) or wanted[name][0] + ' that is a number or text'}")
-    return lists
+            if not lacking and isinstance(item[wanted[name][0]], int | str):
+                good.append(item)
+                continue
+            detail = f"{file}: {name}[{i}] has no {', '.join(lacking) or wanted[name][0] + ' that is a number or text'}"
+            if name == "categories" or (i == len(listed) - 1 and not good):
+                raise InputError(detail)
+            bad.append(Annotated("", f"{name}[{i}]", "-", None, reason="bad_entry", detail=detail))
+        lists[name] = good
+    return lists, bad
 
 
 def _orphan(annotation: dict[str, Any], file: str) -> Annotated:
@@ -139,7 +197,8 @@ def coco(annotations: list[str], images: str) -> Coco:
     orphans: list[Annotated] = []
     captioned = False
     for file in annotations:
-        content = _load(file)
+        content, bad = _load(file)
+        repeated += bad
         here: set[Any] = set()
         for image in content["images"]:
             if image["id"] in here:
@@ -165,7 +224,7 @@ def coco(annotations: list[str], images: str) -> Coco:
                 fields = ("id", "bbox", "category_id", "area", "iscrowd")
                 boxes.setdefault(note["image_id"], []).append(tuple(note.get(field) for field in fields))
         captioned = captioned or any("caption" in note for note in content["annotations"])
-    ordered = tuple(sorted(categories.items()))
+    ordered = tuple(sorted(categories.items(), key=lambda category: (isinstance(category[0], str), category[0])))
     if len({name for _, name in ordered}) != len(ordered):
         raise InputError(f"{', '.join(annotations)}: two categories have the same name")
     inputs = (_input(image, boxes.get(image["id"], []), captions.get(image["id"], [])) for image in listed.values())

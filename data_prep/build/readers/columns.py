@@ -10,19 +10,30 @@ import binascii
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from data_prep import files
 from data_prep.build.readers.base import safe
-from data_prep.build.readers.members import caption_members, image_member, json_member, label_member, read, some
+from data_prep.build.readers.members import caption_members, image_member, json_member, label_member, read
 from data_prep.records import InputError, Record
 from mmpretrain.data.captions import CaptionTemplate, cell_text, lookup
 from mmpretrain.data.schema import BadSample
 from mmpretrain.data.shard_names import is_remote
+from mmpretrain.data.tables import slashed, some
 
 _DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
+
+
+@dataclass(frozen=True)
+class BadCell:
+    """Stands in a row for a value that cannot be read."""
+
+    detail: str
+
+
+CELL_ERRORS = (ArithmeticError, LookupError, TypeError, ValueError)  # of values that Python cannot hold, such as far dates
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class Columns:
     base64: bool = False
     root: str = ""
     folders: tuple[str, ...] = ()
+    table: str | None = field(default=None, repr=False)  # the table's folder, which `../` may lead out of where `root` allows it
 
     @cached_property
     def texts(self) -> list[CaptionTemplate]:
@@ -94,16 +106,27 @@ class Columns:
         if len(path) > 4000 or "\0" in path:
             raise BadSample("bad_path", f"column {self.image} holds {len(path)} characters, {path[:24]!r} ...: for base64 pass --base64")
         if is_remote(self.root):
+            path = path if "/" in path else path.replace("\\", "/")
             if ".." in path.split("/") or (path.startswith("/") and not is_remote(path)):
                 raise BadSample("outside_root", f"{path[:200]} does not lie in {self.root}; see --root")
             return path if is_remote(path) else files.join(self.root, path)
+        try:
+            os.fsencode(path)
+        except UnicodeEncodeError as error:
+            raise BadSample("bad_path", f"column {self.image} holds {path[:200]!r}, which no file can be called") from error
+        root = str(files.place(self.root or "."))
+        path = slashed(root, path)
         if ".." not in path and not path.startswith("/"):
             return files.join(self.root, path)
-        place = os.path.join(files.place(self.root or "."), path)
-        if not any(_inside(str(files.place(folder)), place) for folder in (self.root or ".", *self.folders)):
-            remedy = "pass --root with a folder that holds it" + ("" if path.startswith("/") else ", and write such paths relative to that")
-            raise BadSample("outside_root", f"{path[:200]} does not lie in {self.root or '.'}: if it is yours to read, {remedy}")
-        return place
+        places = [os.path.join(root, path)]
+        if self.table is not None and not path.startswith("/"):
+            places.append(os.path.join(files.place(self.table or "."), path))
+        folders = [str(files.place(folder)) for folder in (self.root or ".", *self.folders)]
+        allowed = [place for place in places if any(_inside(folder, place) for folder in folders)]
+        if not allowed:
+            remedy = "if it is yours to read, pass --root with a folder that holds it"
+            raise BadSample("outside_root", f"{path[:200]} does not lie in {self.root or '.'}: {remedy}")
+        return next((place for place in allowed if os.path.exists(place)), allowed[0])
 
     def source(self, row: Mapping[str, Any]) -> str | None:
         """Returns the image file that a row names; None where it names none that may be read."""
@@ -117,6 +140,9 @@ class Columns:
 
     def record(self, number: int, row: Mapping[str, Any]) -> Record:
         """Makes the record of row `number`; its key is the number, followed by the text of the key column. Raises BadSample."""
+        for column, value in row.items():
+            if isinstance(value, BadCell):
+                raise BadSample("bad_cell", f"column {column} cannot be read: {value.detail}")
         if self.image not in row and lookup(row, self.image) is None:
             raise BadSample("missing_column", f"no {self.image!r}, but {', '.join(map(str, row))}"[:300])
         metadata: dict[str, Any] = {column: _plain(lookup(row, column)) for column in self.extra}

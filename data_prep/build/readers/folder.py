@@ -11,13 +11,25 @@ from data_prep import files
 from data_prep.build.readers.base import chunks, safe
 from data_prep.build.readers.members import attempt, read_image
 from data_prep.records import InputError, Record, Skipped
-from mmpretrain.data.folders import class_folders, is_image
+from mmpretrain.data.folders import HEAD, class_folders, holds_image, named_as_image
+from mmpretrain.data.formats import printable, sniff
 from mmpretrain.data.schema import BadSample
+
+
+def _is_image(base: str, relative: str) -> bool:
+    """Returns whether a file of the folder `base` is to be read as an image: by its name, or else by its first bytes."""
+    if named_as_image(relative):
+        return True
+    path = files.local_path(base + relative)
+    return sniff(files.head(base + relative, HEAD)) is not None if path is None else holds_image(path)
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Reader of a folder: one record per image, in the order of their paths; with `classes`, the first folder is the class."""
+    """Reader of a folder: one record per image, in the order of their paths; with `classes`, the first folder is the class.
+
+    Files that are not images are left out and counted.
+    """
 
     folder: str
     classes: tuple[str, ...] | None = None
@@ -29,8 +41,8 @@ class Folder:
             raise InputError(f"{folder}: no such folder, or nothing in it. Give the folder that holds the images.")
         if not label_from_folder:
             return Folder(folder)
-        # By the names of images, so that a folder of notes is no class; where no file has an image's suffix, by all.
-        classes = class_folders(filter(is_image, files.walk(folder))) or class_folders(files.walk(folder))
+        base = files.join(folder, "").rstrip("/") + "/"
+        classes = class_folders(name for name in files.walk(folder) if "/" in name and _is_image(base, name))
         if not classes:
             raise InputError(f"{folder} has no class folders (--label-from-folder)")
         return Folder(folder, tuple(classes))
@@ -42,6 +54,10 @@ class Folder:
         number = {name: i for i, name in enumerate(self.classes or ())}
         base = files.join(self.folder, "").rstrip("/") + "/"
         for relative in task:
+            if not _is_image(base, relative):
+                detail = "neither its name nor its first bytes are those of an image"
+                yield Skipped(printable(relative), "not_an_image", detail, harmless=True)
+                continue
             yield attempt(relative, lambda relative=relative: self._record(base, relative, number))
 
     def sources(self, task: tuple[str, ...]) -> Iterator[str | None]:
@@ -57,7 +73,7 @@ class Folder:
                 raise BadSample("missing_label", "it lies in no class folder")
             name = relative.split("/", 1)[0]
             if name not in number:
-                raise BadSample("missing_label", f"no file in {name} has the suffix of an image, so the folder is not taken for a class")
+                raise BadSample("missing_label", f"{name} held no image when the classes were listed, so the folder is not a class")
             members["cls"] = str(number[name]).encode()
         # Names may collide once dots and spaces are replaced: the path's digest keeps keys apart.
         digest = hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest()[:10]

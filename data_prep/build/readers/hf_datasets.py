@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data_prep import files
-from data_prep.build.readers.columns import Columns, lookup
+from data_prep.build.readers.columns import CELL_ERRORS, Columns, lookup
 from data_prep.build.readers.members import attempt, class_names
+from data_prep.build.readers.parquet import rows_of
 from data_prep.records import InputError, Record, Skipped
 from mmpretrain.data.shard_names import is_remote
 
@@ -65,7 +66,7 @@ class Hub:
             return
         held: list[dict[str, Any]] = []
         start = size = 0
-        for row in self.dataset:
+        for row in _streamed(self.dataset):
             held.append(dict(row))
             size += _size(row.get(self.columns.image))
             if len(held) == max_count or size > STREAM_BYTES:
@@ -93,9 +94,37 @@ def _size(cell: Any) -> int:
 
 def _rows(dataset: Any, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
     for low in range(start, stop, ROWS):
-        batch = dataset[low : min(low + ROWS, stop)]
-        for i in range(min(ROWS, stop - low)):
+        high = min(low + ROWS, stop)
+        try:
+            batch = dataset[low:high]
+        except CELL_ERRORS:
+            yield from ((i, _row(dataset, i)) for i in range(low, high))
+            continue
+        for i in range(high - low):
             yield low + i, {name: values[i] for name, values in batch.items()}
+
+
+def _row(dataset: Any, i: int) -> dict[str, Any]:
+    """Reads one row, with a BadCell for each value that Python cannot hold."""
+    try:
+        return dataset[i]
+    except CELL_ERRORS:
+        return rows_of(dataset.with_format("arrow")[i])[0]
+
+
+def _streamed(dataset: Any) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a stream. Where one cannot be converted, those from there on are converted value by value."""
+    done = 0
+    try:
+        for row in dataset:
+            yield row
+            done += 1
+    except CELL_ERRORS as error:
+        try:
+            for batch in dataset.skip(done).with_format("arrow").iter(1):
+                yield from rows_of(batch)
+        except CELL_ERRORS as again:
+            raise InputError(f"row {done} of the stream cannot be read ({error}). Load the set without --stream.") from again
 
 
 def _content(dataset: Any) -> str:
@@ -106,7 +135,7 @@ def _content(dataset: Any) -> str:
     """
     digest = hashlib.sha256(f"{len(dataset)} {dataset.features}".encode())
     for row in {0, len(dataset) // 2, len(dataset) - 1} if len(dataset) else ():
-        digest.update(repr(dataset[row]).encode())
+        digest.update(repr(_row(dataset, row)).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]
 
 
@@ -184,7 +213,7 @@ def _classes(dataset: Any, label: str, stream: bool) -> tuple[str, ...] | None:
     if feature is not None and hasattr(feature, "names"):
         return tuple(feature.names)
     if stream:
-        if class_names((lookup(row, label) for row in dataset.take(100)), f"column {label}") is None:
+        if class_names((lookup(row, label) for row in _streamed(dataset.take(100))), f"column {label}") is None:
             return None
         raise InputError(f"column {label} of a stream has no class names of its own: give them in their order with --classes FILE.")
     holder = dataset.select_columns([label if label in dataset.features else label.partition(".")[0]])

@@ -23,7 +23,9 @@ def _successes(place: str) -> int:
     return count
 
 
-def img2dataset(folder: str, members: tuple[str, ...] = (), require: tuple[str, ...] = (), keys: str = "keep") -> Shards:
+def img2dataset(
+    folder: str, members: tuple[str, ...] = (), require: tuple[str, ...] = (), keys: str = "keep", image: str | None = None
+) -> Shards:
     """Opens a reader of the tars of a folder, which are checked against the counts of img2dataset.
 
     A missing tar that has statistics is reported as unreadable.
@@ -33,6 +35,7 @@ def img2dataset(folder: str, members: tuple[str, ...] = (), require: tuple[str, 
         members: see `webdataset.Shards`.
         require: see `webdataset.Shards`.
         keys: see `webdataset.Shards`.
+        image: see `webdataset.shards`.
 
     Raises:
         InputError: the folder holds something else.
@@ -47,5 +50,5 @@ def img2dataset(folder: str, members: tuple[str, ...] = (), require: tuple[str, 
     if not stats:
         raise InputError(f"{folder} holds no NNNNN{STATS}, so it is not img2dataset's output. For other shards use `build shards`.")
     names = sorted({*tars, *stats})
-    reader = shards(names, members, require, keys)
+    reader = shards(names, members, require, keys, image)
     return replace(reader, expected=tuple((tar, _successes(place), place.rpartition("/")[2]) for tar, place in sorted(stats.items())))

@@ -17,10 +17,10 @@ from data_prep.build.readers.members import attempt, class_names
 from data_prep.records import InputError, Record, Skipped
 from mmpretrain.data.schema import BadSample
 from mmpretrain.data.shard_names import is_remote
+from mmpretrain.data.tables import START, Header, TableError, check_text, some
 
 MAX_LINE = 256 << 20  # a longer line is skipped, and never held in memory
 CHUNK = 4 << 20
-_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd", b"BZ": "bzip2", b"\xfd7": "xz"}
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _checked(reader: Lines) -> Lines:
             if existing:
                 reader.columns.check(existing, file)
         else:
-            reader.columns.check(reader.header, file)
+            reader.columns.check([name for name in reader.header if name.strip()], file)
     if reader.columns.label is None or reader.columns.classes is not None:
         return reader
     classes = class_names(_labels(reader, reader.columns.label), f"column {reader.columns.label}")
@@ -185,9 +185,12 @@ def _labels(reader: Lines, label: str) -> Iterator[Any]:
 
 def _first_bytes(file: str, check: Callable[[bytes], str | None]) -> bytes:
     with open_bytes(file) as handle:
-        start = handle.readline(1 << 16)
-    problem = f"{_PACKED[start[:2]]}-compressed, which is not read: unpack it first" if start[:2] in _PACKED else check(start)
-    if problem:
+        start = handle.readline(START)
+    try:
+        check_text(file, start, bytewise=True)
+    except TableError as error:
+        raise InputError(str(error)) from error
+    if problem := check(start):
         raise InputError(f"{file}: {problem}")
     return start
 
@@ -222,8 +225,11 @@ def tab_separated(inputs: list[str], columns: Columns, header: list[str] | None 
         if header is None:
             names = start.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
             if common is not None and names != common:
-                raise InputError(f"{file}: its header ({', '.join(names)}) differs from that of {inputs[0]} ({', '.join(common)})")
+                raise InputError(f"{file}: its header ({some(names)}) differs from that of {inputs[0]} ({some(common)})")
             common = names
-    if common is None or len(set(common)) != len(common):
-        raise InputError(f"{inputs[0]}: column names {', '.join(common or ['(none)'])}: expected different ones")
+    if not common:
+        raise InputError(f"{inputs[0]}: no column names, expected a header line or --columns")
+    for column in columns.top(common):
+        if column in common:
+            Header(inputs[0], tuple(common)).place(column)
     return _checked(Lines(tuple(inputs), columns, tuple(common), header is None))

@@ -8,14 +8,18 @@ import os
 import posixpath
 import stat
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
 from data_prep import files
 from data_prep.build.readers.base import caption_text, extension_of, safe
 from data_prep.records import InputError, Record, Skipped
+from mmpretrain.data.fields import MAX_CAPTION_BYTES
+from mmpretrain.data.formats import clean_texts, foreign_kind, is_utf8, printable
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, SAFE_KEY, BadSample, ShardError
 from mmpretrain.data.shard_names import is_remote
+from mmpretrain.data.tables import distinct_integers
 
 IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS) - {".img"}  # of files that are taken for images
 
@@ -23,20 +27,9 @@ IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS) - 
 def attempt(where: str, make: Callable[[], Record]) -> Record | Skipped:
     """Returns the record that `make` makes, or for a BadSample a Skipped with its reason; `where` is the input."""
     try:
-        return make()
+        return replace(make(), where=printable(where))
     except BadSample as error:
         return Skipped(printable(where), error.reason, printable(error.detail))
-
-
-def printable(text: str) -> str:
-    """Replaces bytes of a file name that are not UTF-8."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def some(names: Iterable[object], max_names: int = 50) -> str:
-    """Lists names for a message, at most `max_names` of them; bytes that are not UTF-8 are replaced."""
-    given = [printable(str(name)) for name in names]
-    return ", ".join(given[:max_names]) + (f" and {len(given) - max_names} more" if len(given) > max_names else "")
 
 
 def image_member(data: bytes, what: str) -> tuple[str, bytes]:
@@ -44,7 +37,9 @@ def image_member(data: bytes, what: str) -> tuple[str, bytes]:
     extension = extension_of(data)
     if extension is None:
         begin = f"it begins with {bytes(data[:12])!r}" if data else "it is empty"
-        raise BadSample("unknown_format", f"{what} is not an image of a known format: {begin}")
+        noun, remedy = foreign_kind(data) or ("", "")
+        kind = f"{noun}, not an image of a known format" if noun else "not an image of a known format"
+        raise BadSample("unknown_format", f"{what} is {kind}: {begin}" + (f". {remedy}" if remedy else ""))
     return extension, data
 
 
@@ -77,11 +72,14 @@ def inside(base: str, name: str) -> str:
 
 
 def text_member(text: str, what: str) -> bytes:
-    """Encodes a caption: UTF-8 in NFC without outer white space. Raises BadSample: empty_caption, not_utf8."""
+    """Encodes a caption: UTF-8 in NFC without outer white space. Raises BadSample: empty_caption, not_utf8, too_many_bytes."""
     try:
-        return caption_text(text).encode()
+        data = caption_text(text).encode()
     except BadSample as error:
         raise BadSample(error.reason, f"{what}: {error.detail}" if error.detail else what) from error
+    if len(data) > MAX_CAPTION_BYTES:
+        raise BadSample("too_many_bytes", f"{what}: a caption of {len(data)} bytes, training reads up to {MAX_CAPTION_BYTES}")
+    return data
 
 
 def caption_members(texts: Iterable[str], several: bool, metadata: dict[str, Any], what: str) -> dict[str, bytes]:
@@ -94,14 +92,17 @@ def caption_members(texts: Iterable[str], several: bool, metadata: dict[str, Any
         what: names the captions in errors.
 
     Raises:
-        BadSample: empty_caption where all are empty, not_utf8 for lone surrogates.
+        BadSample: empty_caption where all are empty, not_utf8 for lone surrogates, too_many_bytes for the first caption.
     """
-    kept = list(dict.fromkeys(text_member(text, what) for text in texts if text.strip()))
+    try:
+        kept = list(dict.fromkeys(clean_texts(texts)))
+    except BadSample as error:
+        raise BadSample(error.reason, f"{what}: {error.detail}") from error
     if not kept:
         raise BadSample("empty_caption", what)
     if several:
-        metadata["captions"] = [text.decode() for text in kept]
-    return {"txt": kept[0]}
+        metadata["captions"] = kept
+    return {"txt": text_member(kept[0], what)}
 
 
 def json_member(value: dict[str, Any]) -> bytes:
@@ -132,17 +133,22 @@ def path_key(relative: str, shared: bool = False) -> str:
 
 
 def class_names(labels: Iterable[Any], what: str) -> tuple[str, ...] | None:
-    """Returns the sorted names among labels; None where all are numbers or digits. Raises InputError where they are mixed."""
+    """Returns the sorted names among labels; None where all are numbers or digits, each number spelt in one way.
+
+    Raises InputError where names and numbers are mixed.
+    """
     names: set[str] = set()
-    numbers = 0
+    numbers: set[int] = set()
     for label in labels:
-        if isinstance(label, str) and label.strip():
+        if isinstance(label, str) and label.strip() and is_utf8(label):
             names.add(label.strip())
         elif isinstance(label, int) and not isinstance(label, bool):
-            numbers += 1
-    if numbers and not all(name.isdecimal() for name in names):
-        raise InputError(f"{what} holds names ({sorted(names)[-1]!r}) and {numbers} numbers. Make it all names, or all class indices.")
-    return None if all(name.isdecimal() for name in names) else tuple(sorted(names))
+            numbers.add(label)
+    # 007 and 7 are two classes
+    indices = all(name.isdecimal() for name in names) and distinct_integers(names | {str(number) for number in numbers})
+    if numbers and not indices:
+        raise InputError(f"{what} holds names ({sorted(names)[-1]!r}) and {len(numbers)} numbers. Make it all names, or all class indices.")
+    return None if indices else tuple(sorted(names))
 
 
 def label_member(value: Any, classes: Mapping[str, int] | None, what: str) -> bytes:
@@ -158,14 +164,16 @@ def label_member(value: Any, classes: Mapping[str, int] | None, what: str) -> by
     """
     if value is None or value == "":
         raise BadSample("missing_label", what)
+    if isinstance(value, str) and not is_utf8(value):
+        raise BadSample("not_utf8", f"{what} holds {value[:50]!r}")
     if isinstance(value, str) and classes is not None:
         if value.strip() not in classes:
             near = ", ".join(list(classes)[:5]) + (", ..." if len(classes) > 5 else "")
             raise BadSample("bad_label", f"{what} holds {value!r}, not among the {len(classes)} classes {near}")
         return str(classes[value.strip()]).encode()
-    if isinstance(value, str) and value.strip().isdecimal():
+    if isinstance(value, str) and value.strip().isdecimal() and len(value.strip()) < 20:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0 or (classes is not None and value >= len(classes)):
         limit = "an index of 0 or more" if classes is None else f"an index below {len(classes)}"
-        raise BadSample("bad_label", f"{what} holds {value!r}, expected {limit}")
+        raise BadSample("bad_label", f"{what} holds {str(value)[:50]!r}, expected {limit}")
     return str(value).encode()

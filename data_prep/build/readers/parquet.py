@@ -12,10 +12,11 @@ from itertools import accumulate
 from typing import Any
 
 from data_prep import files
-from data_prep.build.readers.columns import Columns, lookup
+from data_prep.build.readers.columns import CELL_ERRORS, BadCell, Columns, lookup
 from data_prep.build.readers.json_lines import open_bytes
 from data_prep.build.readers.members import attempt, class_names
 from data_prep.records import InputError, Record, Skipped
+from mmpretrain.data.formats import foreign_kind
 
 BATCH = 32  # rows decoded at a time: they may hold whole photos
 
@@ -42,8 +43,29 @@ def opened(file: str) -> Iterator[Any]:
         try:
             table = parquet.ParquetFile(handle, buffer_size=4 << 20)  # without it, a column of a row group is held whole
         except (pyarrow.ArrowInvalid, OSError) as error:
-            raise InputError(f"{file}: not a readable parquet file ({error}). Fetch or write it again.") from error
+            handle.seek(0)
+            noun, remedy = foreign_kind(handle.read(512)) or ("", "")
+            what = (
+                f"{noun}, not a parquet file. {remedy}" if noun and noun != "a parquet file" else f"not a readable parquet file ({error})."
+            )
+            raise InputError(f"{file}: {what}{'' if remedy else ' Fetch or write it again.'}") from error
         yield table
+
+
+def rows_of(batch: Any) -> list[dict[str, Any]]:
+    """Converts a pyarrow RecordBatch or Table to rows, with a BadCell for each value that Python cannot hold."""
+    try:
+        return batch.to_pylist()
+    except CELL_ERRORS:
+        columns = {name: [_value(cell) for cell in batch.column(name)] for name in batch.schema.names}
+        return [dict(zip(columns, cells)) for cells in zip(*columns.values())]
+
+
+def _value(cell: Any) -> Any:
+    try:
+        return cell.as_py()
+    except CELL_ERRORS as error:
+        return BadCell(f"a {cell.type}: {' '.join(str(error).split())[:200]}")
 
 
 class _Cursor:
@@ -66,7 +88,7 @@ class _Cursor:
         while start < min(stop, self.edges[-1]):
             self._seek(start)
             end = min(stop, self._first + len(self._batch))
-            yield from enumerate(self._batch.slice(start - self._first, end - start).to_pylist(), start)
+            yield from enumerate(rows_of(self._batch.slice(start - self._first, end - start)), start)
             start = end
 
     def _seek(self, row: int) -> None:

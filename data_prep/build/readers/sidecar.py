@@ -27,6 +27,7 @@ from data_prep.build.readers.members import (
 from data_prep.records import InputError, Record, Skipped
 from mmpretrain.data.captions import CaptionTemplate, lookup
 from mmpretrain.data.folders import class_folders
+from mmpretrain.data.formats import foreign_kind
 from mmpretrain.data.schema import BadSample
 
 
@@ -102,6 +103,8 @@ class Sidecar:
         row = dict(metadata)
         if item.txt is not None:
             text = read(files.join(self.folder, item.txt), "missing_sidecar")
+            if (foreign := foreign_kind(text)) is not None and foreign[1] and not text.lstrip().startswith(b"<"):
+                raise BadSample("not_utf8", f"{item.txt}: {foreign[0]}, expected a caption. {foreign[1]}")
             try:
                 row["txt"] = text.decode("utf-8-sig")
             except UnicodeDecodeError as error:

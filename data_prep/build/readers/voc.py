@@ -17,6 +17,7 @@ from xml.parsers import expat
 from data_prep import files
 from data_prep.build.readers.members import IMAGE_SUFFIXES, attempt, inside, json_member, path_key, read, read_image
 from data_prep.records import InputError, Record, Skipped
+from mmpretrain.data.formats import foreign_kind
 from mmpretrain.data.schema import BadSample
 
 MAX_XML = 16 << 20
@@ -57,7 +58,9 @@ def parse_xml(data: bytes) -> Element:
     except BadSample:
         raise
     except (expat.ExpatError, ValueError, AssertionError, LookupError) as error:
-        raise BadSample("bad_xml", str(error)[:200]) from error
+        foreign = foreign_kind(data)
+        detail = " ".join(foreign) if foreign and not data.lstrip().startswith(b"<") else str(error)[:200]
+        raise BadSample("bad_xml", detail) from error
 
 
 def _number(parent: Element, name: str) -> float:
@@ -165,7 +168,8 @@ class Voc:
         if item.annotation:
             root = parse_xml(read(files.join(self.folder, item.annotation), "missing_annotation"))
             if root.tag != "annotation":
-                raise BadSample("bad_xml", f"its root is <{root.tag}>, expected <annotation>"[:200])
+                flavour = "CVAT's XML for images: export it as PASCAL VOC. " if root.tag == "annotations" else ""
+                raise BadSample("bad_xml", f"{flavour}Its root is <{root.tag}>, expected <annotation>"[:200])
             metadata["boxes"] = boxes(root, {name: i for i, name in enumerate(self.category)}, self.zero_based)
             size = root.find("size")
             if size is not None:

@@ -21,6 +21,7 @@ from data_prep.records import InputError, Record, Skipped
 from data_prep.shards.read import Shard, ShardRange, opened
 from data_prep.shards.task import key_digests
 from mmpretrain.data.cache import read_sizes, remote_index
+from mmpretrain.data.formats import foreign_kind
 from mmpretrain.data.index import ShardIndex
 from mmpretrain.data.schema import SAFE_KEY, BadSample, ShardError, image_extension
 from mmpretrain.data.shard_names import is_remote
@@ -79,6 +80,7 @@ class Shards:
     depth: int = 1
     expected: tuple[tuple[str, int, str], ...] = ()
     classes: None = None
+    image_member: str | None = None  # the member that is the image; None: the first of the usual ones
 
     def _survey(self, name: str, stated: tuple[int, str] | None) -> _Surveyed:
         try:
@@ -89,6 +91,7 @@ class Shards:
         for damage in index.damage:
             detail = f"{damage.detail}; {len(index)} samples lie before it, about {damage.lost} are lost"
             problems.append(Skipped(f"{name}, byte {damage.offset}", damage.reason, detail))
+        problems += [Skipped(f"{name}, {member.name}", member.reason, str(member)) for member in index.left_out or () if member.lost]
         if stated is not None and stated[0] != len(index):
             problems.append(Skipped(name, "count_disagrees", f"{len(index)} samples found, {stated[1]} says {stated[0]}"))
         keys = key_digests(self.key(name, key) for key in index.keys)
@@ -150,7 +153,7 @@ class Shards:
         lacking = [extension for extension in self.require if extension not in kept]
         if lacking:
             raise BadSample("missing_member", f"{', '.join(lacking)}; it has {', '.join(sorted(kept))}")
-        check_members(kept)
+        check_members(kept, self.image_member)
         return Record(self.key(part.shard, key), kept)
 
 
@@ -161,14 +164,18 @@ def _come_again(index: ShardIndex) -> set[int]:
     return {i for i, base, _, number in named if base in keys and number.isdecimal()}
 
 
-def check_members(members: Mapping[str, bytes]) -> None:
+def check_members(members: Mapping[str, bytes], image: str | None = None) -> None:
     """Raises BadSample for an image of unknown format, an empty or non-UTF-8 caption, or an invalid extension. Decodes nothing."""
     if any(not extension or "/" in extension or "\0" in extension for extension in members):
         raise BadSample("bad_member", f"its members are {', '.join(map(repr, members))}")
-    extension = image_extension(list(members))
+    extension = image_extension(members, image)
+    if image is not None and extension is None:
+        raise BadSample("missing_member", f"{image}; it has {', '.join(sorted(members))}")
     if extension is not None and extension_of(members[extension]) is None:
         data = members[extension]
-        raise BadSample("unknown_format", f"{extension}: {f'begins with {data[:12]!r}' if data else 'is empty'}")
+        noun, _ = foreign_kind(data) or ("", "")
+        what = f"{noun}, which begins" if noun else "begins"
+        raise BadSample("unknown_format", f"{extension}: {f'{what} with {data[:12]!r}' if data else 'is empty'}")
     if "txt" in members:
         caption_text(members["txt"])
 
@@ -183,7 +190,9 @@ def _index(name: str) -> ShardIndex:
         return shard.index
 
 
-def shards(names: list[str], members: tuple[str, ...] = (), require: tuple[str, ...] = (), keys: str = "keep") -> Shards:
+def shards(
+    names: list[str], members: tuple[str, ...] = (), require: tuple[str, ...] = (), keys: str = "keep", image: str | None = None
+) -> Shards:
     """Opens a reader of shards.
 
     Args:
@@ -191,6 +200,7 @@ def shards(names: list[str], members: tuple[str, ...] = (), require: tuple[str, 
         members: extensions to keep; empty: all.
         require: extensions without which a sample is skipped.
         keys: "keep", or "shard" to put the shard's name before each key.
+        image: the member that is the image; None: the first of the usual ones.
 
     Raises:
         InputError: an option or a repeated shard.
@@ -208,4 +218,4 @@ def shards(names: list[str], members: tuple[str, ...] = (), require: tuple[str, 
     depth = 1
     while len({tuple(name.split("/")[-depth:]) for name in names}) < len(names):
         depth += 1
-    return Shards(tuple(names), members, require, keys, depth, stated)
+    return Shards(tuple(names), members, require, keys, depth, stated, image_member=image)

@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from mmpretrain.data.decode import ImageLimits
-from mmpretrain.data.folders import is_image
+from mmpretrain.data.folders import named_as_image
 from mmpretrain.data.formats import read_text
 from mmpretrain.data.holdout import in_part
 from mmpretrain.data.schema import BadSampleBudgetError
@@ -25,7 +25,7 @@ from mmpretrain.data.shards import load_classes
 from mmpretrain.data.source_config import SplitConfig
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.data import class_names, items
-from mmpretrain.evaluators.data.items import Item
+from mmpretrain.evaluators.data.items import Item, settle_labels
 from mmpretrain.rng import combine, permutation
 from mmpretrain.types import Preprocess
 
@@ -48,7 +48,7 @@ class DataConfig:
 
     data: str  # class folder, CSV file, shards (globs, braces, or a folder of tars), or CLIP_benchmark folder
     subset: str | None = None  # subfolder (class folder, shards), or value of the column `split` (CSV); CLIP_benchmark: test
-    image: str | None = None  # CSV column with the image file
+    image: str | None = None  # CSV column with the image file; in shards the member that is the image (png), default: the first there is
     label: str | None = None  # CSV column with the label; in shards a member (cls) or json:FIELD
     caption: str | None = None  # CSV column or template '{name}: {keywords}'; in shards a member (txt) or json:FIELD (a text or a list)
     classes: str | list[str] | dict[str, str] | None = None  # class names: imagenet, a .txt or .json file, a list, or a mapping label: name
@@ -139,7 +139,7 @@ def kind_of(data: str) -> Literal["benchmark", "folder", "csv", "shards"]:
     if path.is_dir():
         if any(path.glob("*/nshards.txt")):
             return "benchmark"
-        if any(path.glob("*.tar")) or (any(path.glob("*/*.tar")) and not any(is_image(file.name) for file in path.glob("*/*"))):
+        if any(path.glob("*.tar")) or (any(path.glob("*/*.tar")) and not any(named_as_image(file.name) for file in path.glob("*/*"))):
             return "shards"
         if any(p.is_dir() for p in path.iterdir()):
             return "folder"
@@ -183,6 +183,8 @@ def open_dataset(config: DataConfig, task: Task, *, subset: str | None = None) -
         raise OptionError(f"background={list(config.background)}: expected three numbers from 0 to 255, such as [255, 255, 255]")
     result = EvalSet(_name(config.data, subset), items, templates=templates, background=config.background, skipped=skipped)
     if task == "classification":
+        if kind_of(config.data) != "folder":
+            settle_labels(items)
         result.labels, names = class_names.resolve(_labels(items), given, config.data)
         result.labels, result.classes = class_names.merge_duplicates(result.labels, names)
     result = _filtered(result, config, task)
@@ -211,6 +213,8 @@ def first_items(config: DataConfig, task: Task, *, subset: str | None = None, ma
     if not items and not bad and not _remote(config.data):
         raise OptionError(f"data={config.data!r}: no items to evaluate (subset={subset})")
     if items and task == "classification":
+        if kind_of(config.data) != "folder":
+            settle_labels(items)
         result.labels, result.classes = class_names.resolve(_labels(items), given, config.data)
     _patterns(config)
     return result
@@ -240,7 +244,7 @@ def _source(
     if kind == "folder":
         if captions:
             raise OptionError(f"data={config.data!r} is a class folder: it has no captions; use a CSV, shards, or a CLIP_benchmark folder")
-        source = items.folder_items(root, subset)
+        source = items.folder_items(root, subset, skip)
     elif kind == "csv":
         rows = BRIEF_ROWS if brief else None
         source = items.csv_items(root, subset, config.image, config.label, config.caption, captions, skip, rows)
@@ -250,14 +254,14 @@ def _source(
         if what == "multilabel" or (what == "retrieval") != captions:
             raise OptionError(f"{root}: dataset_type.txt says {what}; it does not fit an evaluator for {task}")
         given, templates = _beside(root, given)
-        source = items.benchmark_items(root, subset, config.label, captions, skip, brief)
+        source = items.benchmark_items(root, subset, config.image, config.label, captions, skip, brief)
     else:
         label = {"classification": config.label or "cls", "retrieval": None, "images": None}[task]
         paths = items.shard_paths(config.data, subset)
         given, templates = _beside(Path(paths[0]).parent, given)
         caption = (config.caption or "txt") if captions else None
         chosen = [name for name in paths[:1] if not is_remote(name)] if brief else paths
-        source = items.shard_items(chosen, label, caption, skip, metadata=task == "images") if chosen else iter(())
+        source = items.shard_items(chosen, label, caption, skip, image=config.image, metadata=task == "images") if chosen else iter(())
     return source, given, templates, subset
 
 

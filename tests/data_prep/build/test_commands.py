@@ -300,7 +300,7 @@ def test_images_that_cannot_be_decoded_are_listed(photos: Path, tmp_path: Path) 
     assert refused.exit_code == 1
     assert "undecodable_image" in refused.output
     assert run("folder", photos, "--out", tmp_path / "b", "--resize", 100, "--skip-bad").exit_code == 0
-    assert json.loads((tmp_path / "b" / "skipped.jsonl").read_text())["input"].startswith("cut_")
+    assert json.loads((tmp_path / "b" / "skipped.jsonl").read_text())["input"] == "cut.png"
     assert run("folder", photos, "--out", tmp_path / "c").exit_code == 0  # nobody asked to look inside
 
 

@@ -12,8 +12,9 @@ from typer.testing import CliRunner, Result
 
 from data_prep.__main__ import app
 from data_prep.build.images import scaled
+from mmpretrain.data.decode import ImageLimits, decode_image
 from mmpretrain.data.schema import BadSample
-from tests.data_prep.build.readers.support import samples
+from tests.data_prep.build.readers.support import image, samples
 
 AT = (slice(20, 60), slice(40, 120))  # rows and columns of the red rectangle
 
@@ -109,3 +110,34 @@ def test_what_says_nothing_of_pixels_stays() -> None:
     assert decoded(scaled(deep, (5, 4), (5, 2))["mask.png"]).tolist() == [[10_000] * 5, [30_000] * 5]
     with pytest.raises(BadSample, match="bad_mask"):
         scaled({"mask.png": b"\x89PNG\r\n\x1a\n"}, (5, 4), (5, 2))
+
+
+BROKEN = b"\x89PNG\r\n\x1a\n" + b"not a chunk of any kind" * 4
+
+
+@pytest.mark.parametrize("options", [("--resize", "8"), ("--reencode", "jpeg")])
+def test_an_image_that_cannot_be_decoded_is_named_by_its_file(options: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "deep" / "broken one.png").write_bytes(BROKEN)
+    (tmp_path / "in" / "good.png").write_bytes(image())
+    assert run("folder", tmp_path / "in", "--out", tmp_path / "out", *options, "--skip-bad").exit_code == 0
+    (left_out,) = map(json.loads, (tmp_path / "out" / "skipped.jsonl").read_text().splitlines())
+    assert left_out == {"input": "deep/broken one.png", "reason": "undecodable_image", "detail": "png: its header cannot be read"}
+
+
+def refusal(data: bytes) -> str:
+    try:
+        decode_image(data, ImageLimits(min_side=1))
+    except BadSample as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_message_of_a_decoder_names_an_object_in_memory() -> None:
+    messages = []
+    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"):
+        whole = image((9, 200, 30), kind)
+        messages += map(refusal, (whole[:20], whole[: len(whole) // 2], whole[:12] + b"\xff" * 40, whole[:30] + b"\0" * 40))
+    assert sum(map(bool, messages)) > 10
+    assert not [message for message in messages if " at 0x" in message]

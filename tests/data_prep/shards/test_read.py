@@ -90,6 +90,12 @@ def test_a_remote_folder_without_shards_is_named(bucket: str) -> None:
         samples.expand([])
 
 
+def test_a_remote_folder_may_have_brackets_in_its_name(tmp_path: Path) -> None:
+    fsspec.filesystem("memory").pipe(f"/{tmp_path.name}/set[v2]/0.tar", b"x")
+    (name,) = samples.expand([f"memory://{tmp_path.name}/set[v2]"])
+    assert name.endswith("/set[v2]/0.tar")
+
+
 def test_file_urls_are_local_paths(tmp_path: Path) -> None:
     path = foreign(tmp_path, pair(0))
     assert samples.expand([f"file://{path}"]) == [str(path)]

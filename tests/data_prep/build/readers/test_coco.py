@@ -101,3 +101,46 @@ def test_other_files_are_refused(tmp_path: Path, content: str, says: str) -> Non
     (tmp_path / "i.json").write_text(content)
     with pytest.raises(InputError, match=says):
         coco([str(tmp_path / "i.json")], str(tmp_path))
+
+
+FLAVOURS = {
+    "COCO's results format": [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}],
+    "Visual Genome": [{"id": 1, "regions": []}],
+    "`build jsonl`": [{"image": "a.jpg", "caption": "x"}],
+    "VGG Image Annotator": {"_via_settings": {}, "_via_img_metadata": {}},
+    "LabelMe": {"version": "5", "shapes": [], "imagePath": "a.jpg"},
+    "Karpathy": {"images": [{"filename": "a.jpg", "sentences": []}], "dataset": "coco"},
+    "panoptic": {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "segments_info": []}]},
+    "COCO-Text": {"imgs": {}, "anns": {}},
+    "VQA": {"questions": []},
+    "LVIS": {"images": [{"id": 1, "coco_url": "http://x/train2017/1.jpg"}], "annotations": []},
+}
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_annotations_of_another_flavour_are_called_by_name(flavour: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(FLAVOURS[flavour]))
+    with pytest.raises(InputError, match=flavour):
+        coco([str(tmp_path / "a.json")], str(tmp_path))
+
+
+def test_a_pointer_in_place_of_annotations_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(InputError, match="a Git LFS pointer, expected COCO annotations"):
+        coco([str(tmp_path / "a.json")], str(tmp_path))
+
+
+def test_an_entry_that_lacks_its_fields_costs_itself(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(image())
+    content = {
+        "images": [{"file_name": "0.png"}, {"id": 1, "file_name": "1.png"}],
+        "annotations": [{"id": 7}, {"image_id": 1, "id": 8, "bbox": [0, 0, 1, 1], "category_id": [1]}, 5],
+        "categories": [{"id": 1, "name": "cat"}, {"id": "b", "name": "dog"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    records, left_out = collect(coco([str(tmp_path / "a.json")], str(tmp_path)), 10)
+    assert not records
+    assert sorted(item.reason for item in left_out) == ["bad_entry", "bad_entry", "bad_entry", "unknown_category"]
+    content["annotations"][1]["category_id"] = 1
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert list(collect(coco([str(tmp_path / "a.json")], str(tmp_path)), 10)[0]) == ["1"]
