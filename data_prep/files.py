@@ -84,7 +84,7 @@ def open_binary(url: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def open_text(url: str | Path) -> Iterator[IO[str]]:
-    """Opens a text file as a stream: UTF-8, where other bytes are read as surrogates, or what its byte order mark says."""
+    """Opens a text file as a stream: in the encoding of its byte order mark, else UTF-8, where other bytes are read as surrogates."""
     with open_binary(url) as file, as_text(file) as text:
         yield text
 

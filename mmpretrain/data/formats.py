@@ -74,13 +74,13 @@ _FOREIGN = (
 
 
 def foreign_kind(data: bytes) -> tuple[str, str] | None:
-    """What the first bytes of a file show it to be, where it is often found in place of the file that was meant.
+    """Recognise by its first bytes a file that often lies in place of the expected one.
 
     Returns:
         (a noun with its article, a sentence with the remedy, or ""); None for anything else.
     """
-    for start, at, more, noun, remedy in _FOREIGN:
-        if data.startswith(start) and data[at : at + len(more)] == more:
+    for start, offset, more, noun, remedy in _FOREIGN:
+        if data.startswith(start) and data[offset : offset + len(more)] == more:
             return noun, remedy
     text = data[:512].removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.startswith(b"<"):
@@ -90,12 +90,12 @@ def foreign_kind(data: bytes) -> tuple[str, str] | None:
 
 
 def printable(text: str) -> str:
-    """Text without bytes that are not UTF-8 and without characters that control a terminal, for messages."""
+    """Replace bytes that are not UTF-8 and characters that control a terminal, for messages."""
     return _UNPRINTABLE.sub("\ufffd", text)
 
 
 def decoder_message(error: BaseException) -> str:
-    """What a decoder says of a file, in one line, without the object in memory that Pillow names in place of the file."""
+    """Return a decoder's message in one line, without the object in memory that Pillow names in place of the file."""
     text = " ".join(str(error).split())
     if text.startswith("cannot identify image file"):
         return "its header cannot be read"
@@ -103,7 +103,7 @@ def decoder_message(error: BaseException) -> str:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether UTF-8 can hold a text: it has no lone surrogates."""
+    """Return whether UTF-8 can hold a text: it has no lone surrogates."""
     if text.isascii():
         return True
     try:
@@ -130,7 +130,7 @@ def clean_text(text: str) -> str:
 
 
 def clean_texts(texts: Iterable[str]) -> list[str]:
-    """Texts as `clean_text` gives them, without those in which nothing shows. Raises BadSample: not_utf8."""
+    """Normalise texts by `clean_text`, and drop those without a visible character. Raises BadSample: not_utf8."""
     cleaned = []
     for text in texts:
         try:

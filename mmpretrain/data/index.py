@@ -157,7 +157,7 @@ def from_headers(headers: Headers, stop: Stop | None, tar_bytes: int) -> ShardIn
 
 
 def left_out(headers: Headers, keys: set[str]) -> list[LeftOut]:
-    """The members of samples that a tar names and that cannot be read; the first of a key that `keys` lack counts as a lost sample."""
+    """List the members of samples that cannot be read; the first of a key that is not in `keys` counts as a lost sample."""
     listed = []
     for name, offset, reason, detail in headers.unread:
         if (named := split_name(name)) is not None:

@@ -232,7 +232,7 @@ class Loader:
         return batch
 
     def _unseen(self, raised: BaseException) -> list[dict[str, Any]]:
-        """The bad samples of steps that no batch will be handed out of, but for those that the error that is raised lists."""
+        """Return the bad samples of steps that give no batch, except those that the raised error lists."""
         records = []
         for step in self._steps:
             made = [block for blocks in list(step.blocks.values()) for block in blocks if block is not None] or list(step.result.values())

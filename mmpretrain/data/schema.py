@@ -75,7 +75,7 @@ def image_extension(extensions: Container[str], wanted: str | None = None) -> st
 
 
 def several_images(counts: Mapping[str, int], samples: int) -> str | None:
-    """A warning where samples have more than one image; None where each has one at most.
+    """Return a warning where samples have more than one image; None where each has one at most.
 
     Args:
         counts: extension -> samples that have it.

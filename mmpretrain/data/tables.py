@@ -31,7 +31,7 @@ class TableError(OptionError):
 
 
 def encoding_of(start: bytes) -> str:
-    """UTF-8, or what the byte order mark at the start of a text says."""
+    """Return the encoding that the byte order mark at the start of a text names; UTF-8 without one."""
     if start.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return "utf-32"
     return "utf-16" if start.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
@@ -176,7 +176,7 @@ def some(names: Iterable[object], max_names: int = 50) -> str:
 
 
 def distinct_integers(texts: Iterable[str]) -> bool:
-    """Whether all texts are integers of which no two spellings, such as 007 and 7, stand for one number."""
+    """Return whether all texts are integers of which no two spellings, such as 007 and 7, stand for one number."""
     spelt = set(texts)
     if not all(text.removeprefix("-").isdecimal() and len(text) < 20 for text in spelt):
         return False

@@ -131,8 +131,8 @@ def csv_items(
         table = read_rows(text, separator)
         header = Header.read(str(path), table)
         fitted = ((line, fields if isinstance(fields, str) else header.fit(fields)) for line, fields in table)
-        at = header.place("split") if subset is not None and "split" in header.named else None
-        listed = list(islice((row for row in fitted if at is None or isinstance(row[1], str) or row[1][at] == subset), rows))
+        column = header.place("split") if subset is not None and "split" in header.named else None
+        listed = list(islice((row for row in fitted if column is None or isinstance(row[1], str) or row[1][column] == subset), rows))
     columns = header.named
     image = _column(image, ("file", "filepath", "filename", "path", "image"), columns, "image file (image=)", path)
     if image is None:
@@ -161,10 +161,10 @@ def csv_items(
         name = record[image]
         try:
             file_path = path.parent / slashed(str(path.parent), name)
-            found = bool(name) and file_path.is_file()
+            exists = bool(name) and file_path.is_file()
         except (BadSample, ValueError):  # a path of another system, or one that no file can have
-            found = False
-        if not found:
+            exists = False
+        if not exists:
             skip(printable(name) or f"line {line}", "missing_file")
             continue
         if not captions_wanted:
