@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from mmpretrain.data.fields import member_of
@@ -11,6 +12,37 @@ if TYPE_CHECKING:
     from mmpretrain.data.source import Source
 
 FEW_EPOCHS, MANY_EPOCHS = 1.0, 50.0
+
+
+def amounts(source: Source, rows: int | None) -> dict[str, Any]:
+    """Compute samples, epochs and repeats of a source and of each part of its blend.
+
+    Args:
+        source: opened.
+        rows: of the source in the whole run; None: not known.
+    """
+    quotas = source._blend.quotas
+    parts = []
+    for shards, order, quota in zip(source.shard_sets, source._orders, quotas.tolist()):
+        part_rows = None if rows is None else rows * quota / int(quotas.sum())
+        parts.append(
+            {
+                "shards": len(shards.names),
+                "first": shards.names[0],
+                "share": quota / int(quotas.sum()),
+                "samples": order.total,
+                "epochs": None if part_rows is None else part_rows / order.total,
+            }
+        )
+    epochs = None if rows is None else rows / source.num_samples
+    return {
+        "samples": source.num_samples,
+        "shards": sum(part["shards"] for part in parts),
+        "epochs": epochs,
+        "seen_at_least": None if any(p["epochs"] is None for p in parts) else min(math.floor(p["epochs"]) for p in parts),
+        "seen_at_most": None if any(p["epochs"] is None for p in parts) else max(math.ceil(p["epochs"]) for p in parts),
+        "parts": parts,
+    }
 
 
 def of_source(name: str, source: Source, line: dict[str, Any]) -> list[str]:
@@ -79,3 +111,18 @@ def of_recipe(config: Config, steps: int | None) -> list[str]:
             f"optim.warmup_steps is {config.optim.warmup_steps} of only {steps} steps: the learning rate never gets to its peak."
         )
     return warnings
+
+
+def of_run(config: Config, sources: dict[str, Source]) -> list[str]:
+    """Return the warnings that open a run: those of `data_prep mix` that need no look at the samples.
+
+    Args:
+        config: resolved; `steps` is given.
+        sources: opened.
+    """
+    warnings = []
+    for name, source in sources.items():
+        rows = config.sources[name].batch_size
+        line = amounts(source, None if config.steps is None else config.steps * rows) | {"rows_per_step": rows}
+        warnings += of_source(name, source, line)
+    return warnings + shared(sources) + of_recipe(config, config.steps)

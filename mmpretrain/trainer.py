@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
-from mmpretrain import checkpoint, distributed, launch, rng, run_folder
+from mmpretrain import checkpoint, distributed, launch, mixture, rng, run_folder
 from mmpretrain.assembly import build_model, build_sources, check_division, layers, schedule_views, total_steps
 from mmpretrain.batch import first_rows
 from mmpretrain.config.build import blaming
@@ -126,6 +126,8 @@ def setup(config: Config, closing: ExitStack, data: DataInProgress) -> Run:
         tracker.message(message)
     distributed.on_main(lambda: run_folder.write_recipe(config, launch.environment(accelerator, config, precision)))
     tracker.message(describe(config, accelerator, model, sources))
+    for warning in mixture.of_run(config, sources) if step == 0 else ():
+        tracker.message(f"warning: {warning}")
 
     model.to(device)
     loader = Loader(

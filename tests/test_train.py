@@ -275,6 +275,15 @@ def test_one_nan_is_survived(data, tmp_path, monkeypatch, capfd):
     assert all(torch.from_numpy(v).isfinite().all() for v in runs.weights(tmp_path / "run").values())
 
 
+def test_a_run_opens_with_the_warnings_about_its_mixture(data, tmp_path, capfd):
+    assert start(data, tmp_path / "run", steps=2, optim={"lr": 1e-3, "warmup_steps": 2}) == 0
+    out = " ".join(capfd.readouterr().out.split())
+    assert "warning: source 'pairs': 0.40 epochs: 60% of its samples are never seen." in out
+    assert "warning: optim.warmup_steps is 2 of only 2 steps" in out
+    assert start(data, tmp_path / "run", steps=2, optim={"lr": 1e-3, "warmup_steps": 2}) == 0
+    assert "warning:" not in capfd.readouterr().out  # said once, when it begins
+
+
 def test_another_recipe_is_refused_with_the_differences(data, undisturbed):
     with pytest.raises(OptionError, match=r"seed: 3 in the run, 4 in the recipe") as caught:
         start(data, undisturbed, seed=4, optim={"lr": 2e-3, "warmup_steps": 2})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,7 +32,7 @@ def mix_of(config: Config, samples_per_s: float | None = None) -> dict[str, Any]
         ShardError: no source can be opened.
     """
     from data_prep.mix.tokens import tokens
-    from mmpretrain.mixture import of_recipe, of_source, shared
+    from mmpretrain.mixture import amounts, of_recipe, of_source, shared
 
     model = _model(config)
     views = model.views()
@@ -50,7 +49,7 @@ def mix_of(config: Config, samples_per_s: float | None = None) -> dict[str, Any]
             "rows": None if steps is None else steps * options.batch_size,
         }
         if name in opened:
-            line |= _amounts(opened[name], line["rows"])
+            line |= amounts(opened[name], line["rows"])
             line |= tokens(model, name, opened[name], line["rows"])
             warnings += of_source(name, opened[name], line)
         sources[name] = line
@@ -105,32 +104,6 @@ def _steps(config: Config, opened: dict[str, Source]) -> int | None:
     if config.epochs is not None and config.epochs.source in config.sources and config.epochs.source not in opened:
         return None
     return total_steps(config, opened)
-
-
-def _amounts(source: Source, rows: int | None) -> dict[str, Any]:
-    """Computes samples, epochs and repeats of a source and of each part of its blend."""
-    quotas = source._blend.quotas
-    parts = []
-    for shards, order, quota in zip(source.shard_sets, source._orders, quotas.tolist()):
-        part_rows = None if rows is None else rows * quota / int(quotas.sum())
-        parts.append(
-            {
-                "shards": len(shards.names),
-                "first": shards.names[0],
-                "share": quota / int(quotas.sum()),
-                "samples": order.total,
-                "epochs": None if part_rows is None else part_rows / order.total,
-            }
-        )
-    epochs = None if rows is None else rows / source.num_samples
-    return {
-        "samples": source.num_samples,
-        "shards": sum(part["shards"] for part in parts),
-        "epochs": epochs,
-        "seen_at_least": None if any(p["epochs"] is None for p in parts) else min(math.floor(p["epochs"]) for p in parts),
-        "seen_at_most": None if any(p["epochs"] is None for p in parts) else max(math.ceil(p["epochs"]) for p in parts),
-        "parts": parts,
-    }
 
 
 def _time(config: Config, steps: int | None, rows: int, samples_per_s: float | None) -> tuple[dict[str, Any], list[str]]:
