@@ -193,8 +193,8 @@ def shard_items(
 ) -> Iterator[Item]:
     """Samples of shards. `label` and `caption` are a member (`cls`, `txt`) or a field of the JSON member (`json:label`).
 
-    `image` is the member that is the image. A member text that is an integer is an integer label. `lines`: every line of the caption member is a caption. `metadata`: the JSON
-    member is wanted for itself. Limits and checks are those of training sources (mmpretrain.data).
+    `image` is the member that is the image. A member text that is an integer is an integer label. `lines`: every line of the caption
+    member is a caption. `metadata`: the JSON member is wanted for itself. Limits and checks are those of training sources.
     Raises OptionError where no sample has what was asked for, ShardError for a shard that cannot be read.
     """
     shards = ShardSet(paths, split=None, window=SourceConfig.shuffle_window, cache=ShardCache(), verify=SourceConfig.verify)
