@@ -1,4 +1,4 @@
-"""Assignment of copies to kept samples: every dropped sample is a direct copy of a kept one.
+"""Choice of the sample to keep among copies: every dropped sample is a direct copy of a kept one.
 
 Chains are not followed: a brightened copy between two distinct pictures is dropped for the one that is kept first, and
 the other picture stays. (Merging connected components would lose it.)

@@ -16,8 +16,7 @@ from typing import IO, Any, BinaryIO
 from mmpretrain.atomic import write_atomically
 from mmpretrain.config.build import OptionError
 from mmpretrain.data import folders
-from mmpretrain.data.cache import retried
-from mmpretrain.data.schema import ShardError
+from mmpretrain.data.cache import filesystem, retried
 from mmpretrain.data.shard_names import is_remote
 from mmpretrain.data.tables import as_text
 
@@ -42,16 +41,6 @@ def local_folder(name: str | Path) -> Path:
     if re.match(r"(?!file:)\w{2,}:/", str(name)):
         raise OptionError(f"{name} is a URL; this writes to a local folder only. Copy the result there afterwards.")
     return Path(local_path(name) or name)
-
-
-def filesystem(url: str) -> tuple[Any, str]:
-    """Returns (fsspec file system, path in it). Raises ShardError for an unknown protocol or a missing package."""
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ShardError(f"{url}: {error}") from error
 
 
 def join(base: str | Path, name: str) -> str:
@@ -173,7 +162,7 @@ def walk(url: str | Path) -> Iterator[str]:
     """
     where = place(url)
     if isinstance(where, Path):
-        yield from folders.walk(str(where))
+        yield from folders.walk(where)
         return
     system, path = filesystem(where)
     below = path.strip("/") + "/"

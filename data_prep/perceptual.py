@@ -1,4 +1,4 @@
-"""Perceptual comparison of images: signatures, pairs of hashes within a distance (by bands), and differences of thumbnails.
+"""Perceptual hashes of images, the search for near pairs of them (by bands), and the differences of thumbnails.
 
 No step compares all N x N. The thresholds come from 3,500 emoji and 3,000 photographs with re-encoded, resized and
 brightened copies: such copies differ by at most 16 of 255 where they differ most, and the most similar distinct pictures

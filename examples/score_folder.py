@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mmpretrain.checkpoint import find_checkpoint
 from mmpretrain.data.decode import ImageLimits, decode_image
-from mmpretrain.data.schema import IMAGE_EXTENSIONS, BadSample
+from mmpretrain.data.folders import is_image, walk
+from mmpretrain.data.schema import BadSample
 from mmpretrain.errors import MMPretrainError
 from mmpretrain.evaluators.features import center_view
 from mmpretrain.evaluators.models import load_model
@@ -27,7 +28,7 @@ BATCH = 64
 
 
 def images_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and path.is_file())
+    return [folder / name for name in walk(folder) if is_image(name)]
 
 
 def score(model: Model, paths: list[Path], texts: list[str]) -> dict[Path, Tensor]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,9 +26,13 @@ from mmpretrain.objectives import OBJECTIVES, Context, Objective
 from mmpretrain.objectives.base import Network, source_encodes
 from mmpretrain.optim import align_tops
 from mmpretrain.towers.dual import DualEncoder
-from mmpretrain.towers.specs import build_towers
+from mmpretrain.towers.specs import build_towers, with_recorded
 from mmpretrain.towers.teacher import Teacher
-from mmpretrain.towers.weights import load_weights
+from mmpretrain.towers.vision import VisionTransformer
+from mmpretrain.towers.weights import load_weights, recorded_preprocess
+from mmpretrain.types import Preprocess
+
+log = logging.getLogger(__name__)
 
 
 def build_model(config: Config, resumed: bool = False, steps: int | None = None) -> tuple[PretrainModel, Teacher | None]:
@@ -50,8 +57,11 @@ def build_model(config: Config, resumed: bool = False, steps: int | None = None)
             towers = build_towers(config.model, image_size=config.image_size)
         except RuntimeError as error:  # raised by another library, or no memory for these sizes
             raise ValueError(f"it cannot be built: {error}") from error
+    towers.preprocess = preprocessing(config, towers.preprocess)
     with blaming("init_from"):
         leftovers = load_weights(towers, pretrained, absent="keep") if pretrained else {}
+    if pretrained:
+        warn_of_other_preprocessing(pretrained, towers.preprocess)
 
     networks, known = {}, {}
     for name, network in config.networks.items():
@@ -74,10 +84,13 @@ def build_model(config: Config, resumed: bool = False, steps: int | None = None)
     modalities = {e.view.modality for e in encodes if e.network in ("student", "teacher")}
     if "image" not in modalities:
         towers.visual = None
+    check_image_tower(towers)
     if "text" not in modalities:
         towers.text = None
     else:
-        check_vocabulary(towers)
+        with blaming("model"):
+            check_vocabulary(towers)
+            check_end(towers)
     with blaming("model"):
         if config.activation_checkpointing:
             towers.set_grad_checkpointing(True)
@@ -110,6 +123,55 @@ def build_model(config: Config, resumed: bool = False, steps: int | None = None)
     return model, teacher
 
 
+def preprocessing(config: Config, own: Preprocess) -> Preprocess:
+    """The one preprocessing of the model: what the sources state, and its own where none states anything.
+
+    A checkpoint, its export and evaluators have one mean, one std and one size, which therefore must be those of every source.
+
+    Args:
+        own: the model's.
+
+    Raises:
+        OptionError: two sources state different values.
+    """
+    stated: dict[str, dict[str, Any]] = {"mean": {}, "std": {}, "size": {}, "background": {}}  # field -> source -> value
+    for name, source in config.sources.items():
+        image = source.image or ImageConfig()
+        with blaming(f"sources.{name}"):
+            mean, std = image.normalisation(own.mean, own.std)
+        given = {"mean": (image.mean, mean), "std": (image.std, std), "size": (image.size, image.size)}
+        for field, (option, value) in given.items():
+            if option is not None:
+                stated[field][name] = value
+        if source.image is not None:
+            stated["background"][name] = image.behind()
+    for field, values in stated.items():
+        (first, value), *others = [*values.items()] or [("", None)]
+        for other, another in others:
+            if another != value:
+                raise OptionError(
+                    f"sources.{first}.image.{field} is {_listed(value)} and sources.{other}.image.{field} is {_listed(another)}: a model "
+                    "has one preprocessing, which its checkpoints, exports and evaluators use. Give both the same"
+                )
+    return replace(own, **{field: next(iter(values.values())) for field, values in stated.items() if values})
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def warn_of_other_preprocessing(pretrained: str, preprocess: Preprocess) -> None:
+    """Log where the weights to start from were trained with another normalisation than this run uses."""
+    recorded = recorded_preprocess(pretrained)
+    for name in ("mean", "std"):
+        value, other = getattr(preprocess, name), recorded.get(name)
+        if other is not None and tuple(other) != tuple(value):
+            log.warning(
+                "init_from %s was trained with image.%s %s, and this run uses %s: set sources.NAME.image.%s to go on with its own",
+                pretrained, name, list(other), list(value), name,
+            )  # fmt: skip
+
+
 def copy_heads(objective: Objective) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
     """Create the EMA copies of the submodules that an objective averages; return (module, its copy) of each."""
     copies = {name: copy.deepcopy(objective.get_submodule(name)).requires_grad_(False) for name in objective.averaged}
@@ -123,7 +185,10 @@ def frozen_network(config: NetworkConfig) -> DualEncoder:
     if config.init_from is not None:
         path = Path(config.init_from)
         run = (path / "checkpoints").is_dir() or (path / MANIFEST).exists()
-        load_weights(towers, str(find_checkpoint(path)) if run else config.init_from, absent="error")
+        weights = str(find_checkpoint(path)) if run else config.init_from
+        load_weights(towers, weights, absent="error")
+        size = {} if config.image_size is None else {"size": config.image_size}
+        towers.preprocess = with_recorded(towers.preprocess, recorded_preprocess(weights) | size)
     return towers.eval().requires_grad_(False)
 
 
@@ -156,7 +221,8 @@ def check_accumulate(config: Config, towers: DualEncoder, objectives: dict[str, 
 
 def check_vocabulary(towers: DualEncoder) -> None:
     """Raise OptionError for a text tower with fewer ids than its tokenizer: it would fail during a step."""
-    size = getattr(getattr(towers.text, "module", towers.text), "vocab_size", None)
+    text: Any = getattr(towers.text, "module", getattr(towers.text, "model", towers.text))
+    size = getattr(text, "vocab_size", None) or getattr(getattr(text, "config", None), "vocab_size", None)
     wanted = get_tokenizer(towers.tokenizer).vocab_size
     if isinstance(size, int) and size < wanted:
         raise OptionError(
@@ -164,19 +230,77 @@ def check_vocabulary(towers: DualEncoder) -> None:
         )
 
 
+@torch.no_grad()
+def check_image_tower(towers: DualEncoder) -> None:
+    """Another library's image tower may not take images of this size, or give what no adapter reads: found in the first step otherwise.
+
+    Raises:
+        OptionError: two images of the run's size do not go through.
+    """
+    tower, size = towers.visual, towers.preprocess.size
+    if tower is None or isinstance(tower, VisionTransformer):
+        return
+    training, device = tower.training, next(tower.parameters()).device
+    try:
+        tower.eval()
+        encoded = tower(torch.zeros(2, 3, size, size, device=device), outputs=frozenset({"features", "pooled"}))
+        problem = ""
+        for name, width in (("features", tower.embed_dim), ("pooled", tower.width)):
+            shape = tuple(getattr(encoded, name).shape)
+            if shape != (2, width):
+                problem = f"it gives {name} of shape {list(shape)} for two images, expected {[2, width]}"
+    except Exception as error:  # of whatever kind the other library raises
+        problem = f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no message')}"
+    finally:
+        tower.train(training)
+    if problem:
+        raise OptionError(
+            f"model: its image tower cannot be trained on images of {size} pixels ({problem[:300]}): leave out image_size and image.size, "
+            "or choose another model"
+        )
+
+
+@torch.no_grad()
+def check_end(towers: DualEncoder) -> None:
+    """A text tower that pools where its tokenizer puts no end does not see all words of a caption, or none: it would train to the end.
+
+    Raises:
+        OptionError: the last word of a caption does not change its features.
+    """
+    text, tokenizer = towers.text, get_tokenizer(towers.tokenizer)
+    assert text is not None
+    # Rare words have high ids, and the last ones here are frequent: an end looked for by its id is found before them, if at all.
+    captions = [f"{words} {last}" for words in ("zebra", "the walrus, a xylophone") for last in ("a", "the")]
+    ids = tokenizer.encode(captions, towers.context_length)
+    training, device = text.training, next(text.parameters()).device
+    text.eval()
+    features = text(ids.to(device)).features
+    text.train(training)
+    for first, second in ((0, 1), (2, 3)):
+        if torch.equal(ids[first], ids[second]):  # cut before the last word, or one that the vocabulary lacks
+            continue
+        scale = features[[first, second]].abs().max()
+        if (features[first] - features[second]).abs().max() <= 1e-7 * scale:
+            cfg = towers.model_cfg.get("text_cfg", {})
+            raise OptionError(
+                "model: captions that differ in their last word get equal features: the text tower "
+                f"(pool_type {cfg.get('pool_type', 'argmax')!r}, eos_id {cfg.get('eos_id', 2)}) does not pool where the tokenizer "
+                f"{towers.tokenizer!r} ends a caption (id {tokenizer.eot}). "
+                "Give text_cfg pool_type eos with that eos_id, or last with no_causal_mask, or the tokenizer that the tower was made for"
+            )
+
+
 def context(
     config: Config, source: str, towers: DualEncoder, steps: int | None = None, networks: Mapping[str, Network] | None = None
 ) -> Context:
     """Return the facts of the run that an objective on `source` is built with."""
-    image = config.sources[source].image or ImageConfig()
     visual, text, preprocess = towers.visual, towers.text, towers.preprocess
     with blaming(f"sources.{source}"):
-        mean, std = image.normalisation(preprocess.mean, preprocess.std)
         classes = load_classes(config.sources[source].classes)
     return Context(
-        image_size=image.size or preprocess.size,
-        mean=mean,
-        std=std,
+        image_size=preprocess.size,
+        mean=preprocess.mean,
+        std=preprocess.std,
         patch_size=visual.patch_size if visual is not None else None,
         image_width=visual.width if visual is not None else 0,
         text_width=text.width if text is not None else 0,

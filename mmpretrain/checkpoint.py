@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from mmpretrain.errors import MMPretrainError
 from mmpretrain.model import PretrainModel
 from mmpretrain.objectives.base import source_encodes
 from mmpretrain.towers.dual import DualEncoder
+from mmpretrain.towers.positions import resize_positions
 from mmpretrain.towers.teacher import Teacher
-from mmpretrain.towers.weights import load_pickled
+from mmpretrain.towers.weights import load_pickled, savable
 
 MANIFEST = "manifest.json"
 REQUIRED = ("model.safetensors", "optimizer.pt", "state.json")
@@ -66,7 +67,13 @@ def problem(folder: Path) -> str | None:
 
 
 def save(
-    root: Path, step: int, tensors: dict[str, dict[str, Tensor]], optimizer: dict[str, Any], documents: dict[str, Any], keep: int
+    root: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    optimizer: dict[str, Any],
+    documents: dict[str, Any],
+    keep: int,
+    write_files: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write the checkpoint `root/step-N`; one process calls it. A failure leaves only the older checkpoints.
 
@@ -77,6 +84,7 @@ def save(
         optimizer: plain state by parameter name, written as optimizer.pt.
         documents: file stem -> JSON-able.
         keep: number of newest checkpoints to keep.
+        write_files: writes further files into the folder it is given.
 
     Returns:
         The folder of the checkpoint.
@@ -92,10 +100,12 @@ def save(
     try:
         partial.mkdir()
         for stem, state in tensors.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, partial / f"{stem}.safetensors")
+            save_file(savable(state), partial / f"{stem}.safetensors")
         torch.save(optimizer, partial / "optimizer.pt")
         for stem, document in documents.items():
             (partial / f"{stem}.json").write_text(json.dumps(document, indent=1))
+        if write_files is not None:
+            write_files(partial)
         files = sorted(p for p in partial.iterdir())
         for path in files:
             flush(path)
@@ -262,11 +272,11 @@ def save_run(
         tensors = {"model": weights, "objectives": model.objectives.state_dict() | mask_embeddings(towers)}
         if teacher is not None:
             tensors["teacher"] = teacher.module.state_dict()
-        p = towers.preprocess
-        preprocess = {"mean": p.mean, "std": p.std, "interpolation": p.interpolation, "resize_mode": p.resize_mode}
-        documents = {"state": state, "open_clip_config": {"model_cfg": towers.model_cfg, "preprocess_cfg": preprocess}}
+        config = {"model_cfg": towers.model_cfg, "preprocess_cfg": towers.preprocess.recorded()}
+        config["transparency"] = {"images": sum(state.get("transparent", {}).values()), "of": sum(state["positions"].values())}
+        documents = {"state": state, "open_clip_config": config}
         root = Path(run_dir) / "checkpoints"
-        return save(root, state["step"], tensors, optimizer_by_name(optimizer), documents, keep)
+        return save(root, state["step"], tensors, optimizer_by_name(optimizer), documents, keep, towers.save_tokenizer)
 
     distributed.on_main(write)
 
@@ -291,10 +301,14 @@ def restore_run(folder: Path, model: PretrainModel, teacher: Teacher | None, opt
     exported = {name for objective in model.objectives.values() for name in objective.exported}
     embeddings = {key: value for key, value in extra.items() if key.startswith("towers.")} or older_mask_embeddings(model, extra)
     own = {key.removeprefix("towers."): value for key, value in embeddings.items()}
-    lines = _load(model.towers, {k: v for k, v in weights.items() if k not in exported | {"logit_scale", "logit_bias"}} | own, "towers")
+    weights = {k: v for k, v in weights.items() if k not in exported | {"logit_scale", "logit_bias"}}
+    lines = [f"towers: {line}" for line in resize_positions(weights, model.towers.state_dict(), model.towers)]
+    lines += _load(model.towers, weights | own, "towers")
     lines += _load(model.objectives, {k: v for k, v in extra.items() if k not in embeddings and not is_older(k, model)}, "objectives")
     if teacher is not None and (folder / "teacher.safetensors").exists():
-        lines += _load(teacher.module, own | load_tensors(folder, "teacher"), "teacher")
+        averaged = load_tensors(folder, "teacher")
+        lines += [f"teacher: {line}" for line in resize_positions(averaged, teacher.module.state_dict(), teacher.module)]
+        lines += _load(teacher.module, own | averaged, "teacher")
     elif teacher is not None:
         teacher.module.load_state_dict(model.towers.state_dict())
         lines.append("the checkpoint has no teacher: it starts as a copy of the towers")

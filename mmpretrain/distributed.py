@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -10,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from mmpretrain.picklable import picklable
 
 T = TypeVar("T")
 
@@ -177,14 +178,7 @@ def on_main(action: Callable[[], T]) -> T | None:
             result = action()
         except Exception as raised:
             error = raised
-    failed = broadcast_object(_sendable(error))
+    failed = broadcast_object(None if error is None else picklable(error, "on the main rank"))
     if failed is not None:
         raise error or failed
     return result
-
-
-def _sendable(error: Exception | None) -> Exception | None:
-    try:
-        return pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")

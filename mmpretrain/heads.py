@@ -97,7 +97,7 @@ def use_global_statistics(module: nn.Module) -> int:
     batch statistics, and are left alone.
 
     Raises:
-        ValueError: a BatchNorm without running statistics.
+        ModelError: a BatchNorm without running statistics.
     """
     count = 0
     for part in module.modules():

@@ -22,7 +22,7 @@ def mix_pictures(spec: MixSpec, pixels: Tensor, seeds: Tensor) -> tuple[Tensor, 
         The mixed pictures [B, 3, H, W], and float32 [B], the share of a row's own picture.
 
     Raises:
-        ValueError: an odd number of rows, or an alpha outside [0, 1].
+        ModelError: an odd number of rows, or an alpha outside [0, 1].
 
     Source: Zhang et al. 2018 (mixup), equation 1; Yun et al. 2019 (CutMix), equations 1 and 2.
     """

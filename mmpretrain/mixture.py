@@ -37,7 +37,7 @@ def of_source(name: str, source: Source, line: dict[str, Any]) -> list[str]:
             continue
         extension = member_of(str(getattr(source.config, option)))
         for shards in source.shard_sets:
-            lacking = shards.looked_at - shards.found.get(extension, 0)
+            lacking = shards.looked_at - shards.extension_counts.get(extension, 0)
             if lacking > 0:
                 end = (
                     f" That is more than max_bad_fraction {budget:g}: the run will stop."

@@ -57,7 +57,7 @@ class PretrainModel(nn.Module):
             teacher_statistics: of the teacher's BatchNorms: running ones, or those of the batch.
 
         Raises:
-            ValueError: an objective requests a missing network or output, or its `forward` takes other arguments.
+            ModelError: an objective requests a missing network or output, or its `forward` takes other arguments.
         """
         super().__init__()
         self.towers = towers
@@ -73,7 +73,7 @@ class PretrainModel(nn.Module):
             self._check(name, objective)
 
     def _check(self, name: str, objective: Objective) -> None:
-        """Raise ValueError for an objective that would fail, or silently train nothing, during a step."""
+        """Raise ModelError for an objective that would fail, or silently train nothing, during a step."""
         networks = {"student": self.towers, "teacher": self.teacher, **self.networks}
         for encode in source_encodes(objective.needs):
             if encode.network not in networks:
@@ -257,7 +257,7 @@ class PretrainModel(nn.Module):
             encoded: results of `encode`.
             names: objectives.
             totals: per-row objective -> its number of terms in the global batch; None: of these rows on all ranks.
-            check: raise ValueError where an objective's outputs are not a loss and scalars.
+            check: raise ModelError where an objective's outputs are not a loss and scalars.
         """
         losses, logs = {}, {}
         for name in names:
@@ -279,7 +279,7 @@ class PretrainModel(nn.Module):
         return losses, logs
 
     def arguments(self, name: str, encoded: dict[Encode, Encoded]) -> dict[str, Any]:
-        """Return the arguments of an objective's `forward`; reading an output that was not requested raises ValueError."""
+        """Return the arguments of an objective's `forward`; reading an output that was not requested raises ModelError."""
 
         def one(key: str, encode: Encode) -> Requested:
             return asked(name, key, encode.outputs)(*encoded[bare(encode)])
@@ -379,7 +379,7 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
 
 @functools.cache
 def asked(objective: str, argument: str, outputs: frozenset[str]) -> type[Requested]:
-    """Make a Requested class whose missing outputs raise ValueError when read; None would fail far from the cause."""
+    """Make a Requested class whose missing outputs raise ModelError when read; None would fail far from the cause."""
 
     class Asked(Requested):
         __slots__ = ()
@@ -400,7 +400,7 @@ def with_mask_embeddings(towers: DualEncoder, objectives: Iterable[Objective], s
     """Add a mask embedding to each tower that hides tokens, drawn from `seed` alone.
 
     Raises:
-        ValueError: a tower cannot hide tokens.
+        ModelError: a tower cannot hide tokens.
     """
     for encode in (e for objective in objectives for e in source_encodes(objective.needs)):
         replaces = encode.mask is not None and encode.mask.mode == "replace"
@@ -412,7 +412,7 @@ def with_mask_embeddings(towers: DualEncoder, objectives: Iterable[Objective], s
 
 
 def check_outputs(name: str, outputs: dict[str, Tensor]) -> None:
-    """Raise ValueError where an objective returned no loss, or scalars of another shape."""
+    """Raise ModelError where an objective returned no loss, or scalars of another shape."""
     if "loss" not in outputs:
         raise ModelError(f"objective {name!r} returned {sorted(outputs)}, without a loss")
     if wrong := [key for key, value in outputs.items() if not isinstance(value, Tensor) or value.numel() != 1]:
@@ -431,7 +431,7 @@ def freeze_unused(model: PretrainModel, batch: Batch, progresses: Iterable[float
         The names of the frozen parameters, and for each moment the names of the parameters that get a gradient there.
 
     Raises:
-        ValueError: an objective's outputs are not a loss and scalars.
+        ModelError: an objective's outputs are not a loss and scalars.
     """
     reached: dict[float, set[str]] = {}
     active = model.active

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -61,7 +61,12 @@ def align_tops(towers: Iterable[dict[str, int]]) -> dict[str, int]:
     return {name: depth + top - max(part.values()) for part in parts for name, depth in part.items()}
 
 
-def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, layers: dict[str, int]) -> list[dict]:
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimConfig,
+    layers: dict[str, int],
+    undecayed: Collection[str] = (),
+) -> list[dict]:
     """Group parameters of equal decay and learning rate.
 
     Args:
@@ -69,11 +74,12 @@ def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: Opt
         config: rates and decay.
         layers: name -> depth, the largest nearest the loss; absent names are heads and count as nearest. See
             `align_tops`.
+        undecayed: names without weight decay beside those that `decays` refuses: those of the towers' `no_weight_decay`.
     """
     top = max(layers.values(), default=0)
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter in parameters:
-        decay = config.weight_decay if decays(name, parameter) else 0.0
+        decay = config.weight_decay if decays(name, parameter) and name not in undecayed else 0.0
         scale = config.layer_decay ** (top - layers.get(name, top))
         if name not in layers:
             scale *= config.head_lr

@@ -10,7 +10,7 @@ import yaml
 from mmpretrain.atomic import write_atomically
 from mmpretrain.checkpoint import CheckpointError, load_json, newest_valid
 from mmpretrain.config.build import OptionError
-from mmpretrain.config.recipe import Config, differences, plain
+from mmpretrain.config.recipe import Config, assemble, differences, plain
 from mmpretrain.system import hold
 
 RECIPE = "config.yaml"
@@ -49,7 +49,7 @@ def check_resume(config: Config, checkpoint: Path | None, skipped: list[str]) ->
     try:
         old = dict(yaml.safe_load(stored.read_text(encoding="utf-8")).items())
         old.pop("environment", None)
-        changed = differences(old, plain(config))
+        changed = differences(as_read_now(old), plain(config))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:  # empty, cut, or not a mapping
         changed = [f"{stored} is damaged and cannot be compared: {error}"]
     if changed and (checkpoint is not None or messages):
@@ -65,6 +65,17 @@ def check_resume(config: Config, checkpoint: Path | None, skipped: list[str]) ->
     if checkpoint is not None:
         messages.append(f"resuming from {checkpoint} (step {load_json(checkpoint, 'state')['step']})")
     return messages
+
+
+def as_read_now(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Resolve the recipe of a run begun with an earlier version: missing options count as their defaults, and spellings are current.
+
+    A recipe that this version does not accept is returned as it is, so that its comparison names the option.
+    """
+    try:
+        return plain(assemble(recipe))
+    except OptionError:
+        return recipe
 
 
 def lock(config: Config) -> IO[str]:

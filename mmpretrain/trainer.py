@@ -61,6 +61,7 @@ class Run:
     interrupts: Interrupts
     step: int
     skipped_steps: int
+    transparent: dict[str, int]  # images with transparent pixels per source, before this process began
     late: bool  # flags are read one step later: an accelerator must not wait for the host
     stop: str | None = None  # why to stop before the first step
 
@@ -149,7 +150,8 @@ def setup(config: Config, closing: ExitStack, data: DataInProgress) -> Run:
         if unused:
             tracker.message(f"no objective trains these parameters, which are frozen: {', '.join(unused)}")
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = build_optimizer(parameter_groups(named, config.optim, layers(model.towers)), config.optim)
+    undecayed = {f"towers.{name}" for name in model.towers.no_weight_decay()}
+    optimizer = build_optimizer(parameter_groups(named, config.optim, layers(model.towers), undecayed), config.optim)
     evaluations = Evaluations(config, evaluators, accelerator, model, teacher, tracker, data)
     stop = None
     if resumed_from:
@@ -159,7 +161,8 @@ def setup(config: Config, closing: ExitStack, data: DataInProgress) -> Run:
     return Run(
         config=config, accelerator=accelerator, model=model, wrapped=accelerator.prepare_model(model), teacher=teacher, sources=sources,
         loader=loader, batches=batches, named=named, phases=phases, optimizer=optimizer, tracker=tracker, evaluations=evaluations,
-        interrupts=interrupts, step=step, skipped_steps=state["skipped_steps"], late=device.type != "cpu", stop=stop,
+        interrupts=interrupts, step=step, skipped_steps=state["skipped_steps"],
+        transparent=state.get("transparent", {}), late=device.type != "cpu", stop=stop,
     )  # fmt: skip
 
 
@@ -189,6 +192,7 @@ def fit(run: Run) -> str | None:
 
     def save(state: dict[str, Any]) -> None:
         check_weights(run.named, state["step"], state["skipped_steps"])
+        state = state | {"transparent": transparent_images(run)}
         checkpoint.save_run(config.run_dir, config.checkpoint.keep, model, run.teacher, run.optimizer, state)
 
     model.train()
@@ -293,6 +297,12 @@ def update(run: Run, progress: float, bad: bool | torch.Tensor, buffers: list[to
         run.teacher.update(progress, skip=bad)
     for buffer, before in zip(buffers, kept):
         buffer.copy_(torch.where(bad, before, buffer))
+
+
+def transparent_images(run: Run) -> dict[str, int]:
+    """How many images with transparent pixels the whole run has seen, per source and over all ranks."""
+    here = distributed.gather_lists(list(run.loader.transparent().items()))
+    return {name: run.transparent.get(name, 0) + sum(count for source, count in here if source == name) for name in run.sources}
 
 
 def first_keys(batch: Batch, count: int = 8) -> list[str]:

@@ -170,7 +170,7 @@ class Encoded(NamedTuple):
 class Requested(Encoded):
     """The outputs of one encode for an objective: the requested ones, rows and view are never None.
 
-    `PretrainModel.arguments` makes it; reading an output that was not requested raises ValueError.
+    `PretrainModel.arguments` makes it; reading an output that was not requested raises ModelError.
     """
 
     __slots__ = ()
@@ -207,6 +207,15 @@ class Preprocess:
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"  # or "squash"
+    background: tuple[int, ...] | str = (255, 255, 255)  # RGB behind transparency; "random": of each image its own; "drop": none
+
+    def opaque(self) -> tuple[int, ...] | str:
+        """What evaluation lays images with transparency over: white where training drew the colours."""
+        return (255, 255, 255) if self.background == "random" else self.background
+
+    def recorded(self) -> dict[str, Any]:
+        """As checkpoints and exports hold it: open_clip's `preprocess_cfg`."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
 
 @runtime_checkable

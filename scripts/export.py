@@ -16,7 +16,7 @@ import typer
 
 from mmpretrain.checkpoint import MANIFEST, find_checkpoint
 from mmpretrain.errors import MMPretrainError, file_errors
-from mmpretrain.export import CONFIG, export_open_clip, load_model
+from mmpretrain.export import CONFIG, about_transparency, export_open_clip, load_model, recorded_transparency
 
 
 class Format(StrEnum):
@@ -40,10 +40,13 @@ def main(
         with file_errors():
             checkpoint = newest_checkpoint(source)
             dual, leftovers = load_model(checkpoint)
-            export_open_clip(dual, leftovers, out)
+            transparent = recorded_transparency(checkpoint)
+            export_open_clip(dual, leftovers, out, transparent)
     except MMPretrainError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(error.status) from None
+    if transparent is not None and transparent[0]:
+        print(f"{about_transparency(dual.preprocess, transparent)} {out}/README.md has the lines of code.")
     print(f'{checkpoint} -> {out}: open_clip.create_model_and_transforms("local-dir:{out}")')
 
 

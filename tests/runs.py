@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 from PIL import Image
 
 from data_prep.records import Record
 from data_prep.shards.serial import write_shards
+from mmpretrain import trainer
 from mmpretrain.checkpoint import find_checkpoint, load_tensors
 from mmpretrain.tracking.jsonl import read_jsonl
 from tests.tiny import MODEL, WORDS
@@ -97,3 +101,19 @@ def assert_same_run(a: Path, b: Path) -> None:
         for run in (a, b)
     ]
     assert timeless[0] == timeless[1], json.dumps(timeless)[:500]
+
+
+@contextmanager
+def broken_off(step: int) -> Iterator[None]:
+    """A run inside ends with an exception in `step`, counted from 0, and the next one does not."""
+    real = trainer.set_learning_rate
+
+    def breaks(optimizer, config, now, steps):
+        if now == step:
+            raise KeyboardInterrupt
+        return real(optimizer, config, now, steps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "set_learning_rate", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            yield

@@ -134,6 +134,14 @@ def test_courses_of_the_loss_must_agree(monkeypatch, tmp_path):
             trainers.check_same_work(setting)
 
 
+def test_decode_quick(tmp_path):
+    rows = quick("decode", tmp_path / "out.jsonl")  # it fails where a format's pixels are not Pillow's
+    assert {"decode, JPEG", "decode, PNG, alpha", "decode, PPM, maximum 100", "decode, BMP, runs of one pixel"} <= {
+        row["row"] for row in rows
+    }
+    assert all(row["figures"]["bytes"] > 0 for row in rows)
+
+
 def test_order_quick(tmp_path):
     rows = quick("order", tmp_path / "out.jsonl")
     assert [row["met"] for row in rows] == [None, None]  # a quick run judges nothing

@@ -10,8 +10,11 @@ import textwrap
 import pytest
 import torch
 
-from mmpretrain import checkpoint
-from mmpretrain.checkpoint import CheckpointError
+from mmpretrain import checkpoint, trainer
+from mmpretrain.checkpoint import CheckpointError, find_checkpoint, load_tensors
+from mmpretrain.config.recipe import assemble
+from mmpretrain.towers.vision import resize_grid
+from tests import runs
 
 STATE = {"positions": {}, "skipped_steps": 0}
 
@@ -236,3 +239,17 @@ def test_content_that_cannot_be_read_names_its_file(tmp_path):
     torch.save([1], folder / "optimizer.pt")
     with pytest.raises(CheckpointError, match=r"optimizer\.pt cannot be read \(expected each parameter's state"):
         checkpoint.load_optimizer(folder)
+
+
+def test_forcing_another_image_size_resizes_the_positions_of_towers_and_teacher(tmp_path):
+    runs.shards(tmp_path)
+    data = runs.recipe(tmp_path, tmp_path / "run", steps=1, objectives={"clip": {"source": "pairs"}}, evaluators={})
+    data["sources"] = {"pairs": data["sources"]["pairs"]}
+    data["optim"] = {"lr": 0.0}
+    assert trainer.train(assemble(data)) == 0
+    before = {stem: load_tensors(find_checkpoint(tmp_path / "run"), stem) for stem in ("model", "teacher")}
+    assert trainer.train(assemble(data | {"image_size": 24, "steps": 2, "resume": "force"})) == 0
+    for stem, weights in before.items():
+        after = load_tensors(find_checkpoint(tmp_path / "run"), stem)
+        wanted = resize_grid(weights["visual.positional_embedding"], (4, 4), (6, 6))
+        torch.testing.assert_close(after["visual.positional_embedding"], wanted)

@@ -90,7 +90,12 @@ def test_every_dependency_is_imported_by_what_installs_it() -> None:
 
 @pytest.mark.parametrize(
     ("places", "extras"),
-    [(("mmpretrain", "data_prep"), ("prep", "ray")), (("scripts", "train.py"), ()), (("tests",), ("prep", "ray", "test"))],
+    [
+        (("mmpretrain", "data_prep"), ("prep", "ray")),
+        (("scripts/evaluate.py", "scripts/export.py", "train.py"), ()),
+        (("scripts/benchmarks",), ("test",)),
+        (("tests",), ("prep", "ray", "test")),
+    ],
 )
 def test_every_import_is_asked_for(places: tuple[str, ...], extras: tuple[str, ...]) -> None:
     asked = BASE.union(*(EXTRAS[extra] for extra in extras))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from data_prep.records import Record
 from data_prep.shards.serial import write_shards
@@ -83,21 +84,11 @@ def test_a_finished_run_is_left_alone(undisturbed, data, capfd):
 
 
 @pytest.mark.parametrize("stop", [3, 7])
-def test_resume_at_any_step_is_bit_identical(data, undisturbed, tmp_path, stop, monkeypatch):
+def test_resume_at_any_step_is_bit_identical(data, undisturbed, tmp_path, stop):
     """The run is broken off by an exception in the step after `stop`, checkpointed or not, and started again."""
-    from mmpretrain import trainer
 
-    real = trainer.set_learning_rate
-
-    def breaks(optimizer, config, step, steps):
-        if step == stop:
-            raise KeyboardInterrupt
-        return real(optimizer, config, step, steps)
-
-    monkeypatch.setattr(trainer, "set_learning_rate", breaks)
-    with pytest.raises(KeyboardInterrupt):
+    with runs.broken_off(stop):
         start(data, tmp_path / "run")
-    monkeypatch.setattr(trainer, "set_learning_rate", real)
     assert start(data, tmp_path / "run") == 0
     runs.assert_same_run(tmp_path / "run", undisturbed)
 
@@ -291,6 +282,23 @@ def test_another_recipe_is_refused_with_the_differences(data, undisturbed):
     assert "resume=force" in str(caught.value)
     with pytest.raises(OptionError, match="resume is never"):
         start(data, undisturbed, resume="never")
+
+
+def test_a_run_begun_before_an_option_existed_is_resumed(data, tmp_path):
+    evaluators = {"pairs": {"kind": "zero_shot", "data": str(data / "pairs"), "split": {"holdout": 0.5, "part": "train"}}}
+    options = {"checkpoint": {"every": 3, "keep": 2}, "evaluators": evaluators}
+    assert start(data, tmp_path / "run", steps=3, **options) == 0
+    stored = tmp_path / "run" / "config.yaml"
+    recipe = yaml.safe_load(stored.read_text())
+    del recipe["networks"], recipe["max_skipped_steps"], recipe["objectives"]["clip"]["start"], recipe["optim"]["betas"]
+    earlier = {"split": None} | recipe["evaluators"]["pairs"].pop("split")  # the earlier spelling
+    recipe["evaluators"]["pairs"] |= earlier
+    stored.write_text(yaml.safe_dump(recipe))
+    assert start(data, tmp_path / "run", steps=3, **options) == 0
+    recipe["optim"]["lr"] = 0.5
+    stored.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(OptionError, match=r"optim\.lr: 0\.5 in the run"):
+        start(data, tmp_path / "run", steps=3, **options)
 
 
 def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(data, tmp_path):

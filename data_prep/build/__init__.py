@@ -1,0 +1,1 @@
+"""The command `build`: shards from folders, tables, annotation files and other shards."""

@@ -11,54 +11,21 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from data_prep.build.readers.base import extension_of
 from data_prep.build.readers.members import json_member
 from data_prep.records import Record, Skipped
-from mmpretrain.data.formats import decoder_message
+from mmpretrain.data import raster
+from mmpretrain.data.formats import decoder_message, sniff
 from mmpretrain.data.holdout import is_held_out
 from mmpretrain.data.schema import METADATA_EXTENSION, BadSample, image_extension
 
 ENCODERS = {"jpeg": "jpg", "webp": "webp", "png": "png"}  # what --reencode takes -> extension
-FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF", "ppm": "PPM"}
+_KEPT = {"jpeg": "jpg", "webp": "webp", "avif": "webp"}  # a format -> the extension of what it is written as without --reencode
 MAX_PIXELS = 200_000_000  # width times height; checked from the header, before decoding
 BACKGROUND = (255, 255, 255)  # below transparency, where the new format has none; training's default
 
-_ORIENTATION = 0x0112  # EXIF
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_QUARTER_TURNS = (5, 6, 7, 8)  # width and height change places
-
-
-def _eight_bit(data: bytes, image: Image.Image) -> Image.Image:
-    """Converts 16-bit and float images to 8 bits, scaled as training does."""
-    if not image.mode.startswith(("I", "F")):
-        return image
-    from mmpretrain.data.decode import ImageLimits, decode_image
-
-    pixels = decode_image(data, ImageLimits(max_pixels=MAX_PIXELS, min_side=1, max_aspect=float("inf")))
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
-
-def _plain(image: Image.Image, alpha: bool) -> Image.Image:
-    """Converts to RGB, grey, or with `alpha` also RGBA; without it, transparency is composited over the background."""
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        if alpha:
-            return image
-        under = Image.new("RGBA", image.size, (*BACKGROUND, 255))
-        return Image.alpha_composite(under, image).convert("RGB")
-    return image if image.mode in ("L", "RGB") else image.convert("RGB")
-
 
 class Encoded(NamedTuple):
-    """An encoded image, and its size before and after, with the EXIF orientation applied."""
+    """An image file; the sizes are those that are shown, orientation applied."""
 
     extension: str
     data: bytes
@@ -69,54 +36,50 @@ class Encoded(NamedTuple):
 def encode(data: bytes, resize: int | None, form: str | None, quality: int) -> Encoded | None:
     """Resizes and re-encodes an image file; returns None where there is nothing to do.
 
-    The EXIF orientation is applied to the pixels, since the new file has no EXIF.
+    The new file is upright, since it has no EXIF.
 
     Args:
         data: the file.
         resize: limit of the shorter side in pixels; None: keep the size.
-        form: a key of ENCODERS; None: keep the format, but write PNG for lossless ones that ENCODERS lacks.
+        form: a key of ENCODERS; None: keep the format, but write PNG for other lossless ones, and WebP for AVIF, which is slow to write.
         quality: of JPEG and WebP, 0 to 100.
 
     Raises:
-        ValueError: the format is unknown, or the image has more than MAX_PIXELS.
-        OSError: the image cannot be decoded.
+        BadSample, ValueError: the format is unknown, the image cannot be decoded, or it has more than MAX_PIXELS.
     """
-    kind = extension_of(data)
+    kind = sniff(data)
     if kind is None:
         raise ValueError(f"it begins with {data[:12]!r}")
-    with Image.open(io.BytesIO(data), formats=[FORMATS[kind]]) as opened:
-        width, height = opened.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels, the limit is {MAX_PIXELS}")
-        shrink = resize is not None and min(width, height) > resize
-        if not shrink and form is None:
-            return None
-        extension = ENCODERS[form] if form else kind if kind in ENCODERS.values() else "png"
-        scale = resize / min(width, height) if shrink and resize else 1.0
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        if shrink:
-            opened.draft(None, (2 * size[0], 2 * size[1]))  # JPEG decodes at 1/2, 1/4 or 1/8, here to at least twice the target
-        opened.load()
-        profile = opened.info.get("icc_profile")
-        orientation = opened.getexif().get(_ORIENTATION)
-        before = (height, width) if orientation in _QUARTER_TURNS else (width, height)
-        eight_bit = _eight_bit(data, opened)
-        turned = eight_bit is not opened  # by `decode_image`
-        image = _plain(eight_bit, alpha=extension != "jpg")
-        if shrink:
-            size = (size[1], size[0]) if turned and orientation in _QUARTER_TURNS else size
-            image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-        if not turned and orientation in _TURNS:
-            image = image.transpose(_TURNS[orientation])
+    width, height, _, _, orientation = raster.read_header(data, kind)
+    _check(width, height)
+    shrink = resize is not None and min(width, height) > resize
+    if not shrink and form is None:
+        return None
+    extension = ENCODERS[form] if form else _KEPT.get(kind, "png")
+    scale = resize / min(width, height) if shrink and resize else 1.0
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    stored = raster.shown(size, orientation)  # before the turn
+    enough = 2 * stored[0], 2 * stored[1]  # JPEG decodes large ones at a half, a quarter or an eighth
+    decoded = raster.decode(data, kind, _check, draft=enough if shrink else None)
+    image = decoded.image if extension != "jpg" else raster.flatten(decoded.image, BACKGROUND)
+    if shrink:
+        image = image.resize(stored, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    image = raster.upright(image, orientation)
     out = io.BytesIO()
-    options: dict[str, Any] = {"icc_profile": profile} if profile else {}
+    space = b"GRAY" if image.mode == "L" else b"RGB "
+    profile = decoded.profile if decoded.profile and decoded.profile[16:20] == space else None  # CMYK's does not describe RGB
     if extension == "jpg":
-        image.save(out, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2, **options)
+        image.save(out, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2, icc_profile=profile)
     elif extension == "webp":
-        image.save(out, "WEBP", quality=quality, method=4, **options)
+        image.save(out, "WEBP", quality=quality, method=4, icc_profile=profile)
     else:
-        image.save(out, "PNG", **options)
-    return Encoded(extension, out.getvalue(), before, image.size)
+        image.save(out, "PNG", icc_profile=profile)
+    return Encoded(extension, out.getvalue(), (width, height), image.size)
+
+
+def _check(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, the limit is {MAX_PIXELS}")
 
 
 @dataclass(frozen=True)

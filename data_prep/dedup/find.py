@@ -1,4 +1,4 @@
-"""Search for copies within training shards, and between them and evaluation shards."""
+"""Near-duplicate search: copies within training shards, and between them and evaluation shards."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from data_prep.dedup.find import Findings
 from data_prep.perceptual import decoded
 from data_prep.shards.read import Shard
 from data_prep.subset import Numbering, Selection
-from data_prep.thumbnails import thumbnail
+from mmpretrain.data.thumbnails import thumbnail_url
 
 IN_EVALUATION = "in_evaluation"
 
@@ -107,7 +107,7 @@ figcaption { font-size: 11px; overflow-wrap: anywhere } .kept { color: #06622b }
 def _thumbnail(findings: Findings, sample: int) -> str:
     place = findings.samples.place(sample)
     with Shard(place.shard) as shard:
-        return thumbnail(decoded(shard, place.index), SIDE, "PNG")
+        return thumbnail_url(decoded(shard, place.index), SIDE, "PNG")
 
 
 def _figure(findings: Findings, sample: int, role: str, name: str, detail: str) -> dict[str, str]:

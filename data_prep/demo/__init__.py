@@ -1,0 +1,1 @@
+"""The command `demo`: the shards of the demo benchmark, rendered from seeds."""

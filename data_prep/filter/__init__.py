@@ -1,0 +1,1 @@
+"""The command `filter`: the samples that pass rules."""

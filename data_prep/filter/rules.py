@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tempfile
 import traceback
@@ -15,15 +14,14 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from data_prep import files
 from data_prep.captions import language_of
 from data_prep.records import InputError, Record
 from data_prep.shards.read import Shard, Span, captions, damage_lines, image_member, pixels
-from mmpretrain.data import decode
+from mmpretrain.data import decode, raster
 from mmpretrain.data.fields import decode_json, member_of
-from mmpretrain.data.formats import decode_text, decoder_message
+from mmpretrain.data.formats import decode_text
 from mmpretrain.data.schema import LABEL_EXTENSION, METADATA_EXTENSION, BadSample
 
 LIMITS = decode.ImageLimits(min_side=1, max_aspect=float("inf"))
@@ -64,15 +62,12 @@ class Sample:
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """(width, height), read from the header of the image."""
+        """(width, height) as shown, read from the header of the image."""
         kind = decode.sniff(self.image_bytes)
         if kind is None:
             raise BadSample("unknown_format", f"begins with {self.image_bytes[:12]!r}")
-        try:
-            with Image.open(io.BytesIO(self.image_bytes), formats=[decode.PILLOW_FORMATS[kind]]) as image:
-                return image.size
-        except Exception as error:  # decoders raise various errors for hostile bytes
-            raise BadSample("undecodable_image", f"{kind}: {decoder_message(error)}") from error
+        header = raster.read_header(self.image_bytes, kind)
+        return header.width, header.height
 
     @cached_property
     def image(self) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""The command `mix`: what a recipe's data mixture amounts to."""

@@ -144,7 +144,10 @@ class ShardFile:
 
 
 def open_temporary(path: Path) -> Path:
-    """Creates an empty file with a unique name beside `path`, readable by all, as the shard will be."""
+    """Creates an empty file with a unique name beside `path`, readable by all, as the shard will be.
+
+    `write_atomically` does not serve here: a shard is written record by record, and takes its name after its index has.
+    """
     handle, temporary = tempfile.mkstemp(prefix=path.name + ".tmp-", dir=path.parent)
     os.close(handle)
     os.chmod(temporary, 0o644)

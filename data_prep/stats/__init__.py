@@ -1,0 +1,1 @@
+"""The command `stats`: a report of a shard set."""

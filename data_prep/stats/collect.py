@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn.functional import interpolate
 
 from data_prep.captions import can_tell_languages, language_of, num_tokens
@@ -18,8 +15,9 @@ from data_prep.perceptual import THUMBNAIL, signature
 from data_prep.shards.read import Shard, captions, image_member, pixels
 from data_prep.stats.summary import Names, Ref, Summary, hashed
 from data_prep.stats.text import script, words
-from mmpretrain.data.decode import PILLOW_FORMATS, sniff
+from mmpretrain.data import raster
 from mmpretrain.data.fields import FieldName, decode_json, label_from, member_of
+from mmpretrain.data.formats import sniff
 from mmpretrain.data.schema import BadSample, ShardError
 
 ASPECT_STEPS = 16  # bins per doubling of width / height
@@ -186,18 +184,15 @@ class Stage:
 
 
 def _header(modes: Names, data: bytes, kind: str | None) -> tuple[int, int] | None:
-    """Reads (width, height) as stored and counts the mode; None for an unreadable header."""
+    """Reads (width, height) as shown and counts the mode; None for an unreadable header."""
     if kind is None:
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=[PILLOW_FORMATS[kind]]) as image:
-                modes[image.mode + (", animated" if getattr(image, "n_frames", 1) > 1 else "")] += 1
-                size = image.size
-    except Exception:  # decoding reports the reason
+        header = raster.read_header(data, kind)
+    except BadSample:  # decoding reports the reason
         return None
-    return size if min(size) > 0 else None
+    modes[header.mode + (", animated" if header.animated else "")] += 1
+    return (header.width, header.height) if min(header.width, header.height) > 0 else None
 
 
 class Count:

@@ -20,8 +20,8 @@ from data_prep.stats.collect import ASPECT_STEPS, BLANK, BYTE_STEPS
 from data_prep.stats.duplicates import Duplicates, Group
 from data_prep.stats.numbers import SHOWN_GROUPS
 from data_prep.stats.summary import MAX_ITEMS, Ref, Summary
-from data_prep.thumbnails import thumbnail
 from mmpretrain.data.schema import BadSample, ShardError
+from mmpretrain.data.thumbnails import thumbnail_url
 
 THUMB = 176  # pixels of the longer side
 
@@ -44,7 +44,7 @@ def thumbnails(task: tuple[str, tuple[int, ...]]) -> dict[int, str]:
                 image = pixels(members[extension]).permute(1, 2, 0).numpy()
             except BadSample:
                 continue
-            thumbs[i] = thumbnail(image, THUMB, "JPEG", quality=82)
+            thumbs[i] = thumbnail_url(image, THUMB, "JPEG", quality=82)
     return thumbs
 
 

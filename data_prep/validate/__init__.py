@@ -1,0 +1,1 @@
+"""The command `validate`: problems of shards, and their repair."""

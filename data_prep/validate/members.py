@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from PIL import Image
-
 from data_prep.validate.kinds import Problem
 from data_prep.validate.layout import MAX_KEY, Layout
-from mmpretrain.data import decode
+from mmpretrain.data import decode, raster
 from mmpretrain.data.decode import ImageLimits
 from mmpretrain.data.fields import MAX_CAPTION_BYTES, FieldName, Fields, decode_json, member_of
-from mmpretrain.data.formats import decode_text, decoder_message
+from mmpretrain.data.formats import decode_text
 from mmpretrain.data.index import BYTES, Member, checksum
 from mmpretrain.data.schema import LABEL_EXTENSION, METADATA_EXTENSION, SAFE_KEY, BadSample, image_extension
 from mmpretrain.data.tar import read_at
@@ -67,28 +64,6 @@ class Members:
             raise BadSample("unreadable", f"{extension}: {error}") from error
 
 
-def _seen(kind: str, head: bytes) -> tuple[int, int] | None:
-    """Reads (width, height) from the first bytes; None where they do not contain them."""
-    if kind == "jpeg" and (header := decode.jpeg_header(head)) is not None:
-        return header.width, header.height
-    if kind == "png" and len(head) >= 24:
-        return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
-    return None
-
-
-def _dimensions(kind: str, data: bytes) -> tuple[int, int]:
-    """Reads (width, height) without decoding pixels. Raises BadSample."""
-    if (seen := _seen(kind, data)) is not None:
-        return seen
-    try:
-        with Image.open(io.BytesIO(data), formats=[decode.PILLOW_FORMATS[kind]]) as image:
-            return image.size
-    except Image.DecompressionBombError as error:
-        raise BadSample("too_many_pixels", str(error)) from error
-    except (Exception, MemoryError) as error:  # decoders raise various errors for hostile bytes
-        raise BadSample("undecodable_image", f"{kind}: {decoder_message(error)}") from error
-
-
 def image(data: Callable[[int], bytes], size: int, checks: Checks) -> None:
     """Checks an image.
 
@@ -107,7 +82,7 @@ def image(data: Callable[[int], bytes], size: int, checks: Checks) -> None:
     kind = decode.sniff(head)
     if kind is None:
         raise BadSample("unknown_format", f"begins with {head[:12]!r}; supported are {', '.join(decode.PILLOW_FORMATS)}")
-    checks.limits.check(*(_seen(kind, head) or _dimensions(kind, data(size))))
+    checks.limits.check(*(raster.header_size(head, kind) or raster.read_header(data(size), kind)[:2]))
 
 
 def text(data: bytes, role: str, checks: Checks) -> str | None:

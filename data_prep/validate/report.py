@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +14,9 @@ from data_prep.validate.counts import compare
 from data_prep.validate.kinds import KINDS, Finding, severity
 from data_prep.validate.shard import ShardReport
 from mmpretrain.data.schema import ShardError
+from mmpretrain.tracking.console import plain
 
 _ORDER = {"bad": 0, "mend": 1, "note": 2}
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 MAX_NAMED = 20  # samples with a key of another shard whose keys are looked up
 
 
@@ -143,11 +142,6 @@ def _name(shard: str, numbers: tuple[int, ...]) -> list[Finding]:
     ]
 
 
-def _plain(text: str) -> str:
-    """Replaces control characters."""
-    return _CONTROL.sub("\ufffd", text)
-
-
 def show(verdict: Verdict, console: Any) -> None:
     """Prints a table of kinds, each with an example and its remedy, and the verdict in one line."""
     from rich.table import Table
@@ -162,7 +156,7 @@ def show(verdict: Verdict, console: Any) -> None:
             if example is not None:
                 location = f" at byte {example.offset}" if example.offset >= 0 else ""
                 text = f"{example.shard}{'/' if example.key else ''}{example.key}{location}: {example.detail}"
-            cells = [severity(kind), kind, str(verdict.counts[kind]), _plain(text)[:400], KINDS[kind][1]]
+            cells = [severity(kind), kind, str(verdict.counts[kind]), plain(text)[:400], KINDS[kind][1]]
             table.add_row(*(Text(cell) for cell in cells), style=style[severity(kind)])
         console.print(table)
     console.print(Text(sentence(verdict)))
@@ -184,7 +178,7 @@ def sentence(verdict: Verdict) -> str:
         text += f"; needed: {', '.join(verdict.need)}"
     if verdict.repaired is not None:
         done = verdict.repaired
-        text += f". Repaired: {done['good']} good + {done['bad']} bad = {done['total']}, in {_plain(done['out'])}"
+        text += f". Repaired: {done['good']} good + {done['bad']} bad = {done['total']}, in {plain(done['out'])}"
     return text + "."
 
 

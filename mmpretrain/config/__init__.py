@@ -1,0 +1,1 @@
+"""Recipes: their options, their checks and their documentation."""

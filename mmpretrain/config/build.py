@@ -1,4 +1,4 @@
-"""Conversion of plain data to dataclasses: types and ranges are checked, unknown names refused with the nearest known one."""
+"""Conversion of plain data to dataclasses: types and ranges are checked, unknown names refused (did you mean ...?)."""
 
 from __future__ import annotations
 
@@ -51,8 +51,18 @@ class Range:
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the end of a message: ", did you mean 'x'?" where a known name is similar, and the known names."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = _close(name, known, 1)
     return (f"; did you mean {close[0]!r}?" if close else "") + f" Known: {', '.join(sorted(known))}."
+
+
+def hint(name: str, known: Iterable[str], count: int = 1) -> str:
+    """ " (did you mean x or y?)" with at most `count` of the closest; "" where none is close. For names too many to list."""
+    close = _close(name, known, count)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def _close(name: str, known: Iterable[str], count: int) -> list[str]:
+    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,14 @@
-"""6. Photometric operations: image by image in the loader's workers, a whole batch at once on a device.
+"""Photometric operations (stage 6 of the data pipeline): image by image in the loader's workers, a whole batch at once on a device.
 
-Brightness, contrast, saturation, hue, greyscale and normalisation are affine in colour, so a row's whole chain is ONE 3x4 matrix; blur
-and solarize follow in normalised space. Departures from torchvision, which clamps after every operation and turns hue in HSV: values are
-clamped once, after the chain; hue is a rotation in YIQ, which keeps luma. Contrast blends with the mean grey of the row's own image, as
-torchvision does: the mean passes exactly through affine operations, so it is taken once, before them.
+Brightness, contrast, saturation, hue, greyscale and normalisation are affine in colour, so a row's whole chain is ONE
+3x4 matrix; blur and solarize follow in normalised space. Departures from torchvision, which clamps after every
+operation and changes hue in HSV: values are clamped once, after the chain; hue is a rotation in YIQ, which keeps luma.
+Contrast blends with the mean grey of the row's own image, as in torchvision: affine operations map the mean exactly,
+so it is computed once, before them.
 
-On CPU the work is OpenCV's, a handful of calls for an image while the cache holds it. What counts is that they are few: a hundred short
-operations an image cost more in calls than in work, and threads of one interpreter would wait for each other between them.
+On CPU, OpenCV does the work in a few calls per image, while the cache holds it. Few calls matter: a hundred short
+operations per image would take longer to call than to compute, and threads of one interpreter would wait for each
+other between them.
 """
 
 from __future__ import annotations
@@ -22,28 +24,28 @@ from torch.nn import functional as F
 
 from mmpretrain.data import buffers
 
-cv2.setNumThreads(0)  # the loader's workers are the parallel part
+cv2.setNumThreads(0)  # the loader's workers run in parallel already
 LUMA = (0.299, 0.587, 0.114)
 _YIQ = ((0.299, 0.587, 0.114), (0.59590059, -0.27455667, -0.32134392), (0.21153661, -0.52273617, 0.31119955))
 _FROM_YIQ = torch.linalg.inv(torch.tensor(_YIQ, dtype=torch.float64)).tolist()
 STRIP = 1 << 20  # bytes of float pixels at a time on CPU
-SIGMA = (0.1, 2.0)  # pixels; what blur draws from (SimCLR, appendix A)
+SIGMA = (0.1, 2.0)  # pixels; range of the blur's sigma (SimCLR, appendix A)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 Bounds = tuple[tuple[float, ...], tuple[float, ...]]  # lowest and highest value of each channel, normalised
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """[...,3,3] @ [...,3,n] spelled out: library products round differently with the batch, and rows must not depend on their company."""
+    """Multiply [..., 3, 3] @ [..., 3, n] in explicit terms: library products round differently depending on the batch size."""
     return a[..., :, 0:1] * b[..., 0:1, :] + a[..., :, 1:2] * b[..., 1:2, :] + a[..., :, 2:3] * b[..., 2:3, :]
 
 
 def _luma(colour: Tensor) -> Tensor:
-    """[..., 3] -> [...]"""
+    """Compute the luma of colours [..., 3]."""
     return LUMA[0] * colour[..., 0] + LUMA[1] * colour[..., 1] + LUMA[2] * colour[..., 2]
 
 
 def hue_matrix(turns: Tensor) -> Tensor:
-    """Turns of the colour circle, [B] -> [B,3,3]: rotation of the chroma plane of YIQ."""
+    """Build the rotation of the chroma plane of YIQ, [B, 3, 3], for turns of the colour circle, [B]."""
     to_yiq, from_yiq = (torch.tensor(m, dtype=turns.dtype, device=turns.device) for m in (_YIQ, _FROM_YIQ))
     angle = turns * (2 * math.pi)
     rotation = torch.zeros(len(turns), 3, 3, dtype=turns.dtype, device=turns.device)
@@ -54,10 +56,16 @@ def hue_matrix(turns: Tensor) -> Tensor:
 
 
 def jitter_matrix(mean: Tensor, factors: Tensor, turns: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """The colour jitter of each row as (matrix [B,3,3], offset [B,3]), on values in 0..1.
+    """Compose the colour jitter of each row, on values in 0..1.
 
-    `mean` [B,3] the image's mean colour; `factors` [B,3] of brightness, contrast, saturation; `turns` [B] of hue; `order` int64 [B,4] which
-    operation comes first, second, ...
+    Args:
+        mean: [B, 3], the image's mean colour.
+        factors: [B, 3], of brightness, contrast, saturation.
+        turns: [B], of hue.
+        order: int64 [B, 4], the operation that comes first, second, ...
+
+    Returns:
+        (matrix [B, 3, 3], offset [B, 3]).
     """
     B = len(mean)
     eye = torch.eye(3, device=mean.device).expand(B, 3, 3)
@@ -77,7 +85,7 @@ def jitter_matrix(mean: Tensor, factors: Tensor, turns: Tensor, order: Tensor) -
 
 
 def _colour(pixels: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Colour jitter and greyscale of uint8 [B,3,H,W] as (matrix [B,3,3], offset [B,3]), on values in 0..1; one row for all without them."""
+    """Compose colour jitter and greyscale of uint8 [B, 3, H, W] as (matrix [B, 3, 3], offset [B, 3]); one row if there are neither."""
     device = pixels.device
     if "factors" in params:
         if device.type == "cpu":
@@ -96,28 +104,31 @@ def _colour(pixels: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _reach(sigma: float, height: int, width: int) -> int:
-    """How many pixels to either side a blur looks at: three sigma, and no further than edges can be reflected."""
+    """Return the radius of a blur in pixels: three sigma, limited by what can be reflected at the edges."""
     return min(math.ceil(3 * sigma), height - 1, width - 1)
 
 
 def _coloured(pixels: Tensor, chain: Tensor) -> Iterator[np.ndarray]:
-    """Each row of uint8 [B,3,H,W] as float32 [H,W,3] through its own `chain` [B,3,4] or the one [1,3,4] of all; good until the next.
+    """Yield each row of uint8 [B, 3, H, W] as float32 [H, W, 3], transformed by `chain`; valid until the next.
 
-    One for all is applied to as many rows at once as the cache holds: small images would cost more calls than work.
+    Args:
+        pixels: uint8 [B, 3, H, W].
+        chain: [B, 3, 4], or [1, 3, 4] for all rows: it is then applied to as many rows at once as fit the cache, since
+            calls dominate for small images.
     """
     images, chains = np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy()), chain.numpy()
     B, H, W, _ = images.shape
     step = 1 if len(chains) > 1 else max(1, STRIP // (12 * H * W))
-    plain, coloured = np.empty((2, step * H, W, 3), np.float32)  # used again and again: they stay in the cache
-    for at in range(0, B, step):
-        strip = images[at : at + step].reshape(-1, W, 3)
+    plain, coloured = np.empty((2, step * H, W, 3), np.float32)  # reused, so that they stay in the cache
+    for first in range(0, B, step):
+        strip = images[first : first + step].reshape(-1, W, 3)
         np.copyto(plain[: len(strip)], strip)
-        cv2.transform(plain[: len(strip)], chains[at % len(chains)], dst=coloured[: len(strip)])
+        cv2.transform(plain[: len(strip)], chains[first % len(chains)], dst=coloured[: len(strip)])
         yield from coloured[: len(strip)].reshape(-1, H, W, 3)
 
 
 def _one_by_one(pixels: Tensor, chain: Tensor, bounds: Bounds | None, sigma: Tensor | None) -> Tensor:
-    """uint8 [B,3,H,W] on the CPU -> float32: through `chain` [B or 1,3,4], clamped to `bounds` per channel, blurred by `sigma` [B]."""
+    """Transform uint8 [B, 3, H, W] on the CPU by `chain` [B or 1, 3, 4], clamp to `bounds`, and blur by `sigma` [B], to float32."""
     out = buffers.empty(pixels.shape)
     sigmas = [0.0] * len(pixels) if sigma is None else sigma.tolist()
     blurred = np.empty((*pixels.shape[2:], 3), np.float32)
@@ -134,9 +145,9 @@ def _one_by_one(pixels: Tensor, chain: Tensor, bounds: Bounds | None, sigma: Ten
 
 
 def _together(pixels: Tensor, chain: Tensor, bounds: Bounds | None, sigma: Tensor | None) -> Tensor:
-    """The same for all rows at once, on a device: nothing here waits for it.
+    """Transform, clamp and blur all rows at once on a device, as `_one_by_one` does, without waiting for it.
 
-    Plain arithmetic: a matrix product would round to TF32 on a GPU that is told to.
+    It uses plain arithmetic: a matrix product would round to TF32 on a GPU that is configured so.
     """
     colour, factor = pixels.float(), chain[..., None, None]
     out = torch.empty(pixels.shape, device=pixels.device)
@@ -149,9 +160,10 @@ def _together(pixels: Tensor, chain: Tensor, bounds: Bounds | None, sigma: Tenso
 
 
 def _blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of each row [B,3,H,W] by its own `sigma` [B], every row at the widest reach: to know its own would be to wait.
+    """Blur each row [B, 3, H, W] by its own `sigma` [B], with the greatest radius for all.
 
-    A padded image is one line of pixels, so that a step along either axis is an offset; what comes of the padding is cut off.
+    A radius per row would have to wait for the device. A padded image is one line of pixels, so that a step along
+    either axis is an offset; results in the padding are cut off.
     """
     reach = _reach(SIGMA[1], *images.shape[-2:])
     distance = torch.arange(reach + 1, device=sigma.device)
@@ -169,15 +181,19 @@ def _blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [B,3,H,W] -> float32 (x/255 - mean) / std."""
+    """Normalise uint8 [B, 3, H, W] to float32 (x/255 - mean) / std."""
     return photometric(pixels, {}, mean, std)
 
 
 def photometric(pixels: Tensor, params: dict[str, Tensor], mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [B,3,H,W] -> normalised float32 [B,3,H,W].
+    """Apply the photometric operations and normalise: uint8 [B, 3, H, W] -> float32 [B, 3, H, W].
 
-    `params`, all optional: `factors` [B,3], `turns` [B], `order` [B,4] of the colour jitter; `grey` bool [B]; `sigma` [B] of the blur;
-    `solarize` bool [B]. In this order, as in SimCLR, MoCo v3 and BYOL.
+    Args:
+        pixels: uint8 [B, 3, H, W].
+        params: all optional and applied in this order, as in SimCLR, MoCo v3 and BYOL: `factors` [B, 3], `turns` [B]
+            and `order` [B, 4] of the colour jitter; `grey` bool [B]; `sigma` [B] of the blur; `solarize` bool [B].
+        mean: of the normalisation, per channel.
+        std: of the normalisation, per channel.
     """
     mean_, std_ = (torch.tensor(v, device=pixels.device, dtype=torch.float32) for v in (mean, std))
     matrix, offset = _colour(pixels, params)
@@ -193,12 +209,20 @@ def photometric(pixels: Tensor, params: dict[str, Tensor], mean: tuple[float, ..
 
 
 def solarize(images: Tensor, rows: Tensor, mean: tuple[float, ...], std: tuple[float, ...], threshold: float = 0.5) -> Tensor:
-    """Invert the values from `threshold` on, of normalised images [B,3,H,W] where `rows` (bool [B]) says so. In place."""
+    """Invert, in place, the values from `threshold` on, in the rows selected by `rows`.
+
+    Args:
+        images: normalised [B, 3, H, W].
+        rows: bool [B].
+        mean: of the normalisation, per channel.
+        std: of the normalisation, per channel.
+        threshold: in 0..1.
+    """
     mean_, std_ = (torch.tensor(v, device=images.device, dtype=torch.float32)[:, None, None] for v in (mean, std))
     if images.is_cuda:  # without waiting for the device to count rows
         return torch.where(rows[:, None, None, None] & (images >= (threshold - mean_) / std_), (1 - 2 * mean_) / std_ - images, images)
-    at = rows.nonzero()[:, 0]
-    if len(at):
-        x = images[at]
-        images[at] = torch.where(x >= (threshold - mean_) / std_, (1 - 2 * mean_) / std_ - x, x)
+    chosen = rows.nonzero()[:, 0]
+    if len(chosen):
+        x = images[chosen]
+        images[chosen] = torch.where(x >= (threshold - mean_) / std_, (1 - 2 * mean_) / std_ - x, x)
     return images

@@ -1,4 +1,4 @@
-"""Some rows of a source on their way to a batch."""
+"""Blocks: rows of a source on their way to a batch."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ class Block(NamedTuple):
     keys: list[str]
     seeds: Tensor  # int64 [n]
     labels: dict[str, Tensor]
-    pixels: dict[ViewSpec, Tensor]  # what `geometry` gave, stacked
+    pixels: dict[ViewSpec, Tensor]  # results of `geometry`, stacked
     params: dict[ViewSpec, Params]
     skipped: list[dict[str, Any]]  # {source, shard, key, reason, detail, slot, replaced_by}
     views: dict[ViewSpec, View]  # those already rendered
+    transparent: int = 0  # rows whose image had transparent pixels
 
     def render(self, modality: str | None = None) -> Block:
-        """Render the views of one modality, or all that are left."""
+        """Render the views of one modality, or all remaining ones."""
         for spec in list(self.pixels):
             if modality is None or spec.modality == modality:
                 self.views[spec] = spec.render(self.pixels.pop(spec), self.params.pop(spec))
         return self
 
     def to_rows(self) -> Rows:
-        """The rendered rows."""
+        """Return the rows, rendered."""
         self.render()
         return Rows(self.keys, self.seeds, self.labels, self.views)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Block:
-        """Every tensor passed through `move`: pinned, or sent to a device."""
+        """Apply `move` to every tensor: pin it, or send it to a device."""
         return Block(
             self.keys,
             move(self.seeds),
@@ -45,18 +46,19 @@ class Block(NamedTuple):
             {spec: {name: move(value) for name, value in drawn.items()} for spec, drawn in self.params.items()},
             self.skipped,
             {spec: View(move(view.data), None if view.target is None else move(view.target)) for spec, view in self.views.items()},
+            self.transparent,
         )
 
 
 def join(blocks: list[Block]) -> Block:
-    """Blocks of consecutive slots -> one; views that are not rendered yet wait for `render` over all rows."""
+    """Concatenate blocks of consecutive slots; views that are not rendered yet are rendered for all rows later."""
     first = blocks[0]
     if len(blocks) == 1:
         return first
     views: dict[ViewSpec, View] = {}
     for spec in first.views:
         parts = [b.views[spec] for b in blocks]
-        targets = [p.target for p in parts if p.target is not None]  # a spec gives one for all rows or for none
+        targets = [p.target for p in parts if p.target is not None]  # a spec has targets for all rows or for none
         target = torch.cat(targets) if len(targets) == len(parts) else None
         views[spec] = View(buffers.cat([p.data for p in parts]), target)
     return Block(
@@ -67,4 +69,5 @@ def join(blocks: list[Block]) -> Block:
         params={spec: {name: torch.cat([b.params[spec][name] for b in blocks]) for name in drawn} for spec, drawn in first.params.items()},
         skipped=[record for b in blocks for record in b.skipped],
         views=views,
+        transparent=sum(b.transparent for b in blocks),
     )

@@ -1,4 +1,4 @@
-"""2. Remote shard -> local file: bounded, checked by size, fetched again after failures, read ahead because the order is known."""
+"""The cache of remote shards (stage 2 of the data pipeline): bounded, checked by size, with retries and read-ahead."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import io
 import json
 import logging
 import os
-import tempfile
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from mmpretrain.atomic import write_atomically
 from mmpretrain.data.index import SUFFIX, ShardIndex, load
 from mmpretrain.data.schema import ShardError
 from mmpretrain.data.shard_names import in_order, is_remote
@@ -26,14 +27,16 @@ from mmpretrain.system import hold
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 CHUNK = 1 << 22
-STALE_S = 3600.0  # a temporary file that nobody has written to for so long belongs to a dead process
+STALE_S = 3600.0  # a temporary file unchanged for this long belongs to a dead process
 
 
 def default_folder() -> Path:
+    """Return the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmpretrain"
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+def filesystem(url: str) -> tuple[Any, str]:
+    """(fsspec file system, path in it). Raises ShardError for an unknown protocol or a missing package."""
     import fsspec
 
     try:
@@ -43,13 +46,13 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def retried(action: Callable[[], T], what: str, attempts: int = 5, first_wait: float = 0.5) -> T:
-    """Run `action` until it succeeds, waiting twice as long after each failure. Raises ShardError with the last cause."""
+    """Run `action` until it succeeds, with exponential back-off. Raises ShardError with the last cause; `what` is for messages."""
     for attempt in range(1, attempts + 1):
         try:
             return action()
         except FileNotFoundError as error:
             raise ShardError(f"{what}: no such file") from error
-        except Exception as error:  # network stacks raise their own kinds
+        except Exception as error:  # network libraries raise errors of their own
             if attempt == attempts:
                 raise ShardError(f"{what}: failed {attempts} times, last with {type(error).__name__}: {error}") from error
             log.warning("%s: %s: %s; trying again (%d of %d)", what, type(error).__name__, error, attempt, attempts)
@@ -58,20 +61,27 @@ def retried(action: Callable[[], T], what: str, attempts: int = 5, first_wait: f
 
 
 def _read(url: str) -> bytes | None:
-    filesystem, path = _filesystem(url)
+    system, path = filesystem(url)
 
     def read() -> bytes | None:
-        with contextlib.suppress(FileNotFoundError):  # asked for rather than looked up: a listing may be older than the file
-            return filesystem.cat_file(path)
+        with contextlib.suppress(FileNotFoundError):  # no check for existence: a cached listing may be older than the file
+            return system.cat_file(path)
         return None
 
     return retried(read, url)
 
 
 def stated_counts(names: Sequence[str]) -> np.ndarray:
-    """int64 [S]: sample counts stated beside the shards in sizes.json {"00000.tar": 8123}, -1 where none is.
+    """Read the sample counts in the sizes.json {"00000.tar": 8123} beside shards.
 
-    Raises ShardError where one is not of that form.
+    Args:
+        names: S paths or URLs of shards.
+
+    Returns:
+        int64 [S], -1 without a stated count.
+
+    Raises:
+        ShardError: a sizes.json has another form.
     """
     counts = np.full(len(names), -1, np.int64)
     folders = {name.rpartition("/")[0]: name.startswith("/") for name in names}
@@ -97,20 +107,27 @@ def stated_counts(names: Sequence[str]) -> np.ndarray:
 
 
 def read_sizes(names: Sequence[str]) -> dict[str, int]:
-    """The same by name, of those that are stated."""
+    """Return shard -> its stated sample count, for those that have one; see `stated_counts`."""
     return {name: count for name, count in zip(names, stated_counts(names).tolist()) if count >= 0}
 
 
 def remote_index(url: str) -> ShardIndex | None:
-    """The index saved beside a remote shard, or None."""
+    """Fetch the index beside a remote shard; None without one."""
     data = _read(url + SUFFIX)
     return None if data is None else load(io.BytesIO(data))[0]
 
 
 class ShardCache:
-    """Local copies of remote shards, the least recently used deleted when they exceed `max_bytes`.
+    """Local copies of remote shards, the least recently used of which are deleted when they exceed `max_bytes`.
 
-    A deleted copy that is still open stays readable until it is closed. `indexes` is where indexes of shards in read-only folders go.
+    A deleted copy that is open stays readable until it is closed. Indexes of shards in read-only folders are saved in
+    `indexes`.
+
+    Args:
+        folder: of the copies; default: the user's cache folder.
+        max_bytes: of all copies.
+        attempts: to fetch a shard.
+        first_wait: seconds after the first failure; doubled after each further one.
     """
 
     def __init__(self, folder: str | Path | None = None, max_bytes: int = 100 << 30, attempts: int = 5, first_wait: float = 0.5) -> None:
@@ -120,7 +137,7 @@ class ShardCache:
         self._begin()
 
     def _begin(self) -> None:
-        """What is of this process alone."""
+        """Set the state that is not shared with a parent process."""
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._running: dict[str, Future[str]] = {}
@@ -130,7 +147,7 @@ class ShardCache:
         return self.folder / "shards" / (hashlib.sha256(url.encode()).hexdigest()[:24] + ".tar")
 
     def fetch(self, url: str) -> str:
-        """The local copy's path; waits for a fetch already under way. Raises ShardError."""
+        """Return the path of the local copy, after fetching it or waiting for a fetch in progress. Raises ShardError."""
         future = self._start(url)
         path = future.result()
         with contextlib.suppress(FileNotFoundError):
@@ -141,11 +158,12 @@ class ShardCache:
         return self._start(url).result()
 
     def read_ahead(self, urls: list[str]) -> None:
+        """Start to fetch these shards."""
         for url in urls:
             self._start(url)
 
     def _start(self, url: str) -> Future[str]:
-        if self._process != os.getpid():  # forked: the threads that fetch stayed behind
+        if self._process != os.getpid():  # forked: the fetching threads exist only in the parent
             self._begin()
         with self._lock:
             running = self._running.get(url)
@@ -156,31 +174,26 @@ class ShardCache:
 
     def _fetch(self, url: str) -> str:
         place = self._place(url)
-        filesystem, path = _filesystem(url)
-        size = retried(lambda: filesystem.size(path), url, self._attempts, self._first_wait)
+        system, path = filesystem(url)
+        size = retried(lambda: system.size(path), url, self._attempts, self._first_wait)
         if place.exists() and (size is None or place.stat().st_size == size):
             return str(place)
         with hold(self.folder / "locks" / place.stem):  # every rank of a machine wants the same shards
             if not (place.exists() and (size is None or place.stat().st_size == size)):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 self._make_room(size or 0)
-                retried(lambda: self._copy(filesystem, path, size, place), url, self._attempts, self._first_wait)
+                retried(lambda: self._copy(system, path, size, place), url, self._attempts, self._first_wait)
         return str(place)
 
     @staticmethod
-    def _copy(filesystem: Any, path: str, size: int | None, place: Path) -> None:
-        handle, temporary = tempfile.mkstemp(prefix=place.name + ".tmp-", dir=place.parent)
-        try:
-            with os.fdopen(handle, "wb") as out, filesystem.open(path, "rb") as source:
-                while chunk := source.read(CHUNK):
-                    out.write(chunk)
-                written = out.tell()
-            if size is not None and written != size:
-                raise OSError(f"{written} bytes came, expected {size}")
-            os.replace(temporary, place)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+    def _copy(system: Any, path: str, size: int | None, place: Path) -> None:
+        def fetch(out: BinaryIO) -> None:
+            with system.open(path, "rb") as source:
+                shutil.copyfileobj(source, out, CHUNK)
+            if size is not None and out.tell() != size:
+                raise OSError(f"{out.tell()} bytes received, expected {size}")
+
+        write_atomically(place, fetch)
 
     def _make_room(self, needed: int) -> None:
         with self._lock:

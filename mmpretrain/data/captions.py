@@ -1,7 +1,8 @@
-"""Captions from the columns of a row: one grammar for data_prep and the evaluators.
+"""Parsing of caption templates, and captions from the columns of a row: one grammar for data_prep and the evaluators.
 
-A caption is a column's name, whose text is taken as it is and whose list of texts gives several captions, or a template over columns in
-braces, `{name}: {keywords}`; `{{` and `}}` are braces themselves. `{a.b}` and `a.b` reach into a column `a` that holds an object.
+A caption is a column's name, whose text is used unchanged and whose list of texts gives several captions, or a
+template over columns in braces, `{name}: {keywords}`; `{{` and `}}` are literal braces. `{a.b}` and `a.b` are the key
+b of a column `a` that holds an object.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mmpretrain.data.schema import BadSample
 
 
 def lookup(row: Mapping[str, Any], column: str) -> Any:
-    """A column's value; None where the row, or an object in it, does not have it."""
+    """Return a column's value; None where the row, or an object in it, lacks it."""
     if column in row or "." not in column:
         return row.get(column)
     value: Any = row
@@ -28,8 +29,17 @@ def lookup(row: Mapping[str, Any], column: str) -> Any:
 
 
 def cell_text(value: Any, column: str, mark: str | None) -> str:
-    """A column's value inside a template: a list joined by commas, `mark` between words as commas. Raises BadSample."""
-    if value is None or value != value:  # NaN is how tables say "nothing"
+    """Convert a column's value to text inside a template.
+
+    Args:
+        value: a list is joined by commas; None and NaN give "".
+        column: for errors.
+        mark: a separator of words in the text, which becomes ", ".
+
+    Raises:
+        BadSample: not_utf8, bad_caption for an object.
+    """
+    if value is None or value != value:  # NaN marks an empty cell in tables
         return ""
     if isinstance(value, bytes):
         try:
@@ -46,14 +56,14 @@ def cell_text(value: Any, column: str, mark: str | None) -> str:
 
 @dataclass(frozen=True)
 class CaptionTemplate:
-    """A caption made of columns: alternating literal text and column names; `plain` is the name of a column taken as it is."""
+    """A caption made of columns: alternating literal text and column names; `plain`: the name of a column used unchanged."""
 
     parts: tuple[tuple[str, str | None], ...]
     plain: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> CaptionTemplate:
-        """Raises OptionError for a format that is no list of columns."""
+        """Parse a column's name or a template. Raises OptionError for anything else in braces than columns."""
         if "{" not in text and "}" not in text:
             return cls((), text)
         try:
@@ -66,14 +76,15 @@ class CaptionTemplate:
 
     @property
     def columns(self) -> list[str]:
+        """The columns of the caption."""
         return [self.plain] if self.plain is not None else [name for _, name in self.parts if name is not None]
 
     def fill(self, row: Mapping[str, Any], join: Mapping[str, str] = MappingProxyType({})) -> list[str]:
-        """The captions of a row, "" among them where columns are empty.
+        """Return the captions of a row, "" among them where columns are empty.
 
         Args:
             row: column -> value.
-            join: column -> what separates its words, which become a list with commas.
+            join: column -> separator of its words, which becomes ", ".
 
         Raises:
             BadSample: bad_caption, not_utf8.
@@ -88,5 +99,5 @@ class CaptionTemplate:
         if words and not any(words.values()):
             return [""]
         text = "".join(literal + words.get(name or "", "") for literal, name in self.parts).strip()
-        # An empty joined column leaves no dangling "name: ".
+        # An empty column must not leave a dangling "name: ".
         return [text if all(words.values()) else text.rstrip(":;,-").strip()]

@@ -17,14 +17,14 @@ MAX_CAPTION_BYTES = 1 << 16  # of a member that is a caption or a label
 
 @dataclass(frozen=True)
 class FieldName:
-    """Where a caption or a label lies: in a member, or under `key` of a member that holds a JSON object."""
+    """The location of a caption or label: a member, or `key` of a member that holds a JSON object."""
 
     member: str
     key: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> FieldName:
-        """`txt`, `cls` or `json:FIELD`.
+        """Parse `txt`, `cls` or `json:FIELD`.
 
         Raises:
             OptionError: a member or field without a name.
@@ -39,12 +39,17 @@ class FieldName:
 
 
 def member_of(text: str) -> str:
-    """The member that `txt` or `json:FIELD` is read from."""
+    """Return the member that `txt` or `json:FIELD` is read from."""
     return FieldName.parse(text).member
 
 
 def place_of(members: Mapping[str, Member], extension: str | None, limit: int) -> Member:
-    """A sample's member of at most `limit` bytes; `extension` None stands for an image that is not there.
+    """Return the location of a sample's member.
+
+    Args:
+        members: extension -> location.
+        extension: of the member; None: an image that is missing.
+        limit: greatest size in bytes.
 
     Raises:
         BadSample: missing_field, too_many_bytes.
@@ -60,8 +65,8 @@ class Fields:
     """The captions and labels of one sample, each member read and each JSON object parsed at most once.
 
     Args:
-        read: (extension, largest size in bytes) -> the member's bytes. Raises BadSample where there is no such member.
-        max_member_bytes: of a JSON member.
+        read: (extension, limit in bytes) -> the member's bytes. Raises BadSample for a missing member.
+        max_member_bytes: limit of a JSON member.
     """
 
     def __init__(self, read: Callable[[str, int], bytes], max_member_bytes: int) -> None:
@@ -70,12 +75,12 @@ class Fields:
 
     @classmethod
     def placed(cls, members: Mapping[str, Member], read: Callable[[Member], bytes], max_member_bytes: int) -> Fields:
-        """Those of members in a shard, which `read` reads."""
+        """Make the fields of members in a shard, which `read` reads."""
         return cls(lambda extension, limit: read(place_of(members, extension, limit)), max_member_bytes)
 
     @classmethod
     def of(cls, members: Mapping[str, bytes]) -> Fields:
-        """Those of members that are in memory, of any size."""
+        """Make the fields of members in memory, of any size."""
 
         def read(extension: str, limit: int) -> bytes:
             if extension not in members:
@@ -85,13 +90,13 @@ class Fields:
         return cls(read, 0)
 
     def json(self, extension: str = "json") -> dict[str, Any]:
-        """The object that a JSON member holds. Raises BadSample."""
+        """Return the object in a JSON member. Raises BadSample."""
         if extension not in self._objects:
             self._objects[extension] = decode_json(self._read(extension, self._max_member_bytes))
         return self._objects[extension]
 
     def value(self, name: str) -> Any:
-        """A member's text, or what a JSON object holds under a key. Raises BadSample: missing_field and those of the decoders."""
+        """Return a member's text, or the value of a JSON object's key. Raises BadSample: missing_field and those of the decoders."""
         field = FieldName.parse(name)
         if field.key is None:
             return decode_text(self._read(field.member, MAX_CAPTION_BYTES))
@@ -101,14 +106,14 @@ class Fields:
         return values[field.key]
 
     def captions(self, name: str, lines: bool = False) -> list[str]:
-        """The captions of a field, at least one. `lines`: every line of a text is one. Raises BadSample."""
+        """Return the captions of a field, at least one. `lines`: every line of a text is a caption. Raises BadSample."""
         value = self.value(name)
         if lines and isinstance(value, str):
             return captions_from(value.split("\n"), name)
         return [value] if FieldName.parse(name).key is None else captions_from(value, name)
 
     def label(self, name: str, classes: Mapping[str, int] | None) -> int:
-        """A field as a class index. Raises BadSample."""
+        """Return a field as a class index; `classes`: name -> index. Raises BadSample."""
         return label_from(self.value(name), classes, name)
 
 
@@ -117,7 +122,7 @@ def _missing(name: str, existing: Mapping[str, Any]) -> BadSample:
 
 
 def decode_json(data: bytes) -> dict[str, Any]:
-    """Raises BadSample: bad_json."""
+    """Parse a JSON object. Raises BadSample: bad_json."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -128,7 +133,7 @@ def decode_json(data: bytes) -> dict[str, Any]:
 
 
 def captions_from(value: Any, what: str) -> list[str]:
-    """A string, or a list of strings of which the empty ones are left out. Raises BadSample."""
+    """Return the captions in a string, or in a list of strings without empty ones. Raises BadSample; `what` is for the message."""
     if isinstance(value, str):
         return [clean_text(value)]
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
@@ -140,7 +145,7 @@ def captions_from(value: Any, what: str) -> list[str]:
 
 
 def label_from(value: Any, classes: Mapping[str, int] | None, what: str) -> int:
-    """A class index, as a number or its digits, or a class name found in `classes`. Raises BadSample: bad_label."""
+    """Return the class index of a number, its digits, or a class name. Raises BadSample: bad_label; `what` is for the message."""
     if isinstance(value, bytes):
         value = decode_text(value)
     if isinstance(value, str) and classes is not None and value in classes:

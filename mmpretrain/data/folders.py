@@ -1,11 +1,11 @@
-"""Files of a folder, and which of them are images: one walk for `data_prep build` and for evaluators. Imports no torch."""
+"""Image folders: which files lie in one, which are images, and which folders are classes. The same for data_prep and evaluators."""
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
-from pathlib import PurePosixPath
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
 
 from mmpretrain.data.formats import sniff
 from mmpretrain.data.schema import IMAGE_EXTENSIONS
@@ -18,13 +18,13 @@ IMAGE_NAMES = (frozenset(IMAGE_EXTENSIONS) - {"img"}) | {
 HEAD = 32  # bytes that show an image's format
 
 
-def walk(folder: str) -> Iterator[str]:
-    """The names of all files below a local folder, relative to it with /, sorted by their parts; without hidden ones.
+def walk(folder: str | Path) -> Iterator[str]:
+    """Yields the names of all files below a local folder, relative to it with /, sorted by their parts; without hidden ones.
 
     Memory holds the names of one folder at a time. Symbolic links are followed, except to a folder that holds them; a link that leads
     nowhere is a name, for the reader to report.
     """
-    yield from _walk(folder, "", {os.path.realpath(folder)})
+    yield from _walk(str(folder), "", {os.path.realpath(folder)})
 
 
 def _walk(folder: str, before: str, above: set[str]) -> Iterator[str]:
@@ -46,8 +46,8 @@ def _walk(folder: str, before: str, above: set[str]) -> Iterator[str]:
             yield from _walk(os.path.join(folder, name), f"{before}{name}/", above | {real})
 
 
-def named_as_image(name: str) -> bool:
-    """Whether a file's name is that of an image, in a format that is read or in another."""
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image, in a format that is read or in another; whether it is one, its content says."""
     return PurePosixPath(name).suffix.lower().removeprefix(".") in IMAGE_NAMES
 
 
@@ -60,3 +60,8 @@ def holds_image(path: str) -> bool:
             return sniff(file.read(HEAD)) is not None
     except OSError:
         return False
+
+
+def class_folders(names: Iterable[str]) -> list[str]:
+    """The classes of files below a folder: the first folders of their names, in the order of their indices (by code point)."""
+    return sorted({name.split("/", 1)[0] for name in names if "/" in name})

@@ -1,4 +1,4 @@
-"""What bytes are: an image's format by its content, a caption or a named file as text. Imports no torch: shard builders use it too."""
+"""Recognition of image formats by content, and decoding of captions and of named text files. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,14 +26,22 @@ _MAGIC = (
     (b"BM", 0, b"", "bmp"),
     (b"II*\0", 0, b"", "tiff"),
     (b"MM\0*", 0, b"", "tiff"),
+    (b"II+\0", 0, b"", "tiff"),  # BigTIFF
+    (b"MM\0+", 0, b"", "tiff"),
 )
+_AVIF = (b"avif", b"avis")  # brands: an image, a sequence
+_CONTAINERS = (b"mif1", b"msf1")  # brands of HEIF files, whatever codes their images
 
 
 def sniff(data: bytes) -> str | None:
-    """The image format by its first bytes, or None where it is not one of the allowed."""
-    for start, at, more, kind in _MAGIC:
-        if data.startswith(start) and data[at : at + len(more)] == more:
+    """Return the image format by its first bytes; None where it is not an allowed one."""
+    for start, offset, more, kind in _MAGIC:
+        if data.startswith(start) and data[offset : offset + len(more)] == more:
             return kind
+    if data[4:8] == b"ftyp":
+        brands = bytes(data[16 : min(int.from_bytes(data[:4], "big"), 256)])
+        listed = any(brands[i : i + 4] in _AVIF for i in range(0, len(brands), 4))
+        return "avif" if data[8:12] in _AVIF or (data[8:12] in _CONTAINERS and listed) else None
     return "ppm" if data[:1] == b"P" and data[1:2] in b"123456" and data[2:3].isspace() else None
 
 
@@ -156,7 +164,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def decode_text(data: bytes) -> str:
-    """UTF-8 bytes -> text in NFC without outer white space. Raises BadSample: empty_caption, not_utf8."""
+    """Decode UTF-8 bytes to text in NFC without outer white space. Raises BadSample: empty_caption, not_utf8."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

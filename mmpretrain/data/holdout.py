@@ -1,4 +1,4 @@
-"""Which samples are held out: by the hash of their keys alone, in a source, an evaluator and `data_prep build`. Imports no torch."""
+"""Division of samples by the hash of their keys, the same in a source, an evaluator and `data_prep build`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 
 def is_held_out(content: bytes, holdout: float) -> bool:
-    """Whether what has this content belongs to the held-out share `holdout`, 0 to 1; a larger share contains a smaller one."""
+    """Return whether content belongs to the held-out share `holdout`, 0 to 1; a larger share contains a smaller one."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=4).digest()) < holdout * 2.0**32
 
 
 def in_part(keys: Sequence[str], holdout: float, part: str) -> np.ndarray:
-    """bool [n]: which keys belong to "train" or "holdout". By the key's hash alone: stable under resharding and growth."""
+    """Return which keys belong to a part ("train" or "holdout"), bool [n]. Resharding and further samples do not change it."""
     held = np.array([is_held_out(key.rsplit("~", 1)[0].encode("utf-8", "surrogateescape"), holdout) for key in keys], bool)
     return held if part == "holdout" else ~held

@@ -1,7 +1,8 @@
-"""1. tar -> where each sample's bytes lie.
+"""The index of a shard (stage 1 of the data pipeline): the location of each sample's bytes in the tar.
 
-A header scan over mmap costs microseconds a member, so foreign shards are indexed on first use. The index is saved beside the
-shard as `NAME.tar.index.npz`; the one that `data_prep` writes also holds a checksum per member, which makes corruption findable.
+A header scan over mmap takes microseconds per member, so shards without an index are indexed on first use. The index
+is saved beside the shard as `NAME.tar.index.npz`; that of `data_prep` also holds a checksum per member, which detects
+corruption.
 """
 
 from __future__ import annotations
@@ -28,39 +29,40 @@ log = logging.getLogger(__name__)
 VERSION = 2
 _CHECKSUMS = {1: "sha256", 2: "checksum"}  # the array's name by version
 SUFFIX = ".index.npz"
-_PARSING = lock_across_forks()  # NumPy parses headers with `ast`, which CPython 3.11 lets fail now and then in two threads at once
+_PARSING = lock_across_forks()  # NumPy parses headers with `ast`, which in CPython 3.11 occasionally fails in two threads at once
 
 
-# The checksum of a member is XXH3 of 128 bits, which finds damage at the speed of memory. It is not a proof against forgery: whoever can
-# change a shard can change the index beside it. For that, `manifest.json` holds the sha256 of every shard, which `sha256sum` compares.
+# The checksum of a member is XXH3 of 128 bits, which detects damage at the speed of memory. It does not prevent forgery: whoever can
+# change a shard can change the index beside it. Against that, `manifest.json` holds the sha256 of every shard, for `sha256sum`.
 BYTES = 16
-# By their length, so that an index tells by itself what it holds; the first versions of the builder took sha256.
+# By their length, which identifies the kind in an index; the first versions of the builder used sha256.
 _KINDS: dict[int, Callable[[Any], bytes]] = {BYTES: xxhash.xxh3_128_digest, 32: lambda data: hashlib.sha256(data).digest()}
 
 
 def checksum(data: bytes | memoryview, length: int = BYTES) -> bytes:
-    """The checksum of that length in bytes. Raises KeyError for a length that is none."""
+    """Compute the checksum of that length in bytes. Raises KeyError for a length of no known kind."""
     return _KINDS[length](data)
 
 
 def known(length: int) -> bool:
+    """Return whether a checksum of this length in bytes has a known kind."""
     return length in _KINDS
 
 
 class Member(NamedTuple):
-    """Where one member's bytes lie in its shard."""
+    """The location of a member's bytes in its shard."""
 
     offset: int
     size: int
     checksum: bytes | None = None
 
     def holds(self, data: bytes | memoryview) -> bool:
-        """Are these its bytes, as far as the index can tell?"""
+        """Return whether `data` matches the checksum; true without one."""
         return self.checksum is None or checksum(data, len(self.checksum)) == self.checksum
 
 
 class Damage(NamedTuple):
-    """A place from which on a shard cannot be read."""
+    """An offset from which a shard cannot be read."""
 
     offset: int
     reason: str  # cut | corrupt_header | zeros
@@ -88,7 +90,7 @@ class LeftOut(NamedTuple):
 
 @dataclass
 class ShardIndex:
-    """Samples in order of first appearance; members grouped by key, also where a writer interleaved them."""
+    """Samples in order of first appearance; members are grouped by key, even where a writer interleaved them."""
 
     keys: list[str]
     extensions: list[str]  # the distinct ones
@@ -99,7 +101,7 @@ class ShardIndex:
     tar_bytes: int
     checksum: np.ndarray | None = None  # uint8 [M, 16], or [M, 32] of sha256
     damage: list[Damage] = field(default_factory=list)
-    duplicates: int = 0  # keys that came again; each is a sample of its own, with ~2, ~3 ... after the key
+    duplicates: int = 0  # repeated keys; each is a sample of its own, with ~2, ~3 ... after the key
     left_out: list[LeftOut] | None = None  # in the tar's order; None where nobody looked: written by the builder, or by an earlier version
     header: np.ndarray | None = None  # int64 [M]: where each member's header lies; of a scan alone
 
@@ -112,45 +114,45 @@ class ShardIndex:
         return len(self.keys)
 
     def members(self, sample: int) -> dict[str, Member]:
-        """Extension -> place, for one sample."""
-        found = {}
+        """Return extension -> location, for one sample."""
+        members = {}
         for m in range(int(self.starts[sample]), int(self.starts[sample + 1])):
             digest = None if self.checksum is None else self.checksum[m].tobytes()
-            found[self.extensions[self.extension[m]]] = Member(int(self.offset[m]), int(self.size[m]), digest)
-        return found
+            members[self.extensions[self.extension[m]]] = Member(int(self.offset[m]), int(self.size[m]), digest)
+        return members
 
     def counts(self) -> dict[str, int]:
-        """Extension -> how many samples have it."""
+        """Return extension -> number of samples that have it."""
         number = np.bincount(self.extension, minlength=len(self.extensions))
         return dict(sorted((name, int(n)) for name, n in zip(self.extensions, number) if n))
 
 
 def scan_bytes(data: Any, name: str) -> ShardIndex:
-    """Index a tar from its bytes (bytes or mmap). Raises ShardError where it is no tar at all; later damage is recorded."""
+    """Index a tar from its bytes (bytes or mmap). Raises ShardError where it is not a tar; later damage is recorded."""
     return from_headers(*read_headers(data, name), len(data))
 
 
 def from_headers(headers: Headers, stop: Stop | None, tar_bytes: int) -> ShardIndex:
-    """The index of a tar of `tar_bytes` whose headers were read."""
-    found = group(headers.names)
+    """Build the index of a tar of `tar_bytes` from its headers."""
+    grouping = group(headers.names)
     damage = []
     if stop is not None:
-        at, reason, detail = stop
-        mean = at / max(len(found.keys), 1)
-        lost = max(1, round((tar_bytes - at) / mean)) if mean and reason != "cut" else 1
-        damage = [Damage(at, reason, "", lost, detail)]
+        offset, reason, detail = stop
+        mean = offset / max(len(grouping.keys), 1)
+        lost = max(1, round((tar_bytes - offset) / mean)) if mean and reason != "cut" else 1
+        damage = [Damage(offset, reason, "", lost, detail)]
     return ShardIndex(
-        keys=found.keys,
-        extensions=found.extensions,
-        starts=found.starts,
-        extension=found.extension,
-        offset=headers.offset[found.member],
-        size=headers.size[found.member],
+        keys=grouping.keys,
+        extensions=grouping.extensions,
+        starts=grouping.starts,
+        extension=grouping.extension,
+        offset=headers.offset[grouping.member],
+        size=headers.size[grouping.member],
         tar_bytes=tar_bytes,
         damage=damage,
-        duplicates=found.duplicates,
-        left_out=left_out(headers, set(found.keys) if headers.unread else set()),
-        header=headers.header[found.member],
+        duplicates=grouping.duplicates,
+        left_out=left_out(headers, set(grouping.keys) if headers.unread else set()),
+        header=headers.header[grouping.member],
     )
 
 
@@ -175,7 +177,7 @@ def scan(path: str | Path) -> ShardIndex:
 
 
 def add_checksums(index: ShardIndex, path: str | Path, length: int = BYTES) -> None:
-    """Fill in the checksum of every member, `length` bytes each, by reading the shard."""
+    """Add the checksum of every member, `length` bytes each, by reading the shard."""
     digests = bytearray()
     with open(path, "rb", buffering=1 << 20) as file:
         for offset, size in zip(index.offset.tolist(), index.size.tolist()):
@@ -194,7 +196,7 @@ def _items(blob: np.ndarray) -> list[str]:
 
 
 def save(index: ShardIndex, path: Path, mtime_ns: int = 0) -> None:
-    """Write atomically; the bytes depend on the content alone."""
+    """Write an index atomically; its bytes depend on the content alone."""
     head = {"version": VERSION, "bytes": index.tar_bytes, "mtime_ns": mtime_ns, "duplicates": index.duplicates, "damage": index.damage}
     if index.left_out is not None:
         head["left_out"] = index.left_out
@@ -234,11 +236,11 @@ def _read(path: str | Path | Any) -> tuple[ShardIndex, int]:
 
 
 def load(path: str | Path | Any) -> tuple[ShardIndex, int]:
-    """Read a saved index: (index, the tar's mtime in ns when it was scanned, 0 if written by the builder)."""
+    """Read a saved index; return (index, mtime of the tar in ns when scanned, 0 if written by the builder). Raises ShardError."""
     try:
         try:
             index, mtime_ns = _read(path)
-        except SystemError:  # see _PARSING: another thread was parsing something else. It says nothing of the file
+        except SystemError:  # see _PARSING: caused by another thread, not by the file
             index, mtime_ns = _read(path)
         if len(index.starts) != len(index) + 1 or int(index.starts[-1]) != len(index.offset) or len(index.size) != len(index.offset):
             raise ValueError("its arrays disagree in length")
@@ -256,11 +258,12 @@ def load(path: str | Path | Any) -> tuple[ShardIndex, int]:
 
 
 def index_path(shard: str | Path) -> Path:
+    """Return the path of the index of a shard."""
     return Path(f"{shard}{SUFFIX}")
 
 
 def _check_saved(shard: str, index: ShardIndex, tar_bytes: int) -> None:
-    """The builder's index is the truth about a shard: one that disagrees has been cut or changed."""
+    """Raise ShardError for a shard that differs in size from its builder's index: it was cut or changed."""
     if index.tar_bytes == tar_bytes:
         return
     ends = index.offset + index.size
@@ -292,9 +295,16 @@ def _warn_of_links(shard: str, index: ShardIndex) -> None:
 
 
 def open_index(shard: str | Path, expected: int | None = None, save_new: bool = True, cache: Path | None = None) -> ShardIndex:
-    """The index of a local shard: the saved one if it fits the file, else from a scan, saved beside the shard or in `cache`.
+    """Open the index of a local shard: a saved one that fits the file, else from a scan.
 
-    `expected` is the sample count a sizes.json states. Raises ShardError where counts or bytes disagree.
+    Args:
+        shard: its path.
+        expected: the sample count that a sizes.json states.
+        save_new: save a scanned index beside the shard, or in `cache`.
+        cache: folder for indexes of shards in read-only folders.
+
+    Raises:
+        ShardError: counts or bytes disagree, or the shard is not a tar.
     """
     shard = str(shard)
     try:
@@ -308,30 +318,30 @@ def open_index(shard: str | Path, expected: int | None = None, save_new: bool = 
     for place in places:
         if not place.exists():
             continue
-        found, mtime_ns = load(place)
-        if found.checksum is not None:
-            _check_saved(shard, found, status.st_size)
-            if found.left_out is None and mtime_ns:
-                _warn_of_links(shard, found)
-        elif found.tar_bytes != status.st_size or mtime_ns != status.st_mtime_ns:
+        saved, mtime_ns = load(place)
+        if saved.checksum is not None:
+            _check_saved(shard, saved, status.st_size)
+            if saved.left_out is None and mtime_ns:
+                _warn_of_links(shard, saved)
+        elif saved.tar_bytes != status.st_size or mtime_ns != status.st_mtime_ns:
             log.info("%s changed since it was indexed: scanning it again", shard)
             continue
-        elif found.left_out is None:
+        elif saved.left_out is None:
             continue  # by a version that passed over links
-        index = found
+        index = saved
         break
     if index is None:
         index = scan(shard)
         if save_new:
             _save_somewhere(index, places, status.st_mtime_ns)
     if expected is not None and expected != len(index):
-        at = f"; it stops at byte {index.damage[0].offset}: {index.damage[0].detail}" if index.damage else f" in {status.st_size} bytes"
-        raise ShardError(f"{shard}: {len(index)} samples found, sizes.json says {expected}{at}. Fetch or build the shard again.")
+        where = f"; it stops at byte {index.damage[0].offset}: {index.damage[0].detail}" if index.damage else f" in {status.st_size} bytes"
+        raise ShardError(f"{shard}: {len(index)} samples found, sizes.json says {expected}{where}. Fetch or build the shard again.")
     return index
 
 
 def _save_somewhere(index: ShardIndex, places: list[Path], mtime_ns: int) -> None:
-    """Saving is a convenience: a read-only folder only costs a scan each time."""
+    """Save an index at the first writable place. Without one, the shard is scanned each time."""
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -344,20 +354,20 @@ def _save_somewhere(index: ShardIndex, places: list[Path], mtime_ns: int) -> Non
 
 @dataclass
 class Grouping:
-    """Samples in order of first appearance. M members belong to them; `member` says which of the names each is."""
+    """Samples in order of first appearance, with M members; `member`: the index of each in the list of names."""
 
     keys: list[str]
     extensions: list[str]  # the distinct ones
     starts: np.ndarray  # int64 [S+1] into the members
     extension: np.ndarray  # uint16 or uint32 [M] into `extensions`
     member: np.ndarray  # int64 [M] into the names
-    duplicates: int  # keys that came again; each is a sample of its own, with ~2, ~3 ... after the key
+    duplicates: int  # repeated keys; each is a sample of its own, with ~2, ~3 ... after the key
 
 
 def group(names: Sequence[str]) -> Grouping:
-    """Under a microsecond a name: shards are indexed when they are first opened."""
+    """Group member names to samples. It takes less than a microsecond per name, since shards are indexed when first opened."""
     numbers: dict[str, int] = {}  # extension -> its number
-    spelt: dict[str, int] = {}  # the same as names spell it; none holds a slash
+    spelt: dict[str, int] = {}  # extension as spelt in a name, without slashes -> its number
     samples: dict[str, int] = {}  # key -> its number
     of: list[int] = []  # [M] samples
     kinds: list[int] = []  # [M] extensions
@@ -385,26 +395,28 @@ def group(names: Sequence[str]) -> Grouping:
         order = np.argsort(sample, kind="stable")
         sample, kind, member = sample[order], kind[order], member[order]
     extensions = sorted(numbers)
-    place = np.zeros(len(numbers), np.uint16 if len(extensions) <= 1 << 16 else np.uint32)  # keys with dots may make one of every member
+    place = np.zeros(
+        len(numbers), np.uint16 if len(extensions) <= 1 << 16 else np.uint32
+    )  # keys with dots may give every member an extension of its own
     place[[numbers[extension] for extension in extensions]] = np.arange(len(extensions))
     starts = np.concatenate([[0], np.cumsum(np.bincount(sample, minlength=len(keys)))]).astype(np.int64)
     return Grouping(keys, extensions, starts, place[kind], member, duplicates)
 
 
 def _apart(keys: list[str], of: list[int], kinds: list[int]) -> tuple[list[str], np.ndarray, int]:
-    """Where a sample would have a member twice, another begins: (keys, [M] samples, how many keys came again)."""
+    """Begin another sample where one would have a member twice; return (keys, samples [M], number of repeated keys)."""
     current: dict[int, int] = {}
     times = [0] * len(keys)
     named: list[str] = []
     seen: list[set[int]] = []
     samples = np.zeros(len(of), np.int64)
     for i, (key, kind) in enumerate(zip(of, kinds)):
-        at = current.get(key)
-        if at is None or kind in seen[at]:
+        number = current.get(key)
+        if number is None or kind in seen[number]:
             times[key] += 1
-            current[key] = at = len(named)
+            current[key] = number = len(named)
             named.append(keys[key] if times[key] == 1 else f"{keys[key]}~{times[key]}")
             seen.append(set())
-        seen[at].add(kind)
-        samples[i] = at
+        seen[number].add(kind)
+        samples[i] = number
     return named, samples, len(named) - len(keys)

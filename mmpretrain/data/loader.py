@@ -1,7 +1,7 @@
-"""8. The loader, rows of every source -> Batch.
+"""The loader (stage 8 of the data pipeline): batches of the rows of all sources.
 
-Every step's rows are split into blocks. Each thread has its blocks decoded, cut and (on CPU) rendered by a worker, on Linux a process of
-its own; the thread that gets a step's last block joins them.
+Every step's rows are split into blocks. Each thread has its blocks decoded, cut and (on CPU) rendered by a worker, on
+Linux in a process of its own; the thread that receives a step's last block joins them.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from mmpretrain.types import Batch
 
 log = logging.getLogger(__name__)
 MIN_BLOCK, MAX_BLOCK = 64, 256  # rows
-PATIENCE_S = 20.0  # without a batch, until the log says so, again and again
+PATIENCE_S = 20.0  # seconds without a batch between warnings
 
 
 class _Step:
-    """One step's blocks as they come in."""
+    """The blocks of one step, as they arrive."""
 
     def __init__(self, slots: dict[str, list[range]]) -> None:
         self.slots = slots
@@ -47,12 +47,25 @@ class _Step:
 
 
 class Loader:
-    """Endless batches of this rank's rows. Source s at step t covers its slots [t * batch_size, (t+1) * batch_size), rank r the r-th part.
+    """Endless batches of this rank's rows.
 
-    `start` slots already consumed, per source, as `position()` gave them. `threads` decode, each in a process of its own if `processes`
-    says so (by default where the system can fork); `prefetch` steps are worked on ahead, by default 4 or as many as keep all busy. On CPU
-    they render too; otherwise uint8 pixels are pinned, sent, and rendered on `device` on a stream of their own. A step that takes longer
-    than `timeout_s` is an error that names what was being read.
+    Source s at step t covers its slots [t * batch_size, (t+1) * batch_size), of which rank r gets the r-th part. On
+    CPU workers also render; otherwise uint8 pixels are pinned, sent, and rendered on `device` in a stream of their
+    own.
+
+    Args:
+        sources: by name.
+        rank: of this process.
+        world_size: number of processes.
+        start: source -> slots already consumed, as returned by `position`.
+        threads: that decode; default: one per core, at most 16.
+        processes: give each of them a process of its own; default: where the system can fork.
+        prefetch: steps prepared ahead; default: 4, or as many as keep all threads busy.
+        device: of the batches.
+        timeout_s: seconds after which a step is an error that names what was being read.
+
+    Raises:
+        ValueError: an argument out of range, or a batch size that the ranks do not divide.
     """
 
     def __init__(
@@ -82,7 +95,8 @@ class Loader:
         self._position = {name: int((start or {}).get(name, 0)) for name in sources}
         self._scheduled = dict(self._position)
         self._skipped: list[dict[str, Any]] = []
-        if rank == 0 and not any(self._position.values()):  # every rank finds the same damage
+        self._transparent = dict.fromkeys(sources, 0)
+        if rank == 0 and not any(self._position.values()):  # every rank detects the same damage
             self._skipped = [record for source in sources.values() for record in source.damaged()]
         self.wait_s = 0.0
         threads = threads or min(16, cores())
@@ -97,7 +111,7 @@ class Loader:
         self._closed = False
         self._workers = start_workers(threads, processes, self.sources, render=self.device.type == "cpu")
         _open.add(self)
-        if multiprocessing.parent_process() is not None:  # where `atexit` is not heard
+        if multiprocessing.parent_process() is not None:  # where `atexit` has no effect
             multiprocessing.util.Finalize(None, _close_all, exitpriority=100)
         try:
             self._start_threads()
@@ -106,8 +120,11 @@ class Loader:
             raise
 
     def _start_threads(self) -> None:
-        """Loader threads compute on one core each. OpenMP's thread count is per thread, but torch also notes the last value given as the
-        one for threads to come: the calling thread puts its own back."""
+        """Start the threads, each of which computes on one core.
+
+        OpenMP's number of threads is per thread, but torch also uses the last value set for threads that start later:
+        the calling thread restores its own.
+        """
         own = torch.get_num_threads()
         ready = threading.Barrier(len(self._workers) + 1)
 
@@ -115,11 +132,11 @@ class Loader:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # pinning would open a context on device 0
             torch.set_num_threads(1)
-            torch.get_num_threads()  # a thread's first look takes torch's noted value: it must see this one
+            torch.get_num_threads()  # a thread's first call adopts torch's last value, which must be this one
             try:
                 ready.wait()
                 ready.wait()
-            except threading.BrokenBarrierError:  # another could not start
+            except threading.BrokenBarrierError:  # another thread could not start
                 return
             while (job := self._queue.get()) is not None:
                 self._work(worker, *job)
@@ -143,7 +160,7 @@ class Loader:
         for name, source in self.sources.items():
             share = source.batch_size // self._world
             first = self._scheduled[name] + self._rank * share
-            slots[name] = [range(at, min(at + self._block, first + share)) for at in range(first, first + share, self._block)]
+            slots[name] = [range(slot, min(slot + self._block, first + share)) for slot in range(first, first + share, self._block)]
             source.read_ahead(self._scheduled[name])
             self._scheduled[name] += source.batch_size
         step = _Step(slots)
@@ -186,12 +203,12 @@ class Loader:
             self._schedule()
         step = self._steps[0]
         while not step.done.wait(max(0.0, min(PATIENCE_S, self.timeout_s - (waited := time.perf_counter() - started)))):
-            at = "; ".join(sorted(set().union(*(worker.reading() for worker in self._workers)))) or "no sample"
+            reading = "; ".join(sorted(set().union(*(worker.reading() for worker in self._workers)))) or "no sample"
             if waited >= self.timeout_s:
                 self.close(wait_s=0)
-                raise LoaderError(f"the loader made no batch in {self.timeout_s:g} s; it is reading {at}. Is the file system alive?")
+                raise LoaderError(f"the loader made no batch in {self.timeout_s:g} s; it is reading {reading}. Is the file system alive?")
             if waited >= PATIENCE_S:
-                log.warning("no batch for %.0f s; the loader is reading %s", waited, at)
+                log.warning("no batch for %.0f s; the loader is reading %s", waited, reading)
         if step.error is not None:
             self.close()
             self._skipped += self._unseen(step.error)
@@ -210,6 +227,7 @@ class Loader:
         for name, block in step.result.items():
             self._position[name] += self.sources[name].batch_size
             self._skipped += block.skipped
+            self._transparent[name] += block.transparent
         self.wait_s = time.perf_counter() - started
         return batch
 
@@ -232,11 +250,15 @@ class Loader:
             }
 
     def position(self) -> dict[str, int]:
-        """Slots consumed by the batches handed out, per source: what a checkpoint stores."""
+        """Return the slots consumed by the batches returned so far, per source, for a checkpoint."""
         return dict(self._position)
 
+    def transparent(self) -> dict[str, int]:
+        """How many images of the batches handed out here had transparent pixels, per source."""
+        return dict(self._transparent)
+
     def drain_skipped(self) -> list[dict[str, Any]]:
-        """Samples replaced in the batches handed out since the last call: {source, shard, key, reason, detail, slot, replaced_by}.
+        """Return the samples replaced in batches since the last call: {source, shard, key, reason, detail, slot, replaced_by}.
 
         After an error, also those of batches that were being made.
         """
@@ -244,12 +266,12 @@ class Loader:
         return records
 
     def close(self, wait_s: float = 5.0) -> None:
-        """Stop the threads and wait for them; those that hang are left to end with the process."""
+        """Stop the threads and wait for them; hanging ones end with the process."""
         if not self._closed:
             self._closed = True
             for _ in self._workers:
                 self._queue.put(None)
-        end = time.monotonic() + wait_s  # again where an earlier call did not wait to the end
+        end = time.monotonic() + wait_s  # waits again where an earlier call did not wait to the end
         for thread in self._threads:
             if thread.ident is not None:  # it started
                 thread.join(max(0.0, end - time.monotonic()))
@@ -266,7 +288,7 @@ if hasattr(os, "register_at_fork"):  # a forked process must not close its paren
 
 @atexit.register
 def _close_all() -> None:
-    """A daemon thread that the interpreter's end finds inside torch would abort the process."""
+    """Close all loaders: a daemon thread inside torch would abort the process when the interpreter exits."""
     for loader in list(_open):
         loader.close()
 

@@ -1,9 +1,13 @@
-"""8a. Loader workers: each makes blocks, in the thread that asks or in a process forked for it.
+"""Loader workers: each makes blocks, in the calling thread or in a forked process.
 
-A process shares no interpreter with the trainer and the other workers, where threads take turns in one between the hundred short calls of
-an image. Pixels cross in memory that both sides map: a memory file that the process makes, fills, and fills again once the parent has let
-go of all tensors over it. Crossing copies nothing, and nothing counts against /dev/shm. To a process forked off the parent such a batch is
-good only while the parent holds it, too.
+A process has an interpreter of its own, where threads would take turns in one between the hundred short calls of an
+image. Pixels are passed in memory that both sides map: a memory file that the process creates, fills, and fills again
+once the parent has released all tensors over it. Nothing is copied, and nothing counts against /dev/shm. In a process
+forked off the parent, such a batch is valid only while the parent holds it too.
+
+The workers of data_prep (`data_prep.engine.local`) are another kind, for another task: fresh processes without torch, for functions without
+effects, so that the task of one that is killed is done again. These are forked with the open sources, and lend memory, so that the batch of
+one that ends is lost and the run says so.
 """
 
 from __future__ import annotations
@@ -36,34 +40,35 @@ from mmpretrain.data.source import Source
 from mmpretrain.picklable import picklable
 from mmpretrain.types import ViewSpec
 
-WATCH_S = 0.2  # how often an idle process looks whether its parent lives
+WATCH_S = 0.2  # seconds between checks of an idle process that its parent is alive
 PLACE_BYTES = 1024
 Memory = tuple[int, int]  # a memory file: number, bytes
 
 
 class ThreadWorker:
-    """Makes blocks in the thread that asks; on CPU it renders the images too."""
+    """A worker that makes blocks in the calling thread; on CPU it renders the images too."""
 
     def __init__(self, sources: Mapping[str, Source], render: bool) -> None:
         self.sources, self._render = sources, render
 
     def block(self, source: str, slots: range) -> Block:
+        """Make the block of these slots."""
         block = self.sources[source].make(slots)
         return block.render("image") if self._render else block
 
     def reading(self) -> set[str]:
-        """What is being read at this moment, by all threads."""
+        """Return the samples that all threads are reading at this moment."""
         return {place for source in self.sources.values() for place in list(source.reading.values())}
 
     def stop(self) -> None:
-        """Nothing to end: the thread ends by itself."""
+        """Do nothing: the thread ends by itself."""
 
     def close(self, wait_s: float) -> None:
-        """The same."""
+        """Do nothing."""
 
 
 class ProcessWorker:
-    """The same in a forked process of its own. One thread asks; any may let go of the tensors."""
+    """A worker in a forked process. One thread calls it; any thread may release the tensors."""
 
     def __init__(self, sources: Mapping[str, Source], render: bool) -> None:
         self._views = {name: source.views for name, source in sources.items()}
@@ -74,13 +79,13 @@ class ProcessWorker:
         context = multiprocessing.get_context("fork")
         arguments = (ThreadWorker(sources, render), theirs, self._connection, self._place, os.getpid())
         self._process = context.Process(target=_serve, args=arguments, daemon=True, name="loader")
-        with warnings.catch_warnings():  # Python 3.12 warns where other threads run; the locks that both need are `lock_across_forks`
+        with warnings.catch_warnings():  # Python 3.12 warns of other threads; shared locks are `lock_across_forks`
             warnings.simplefilter("ignore", DeprecationWarning)
             self._process.start()
         theirs.close()
 
     def block(self, source: str, slots: range) -> Block:
-        """Raises what the process raised, or LoaderError where it ended."""
+        """Make the block of these slots. Raises the exception of the process, or LoaderError where it ended."""
         released = [self._released.popleft() for _ in range(len(self._released))]
         try:
             self._connection.send((source, slots, released))
@@ -96,24 +101,25 @@ class ProcessWorker:
 
     def _ended(self) -> LoaderError:
         self._process.join(1)
-        at, status = self._place.text(), self._process.exitcode
-        why = f"a loader process ended with status {status}" + (f" while reading {at}" if at else "")
+        reading, status = self._place.text(), self._process.exitcode
+        why = f"a loader process ended with status {status}" + (f" while reading {reading}" if reading else "")
         if status == -signal.SIGKILL:
             why += ". It was killed, most often because memory ran out: fewer loader_threads or a smaller prefetch need less"
         return LoaderError(why + ".")
 
     def _lend(self, number: int) -> np.ndarray:
-        """The memory for as long as a tensor over it lives; then the process may fill it again."""
+        """Return the memory, held as long as a tensor over it lives; then the process may fill it again."""
         lent = self._maps[number][:]
         weakref.finalize(lent, self._released.append, number).atexit = False
         return lent
 
     def reading(self) -> set[str]:
+        """Return the sample that the process is reading at this moment."""
         return {self._place.text()} - {""}
 
     def stop(self) -> None:
-        """Have the process end when it is done."""
-        with contextlib.suppress(OSError):  # it ended already
+        """Let the process exit when it is idle."""
+        with contextlib.suppress(OSError):  # it has exited already
             self._connection.send(None)
 
     def close(self, wait_s: float) -> None:
@@ -128,7 +134,17 @@ Worker = ThreadWorker | ProcessWorker
 
 
 def start_workers(count: int, processes: bool | None, sources: Mapping[str, Source], render: bool) -> list[Worker]:
-    """`count` workers; processes by default where the system can fork and has memory files, as Linux. Raises ValueError where it cannot."""
+    """Start workers.
+
+    Args:
+        count: their number.
+        processes: fork a process for each; None: where the system can fork and has memory files, as Linux.
+        sources: by name.
+        render: let workers render the images.
+
+    Raises:
+        ValueError: `processes` is true and the system cannot fork.
+    """
     forkable = hasattr(os, "fork") and hasattr(os, "memfd_create") and not multiprocessing.current_process().daemon
     if processes and not forkable:
         raise ValueError("loader processes need Linux and a process that may have children: leave loader_processes out or set it to false")
@@ -144,14 +160,14 @@ def start_workers(count: int, processes: bool | None, sources: Mapping[str, Sour
 
 
 def _map(file: int, size: int) -> np.ndarray:
-    """A memory file as uint8 [size]; `file` is closed (Python's own mmap would keep a second descriptor open)."""
+    """Map a memory file as uint8 [size], and close `file` (Python's mmap would keep a second descriptor open)."""
     mapped = torch.from_file(f"/proc/self/fd/{file}", shared=True, size=size, dtype=torch.uint8).numpy()
     os.close(file)
     return mapped
 
 
 class _Place:
-    """What a process reads, where its parent can see it: stands for `Source.reading` there."""
+    """The sample that a process is reading, visible to its parent; takes the place of `Source.reading`."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, PLACE_BYTES)  # shared with forked processes
@@ -168,18 +184,19 @@ class _Place:
 
 
 class _MemoryFiles(buffers.Buffers):
-    """Buffers of a process that its parent maps too, and does not let go of: each is used again."""
+    """Buffers of a process that its parent also maps, and keeps mapped: each is reused."""
 
     kept = sys.maxsize
 
     def __init__(self) -> None:
         super().__init__()
         self._number: dict[int, int] = {}  # by address
-        self._unsent: dict[int, tuple[int, int]] = {}  # number -> file and bytes, of those that the parent does not know
-        self._block: dict[int, list[Tensor]] = {}  # by number: what the block at hand lends
-        self._lent: dict[int, list[list[Tensor]]] = {}  # by number: that of each block that the parent has not let go of
+        self._unsent: dict[int, tuple[int, int]] = {}  # number -> file and bytes, of those that the parent has not mapped
+        self._block: dict[int, list[Tensor]] = {}  # by number: tensors of the current block
+        self._lent: dict[int, list[list[Tensor]]] = {}  # by number: tensors of each block that the parent has not released
 
     def allocate(self, size: int) -> np.ndarray:
+        """Allocate a memory file, uint8 [size]."""
         file = os.memfd_create("loader")
         os.ftruncate(file, size)
         memory = _map(os.dup(file), size)
@@ -188,7 +205,7 @@ class _MemoryFiles(buffers.Buffers):
         return memory
 
     def lend(self, tensor: Tensor) -> tuple[int, int] | None:
-        """(number, offset in bytes) of a tensor in memory of ours, which is not filled again until `take_back`; None for any other."""
+        """Lend a tensor's memory, which is then not reused until `take_back`; return (number, offset in bytes), None for foreign memory."""
         start = tensor.untyped_storage().data_ptr()
         if start not in self._number:
             return None
@@ -197,11 +214,12 @@ class _MemoryFiles(buffers.Buffers):
         return number, tensor.data_ptr() - start
 
     def take_back(self, numbers: list[int]) -> None:
-        for number in numbers:  # whichever block it was of: they are the same memory
+        """Mark memory as released by the parent."""
+        for number in numbers:  # of whichever block: they share the memory
             self._lent[number].pop()
 
     def send_new(self, connection: Connection, parent: int, sent: bool) -> None:
-        """Tell the parent of the memory that it is about to see; `sent` says whether the block at hand goes to it."""
+        """Send the parent the memory files that it has not mapped yet; `sent`: the current block follows."""
         block, self._block = self._block if sent else {}, {}
         for number, tensors in block.items():
             self._lent.setdefault(number, []).append(tensors)
@@ -213,7 +231,7 @@ class _MemoryFiles(buffers.Buffers):
 
 
 class _Writer(pickle.Pickler):
-    """A block for the parent: large tensors as their place in shared memory, view specs as their place in the source."""
+    """Pickler of blocks: large tensors by their location in shared memory, view specs by their index in the source."""
 
     def __init__(self, file: io.BytesIO, views: list[ViewSpec], memory: _MemoryFiles) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
@@ -227,14 +245,14 @@ class _Writer(pickle.Pickler):
         if obj.nbytes < buffers.SMALL:
             return "bytes", obj.detach().contiguous().flatten().view(torch.uint8).numpy(), obj.dtype, obj.shape
         place = self._memory.lend(obj)
-        if place is None:  # memory of the spec's own
+        if place is None:  # memory that the spec allocated itself
             obj = buffers.empty(obj.shape, obj.dtype).copy_(obj)
             place = self._memory.lend(obj)
         return "shared", place, obj.dtype, obj.shape, obj.stride()
 
 
 class _Reader(pickle.Unpickler):
-    """The block in the parent, over the same memory."""
+    """Unpickler of blocks in the parent, over the same memory."""
 
     def __init__(self, data: bytes, views: list[ViewSpec], lend: Callable[[int], np.ndarray]) -> None:
         super().__init__(io.BytesIO(data))
@@ -252,9 +270,9 @@ class _Reader(pickle.Unpickler):
 
 
 def _serve(worker: ThreadWorker, connection: Connection, parents: Connection, place: _Place, parent: int) -> None:
-    """Make blocks until told to stop, or until the parent is gone, which nobody notices while its own end of the line is open here."""
+    """Make blocks until stopped, or until the parent is gone; its end of the pipe is closed here, so that its exit is noticed."""
     parents.close()
-    for number in (signal.SIGINT, signal.SIGTERM):  # the trainer's to answer: it still needs batches for its last step
+    for number in (signal.SIGINT, signal.SIGTERM):  # the trainer handles them: it still needs batches for its last step
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     memory = _MemoryFiles()
@@ -278,5 +296,5 @@ def _serve(worker: ThreadWorker, connection: Connection, parents: Connection, pl
                 error = picklable(raised, "in a loader process")
             memory.send_new(connection, parent, error is None)
             connection.send((error, data.getvalue()))
-        except (EOFError, OSError):  # nobody is there any more
+        except (EOFError, OSError):  # the parent is gone
             return

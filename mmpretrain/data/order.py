@@ -1,7 +1,8 @@
-"""3. Which sample comes when: a pure function of (seed, epoch, per-shard sample counts).
+"""The order of samples (stage 3 of the data pipeline): a pure function of (seed, epoch, per-shard sample counts).
 
-Shards are permuted, then samples within a window of shards, so that reads stay near each other. A position is one number, the slot;
-`epoch = slot // total`. Nothing is stored, so any slot can be looked up at once and a run resumes at any of them.
+Shards are permuted, then samples within a window of shards, so that reads are local. A position is one number, the
+slot; `epoch = slot // total`. No state is stored, so any slot can be located directly and a run resumes at any of
+them.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from mmpretrain.system import lock_across_forks
 
 
 class Place(NamedTuple):
-    """Where slots fall; each int64 [n]."""
+    """The samples of slots; each int64 [n]."""
 
-    shard: np.ndarray  # position in the list of shards
-    sample: np.ndarray  # position in that shard
+    shard: np.ndarray  # index in the list of shards
+    sample: np.ndarray  # index in that shard
     epoch: np.ndarray
 
 
@@ -31,30 +32,34 @@ _LOCK = lock_across_forks()
 
 
 class Recent:
-    """The few results last used; computed twice rather than waited for when threads race."""
+    """A cache of the `keep` most recently used results; racing threads compute one twice rather than wait."""
 
     def __init__(self, make: Callable[[Any], Any], keep: int) -> None:
         self._make, self._keep = make, keep
-        self._found: OrderedDict[Any, Any] = OrderedDict()
+        self._results: OrderedDict[Any, Any] = OrderedDict()
 
     def __call__(self, key: Any) -> Any:
         with _LOCK:
-            if key in self._found:
-                self._found.move_to_end(key)
-                return self._found[key]
+            if key in self._results:
+                self._results.move_to_end(key)
+                return self._results[key]
         value = self._make(key)
         with _LOCK:
-            self._found[key] = value
-            while len(self._found) > self._keep:
-                self._found.popitem(last=False)
+            self._results[key] = value
+            while len(self._results) > self._keep:
+                self._results.popitem(last=False)
         return value
 
 
 class Order:
     """The order of one set of shards.
 
-    `counts` [S] samples per shard; `window` shards whose samples are mixed. Memory is a few numbers per shard and a permutation of the
-    current windows' samples.
+    Its memory is a few numbers per shard, and a permutation of the current windows' samples.
+
+    Args:
+        counts: [S], samples per shard.
+        seed: of the permutations.
+        window: shards whose samples are mixed.
     """
 
     def __init__(self, counts: Sequence[int] | np.ndarray, seed: int | Tensor, window: int = 16) -> None:
@@ -79,14 +84,14 @@ class Order:
         return rng.permutation(rng.combine(self._seed, epoch, window, 1), int(windows[window + 1] - windows[window])).numpy()
 
     def _place(self, epoch: int, within: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of an epoch, windows' samples in permuted-shard order -> shard, sample."""
+        """Locate positions in the concatenation of an epoch's permuted shards; return (shard, sample)."""
         shards, ends, _ = self._epoch(epoch)
-        at = np.searchsorted(ends, within, side="right")
-        shard = shards[at]
-        return shard, within - (ends[at] - self.counts[shard])
+        index = np.searchsorted(ends, within, side="right")
+        shard = shards[index]
+        return shard, within - (ends[index] - self.counts[shard])
 
     def locate(self, slots: np.ndarray) -> Place:
-        """Slots, int64 [n] in any order -> where they fall. Raises ValueError when there are no samples."""
+        """Locate slots, int64 [n] in any order. Raises ValueError without samples."""
         if self.total == 0:
             raise ValueError("there are no samples to put in order")
         slots = np.asarray(slots, np.int64)
@@ -104,7 +109,7 @@ class Order:
         return Place(shard, sample, epoch)
 
     def replacement(self, slot: int, attempt: int) -> tuple[int, int, int]:
-        """(shard, sample, epoch) to stand in for a bad sample: from the same window; from the whole epoch after 16 attempts."""
+        """Draw a replacement (shard, sample, epoch) of a bad sample, from its window; from the whole epoch after 16 attempts."""
         epoch, within = divmod(slot, self.total)
         windows = self._epoch(epoch)[2]
         w = int(np.searchsorted(windows, within, side="right")) - 1
@@ -114,22 +119,22 @@ class Order:
         return int(shard[0]), int(sample[0]), epoch
 
     def shards_from(self, slot: int, windows: int = 2) -> list[int]:
-        """The shards that slots from `slot` on need, this window's first: what to read ahead."""
+        """Return the shards of the next `windows` windows, that of `slot` first, to read ahead."""
         epoch, within = divmod(slot, max(self.total, 1))
-        found: list[int] = []
+        needed: list[int] = []
         shards, _, starts = self._epoch(epoch)
         w = int(np.searchsorted(starts, within, side="right")) - 1
         for _ in range(windows):
             if w * self.window >= len(shards):
                 epoch, w = epoch + 1, 0
                 shards = self._epoch(epoch)[0]
-            found += [s for s in shards[w * self.window : (w + 1) * self.window].tolist() if self.counts[s] and s not in found]
+            needed += [s for s in shards[w * self.window : (w + 1) * self.window].tolist() if self.counts[s] and s not in needed]
             w += 1
-        return found
+        return needed
 
 
 class Blend:
-    """Slots dealt to components in fixed proportions: a permuted cycle with an integer quota of slots per component."""
+    """Assignment of slots to components in fixed proportions: a permuted cycle with an integer quota of slots per component."""
 
     def __init__(self, weights: Sequence[float], seed: int | Tensor) -> None:
         if not len(weights) or any(not weight > 0 for weight in weights):
@@ -143,12 +148,12 @@ class Blend:
         cycle = np.repeat(np.arange(len(quotas)), quotas)
         self.quotas = quotas
         self.cycle = cycle[rng.permutation(rng.combine(seed, 3), len(cycle)).numpy()]
-        self._rank = np.zeros(len(cycle), np.int64)  # how many of its component came earlier in the cycle
+        self._rank = np.zeros(len(cycle), np.int64)  # earlier slots of the same component in the cycle
         for component in range(len(quotas)):
             self._rank[self.cycle == component] = np.arange(quotas[component])
 
     def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Slots of the source -> (component [n], that component's own slot [n])."""
-        turn, at = np.divmod(np.asarray(slots, np.int64), len(self.cycle))
-        component = self.cycle[at]
-        return component, turn * self.quotas[component] + self._rank[at]
+        """Return the component of each slot of the source [n], and that component's own slot [n]."""
+        turn, index = np.divmod(np.asarray(slots, np.int64), len(self.cycle))
+        component = self.cycle[index]
+        return component, turn * self.quotas[component] + self._rank[index]

@@ -1,4 +1,4 @@
-"""Undecoded samples of a source as webdataset yields them, in the order that training reads them, for training loops of other people."""
+"""Undecoded samples of a source in the form of webdataset and in the order of training, for other training loops."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ SLOTS_PER_LOOKUP = 256
 class SampleStream(IterableDataset[dict[str, Any]]):
     """Dictionaries of a sample's members: `__key__`, `__url__`, `__slot__`, and its bytes by extension (`jpg`, `txt`, ...).
 
-    It is the first stage of a `webdataset.DataPipeline`, or a dataset of `torch.utils.data.DataLoader`. The order is that of a run with
-    this source and seed: a function of the seed, the source's name and the samples per shard. Ranks and workers (those that
-    `webdataset.utils.pytorch_worker_info` reports) share it in blocks of `block` samples dealt in turn, so that none is lost and none
-    comes twice, and so that a `DataLoader` with `batch_size=block` yields the same global batches whatever the number of its workers.
+    It is the first stage of a `webdataset.DataPipeline`, or a dataset of `torch.utils.data.DataLoader`. The order is
+    that of a run with this source and seed: a function of the seed, the source's name and the samples per shard. Ranks
+    and workers (as reported by `webdataset.utils.pytorch_worker_info`) share it in blocks of `block` samples dealt in
+    turn, so that no sample is lost or repeated, and a `DataLoader` with `batch_size=block` yields the same global
+    batches with any number of workers.
 
     Args:
-        config: the source, or its shards alone in any form that a recipe takes.
+        config: the source, or its shards alone in any form that a recipe accepts.
         name: the source's name in the recipe; the order depends on it.
         seed: the run's seed.
-        start: the first slot: the number of samples that all ranks together took before. Resume from here.
-        epochs: where to end, in epochs of the source counted from slot 0; None never ends. Where ranks do not divide an epoch, some get
-            a block less.
-        block: consecutive slots that one worker takes; the `batch_size` of a `DataLoader` that makes the batches.
-        handler: called with the error of a sample that cannot be read (cut, or other bytes than its index was written for), as in
-            webdataset: true goes on with the next sample, false ends the iteration; the default raises the error.
+        start: the first slot, to resume: the number of samples that all ranks together have consumed.
+        epochs: the end, in epochs of the source counted from slot 0; None: endless. Where ranks do not divide an
+            epoch, some get a block less.
+        block: consecutive slots of one worker; the `batch_size` of a `DataLoader` that makes the batches.
+        handler: called with the error of an unreadable sample (truncated, or different from its checksum), as in
+            webdataset: true continues with the next sample, false ends the iteration; the default raises the error.
 
     Raises:
-        ShardError: shards that cannot be used. The message names the shard and the remedy.
+        ShardError: the shards cannot be used; the message names the shard and the remedy.
     """
 
     def __init__(
@@ -61,10 +62,11 @@ class SampleStream(IterableDataset[dict[str, Any]]):
         self._source: Source | None = Source(name, self.config, (), seed=seed)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_source": None}  # open files and locks stay behind when a worker is spawned
+        return self.__dict__ | {"_source": None}  # a spawned worker opens its own files and locks
 
     @property
     def source(self) -> Source:
+        """The source, opened on first use in a worker."""
         if self._source is None:
             self._source = Source(self.name, self.config, (), seed=self.seed)
         return self._source
@@ -75,7 +77,7 @@ class SampleStream(IterableDataset[dict[str, Any]]):
         return self.source.num_samples
 
     def _slots(self) -> Iterator[np.ndarray]:
-        """The slots of this rank's worker, some at a time; int64 [n]."""
+        """Yield the slots of this rank's worker in groups, int64 [n]."""
         rank, ranks, worker, workers = pytorch_worker_info()
         stop = None if self.epochs is None else self.epochs * self.num_samples
         turns = np.arange(max(1, SLOTS_PER_LOOKUP // self.block))

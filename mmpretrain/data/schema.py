@@ -1,4 +1,4 @@
-"""What a shard holds: how member names become samples, which members are images, and the errors of this package."""
+"""The format of shards: member names and keys, image members, and the errors of this package."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "
 METADATA_EXTENSION = "json"
 LABEL_EXTENSION = "cls"
 
-# A key as the writer accepts it: no dot (it would start the extension), nothing a file system or a shell reads specially.
+# The keys that the writer accepts: no dot (it would begin the extension), no character that is special in file systems or shells.
 SAFE_KEY = re.compile(r"[\w-]+(?:/[\w-]+)*")
 
 
 class ShardError(MMPretrainError, ValueError):
-    """A shard that cannot be used at all, or that contradicts its index. The message names shard, offset and remedy."""
+    """A shard cannot be used, or contradicts its index. The message names shard, offset and remedy."""
 
 
-class BadSample(ValueError):  # noqa: N818 (it is counted and replaced, seldom an error of the run)
-    """One sample that cannot be used. `reason` is a short stable word; the message says what was found."""
+class BadSample(ValueError):  # noqa: N818 (it is counted and replaced, rarely an error of the run)
+    """A sample cannot be used. `reason` is a short stable word, `detail` the cause."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -30,11 +30,11 @@ class BadSample(ValueError):  # noqa: N818 (it is counted and replaced, seldom a
 
 
 class LoaderError(MMPretrainError, RuntimeError):
-    """The loader can make no more batches: a process of its ended, or nothing came in time. The message says what was being read."""
+    """The loader cannot make batches: one of its processes ended, or timed out. The message names the sample that was being read."""
 
 
 class BadSampleBudgetError(MMPretrainError, RuntimeError):
-    """More samples are bad than the source allows. The message gives counts per reason and examples.
+    """More samples are bad than the source allows. The message has counts per reason and examples.
 
     `records` are the bad samples that nobody has listed before, as in skipped.jsonl.
     """
@@ -48,9 +48,9 @@ class BadSampleBudgetError(MMPretrainError, RuntimeError):
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Member name -> (key, extension): the extension begins after the FIRST dot of the basename, as in webdataset.
+    """Split a member name into (key, extension), at the FIRST dot of the basename, as in webdataset.
 
-    None for what belongs to no sample: directories, dot files, names without an extension or an empty one, `__len__`-like metadata.
+    Returns None for members of no sample: directories, dot files, and names without an extension such as `__len__`.
     """
     slash = name.rfind("/") + 1
     dot = name.find(".", slash)
@@ -60,9 +60,14 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def image_extension(extensions: Container[str], wanted: str | None = None) -> str | None:
-    """Which of a sample's members is its image: `wanted`, or else the first of IMAGE_EXTENSIONS that it has; None where it has none.
+    """Return the extension of a sample's image, by name alone; its format is recognised by content later.
 
-    Only the name is judged here, the format is sniffed from the content.
+    Args:
+        extensions: of the sample's members.
+        wanted: the member that is the image; None: the first of IMAGE_EXTENSIONS that is there.
+
+    Returns:
+        None where the sample has no image.
     """
     if wanted is not None:
         return wanted if wanted in extensions else None

@@ -1,4 +1,4 @@
-"""Shard specs -> names in order, and the counts stated beside them. A range of a million remote shards stays a range."""
+"""Expansion of shard specs to names, in order. A range of a million remote shards is kept as a range."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _SPAN = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.-?(\d{1,18}))?")
 _LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d{1,18})?")
 _TOO_LONG = re.compile(r"\{(?=[^{}]*\d{19})[^{},]*\.\.[^{},]*\}")  # a range with a number of more than 18 digits
 _COUNTED = re.compile("\0(\\d+)\0")
-LISTED = 10_000  # more names than these are not written out
-MOST = 10_000_000  # more names than these are a slip of the hand
+MAX_MATERIALISED = 10_000  # names kept as a list; more are kept as ranges
+MAX_NAMES = 10_000_000  # names of a spec; more are taken for a typing error
 _ENTRY = re.compile(rb'\s*"([^"\\]+)"\s*:\s*(\d+)\s*([,}])')
 
 
@@ -35,15 +35,15 @@ class Range(Sequence[str]):
         return self.length
 
     @overload
-    def __getitem__(self, at: int) -> str: ...
+    def __getitem__(self, index: int) -> str: ...
     @overload
-    def __getitem__(self, at: slice) -> Sequence[str]: ...
-    def __getitem__(self, at: int | slice) -> str | Sequence[str]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(*at.indices(self.length))]
-        if not -self.length <= at < self.length:
-            raise IndexError(at)
-        return f"{self.head}{self.first + at % self.length:0{self.width}d}{self.tail}"
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.length))]
+        if not -self.length <= index < self.length:
+            raise IndexError(index)
+        return f"{self.head}{self.first + index % self.length:0{self.width}d}{self.tail}"
 
     def __iter__(self) -> Iterator[str]:
         return (f"{self.head}{n:0{self.width}d}{self.tail}" for n in range(self.first, self.first + self.length))
@@ -60,52 +60,53 @@ class Joined(Sequence[str]):
         return self.ends[-1] if self.ends else 0
 
     @overload
-    def __getitem__(self, at: int) -> str: ...
+    def __getitem__(self, index: int) -> str: ...
     @overload
-    def __getitem__(self, at: slice) -> Sequence[str]: ...
-    def __getitem__(self, at: int | slice) -> str | Sequence[str]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(*at.indices(len(self)))]
-        if not -len(self) <= at < len(self):
-            raise IndexError(at)
-        at %= len(self)
-        part = bisect.bisect_right(self.ends, at)
-        return self.parts[part][at - (self.ends[part - 1] if part else 0)]
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        part = bisect.bisect_right(self.ends, index)
+        return self.parts[part][index - (self.ends[part - 1] if part else 0)]
 
     def __iter__(self) -> Iterator[str]:
         return itertools.chain.from_iterable(self.parts)
 
 
 def in_order(data: bytes, names: Iterable[str]) -> list[int] | None:
-    """The counts of a sizes.json that lists exactly these names (their last parts) in this order; None for any other text.
+    """Read the counts of a sizes.json that lists exactly these names (their last parts) in this order; None for any other text.
 
-    Reads entry by entry: a dictionary of a million shards would take ten times the memory of the text.
+    It is read entry by entry: a dictionary of a million shards would take ten times the memory of the text.
     """
-    at = len(data) - len(data.lstrip())
-    if data[at : at + 1] != b"{":
+    offset = len(data) - len(data.lstrip())
+    if data[offset : offset + 1] != b"{":
         return None
-    at, counts, more = at + 1, [], b","
+    offset, counts, more = offset + 1, [], b","
     for name in names:
-        entry = _ENTRY.match(data, at) if more == b"," else None
+        entry = _ENTRY.match(data, offset) if more == b"," else None
         if entry is None or entry[1] != name.rpartition("/")[2].encode():
             return None
         counts.append(int(entry[2]))
-        at, more = entry.end(), entry[3]
-    return counts if counts and more == b"}" and not data[at:].strip() else None
+        offset, more = entry.end(), entry[3]
+    return counts if counts and more == b"}" and not data[offset:].strip() else None
 
 
 def is_remote(name: str) -> bool:
+    """Return whether a name is a URL of another kind than file://."""
     return "://" in name and not name.startswith("file://")
 
 
 def _padding(first: str, last: str) -> int:
-    """The width that a range pads its numbers to, as in bash and webdataset: `{00..10}` pads, `{0..10}` does not."""
+    """Return the width to which a range pads its numbers, as in bash and webdataset: `{00..10}` pads, `{0..10}` does not."""
     padded = any(number.startswith("0") and number != "0" for number in (first, last))
     return max(len(first), len(last)) if padded else 0
 
 
 def _count_names(text: str) -> int:
-    """The number of names that the braces of `text` stand for, without making them: from the innermost braces outwards."""
+    """Count the names that the braces of `text` stand for without expanding them, from the innermost braces outwards."""
 
     def product(part: str) -> int:
         return math.prod(int(count) for count in _COUNTED.findall(part))
@@ -127,21 +128,24 @@ def _count_names(text: str) -> int:
 
 
 def _check_count(text: str) -> None:
-    """Raise ShardError for braces that stand for more names than anybody means."""
+    """Raise ShardError for braces that stand for more than MAX_NAMES names."""
     count = _count_names(text)
-    if count > MOST:
+    if count > MAX_NAMES:
         number = f"{count:,}" if count < 10**18 else "over 10^18"
-        raise ShardError(f"{text[:200]}: its braces stand for {number} names, more than {MOST:,}. Give the range of the shards there are.")
+        raise ShardError(
+            f"{text[:200]}: its braces stand for {number} names, more than {MAX_NAMES:,}. Give the range of the existing shards."
+        )
 
 
 def expand_braces(text: str) -> list[str]:
-    """Names that the braces of `text` stand for, as bash and webdataset read them (both call `braceexpand`).
+    """Expand the braces of `text` as bash and webdataset do (webdataset calls `braceexpand` too).
 
-    `a{00..02}.tar` is three names, padded as written; `{a,b}` are alternatives; braces may be nested. Braces that hold neither a range nor
-    alternatives, unbalanced braces, numbers of more than 18 digits, and backslashes stay as they are, because file names may contain them.
+    `a{00..02}.tar` is three names, padded as written; `{a,b}` are alternatives; braces may be nested. Braces that hold
+    neither a range nor alternatives, unbalanced braces, numbers of more than 18 digits, and backslashes are kept,
+    because file names may contain them.
 
     Raises:
-        ShardError: for more than `MOST` names.
+        ShardError: more than `MAX_NAMES` names.
     """
     if _TOO_LONG.search(text):
         return [text]
@@ -153,7 +157,7 @@ def expand_braces(text: str) -> list[str]:
 
 
 def _range(spec: str) -> Range | None:
-    """A remote spec of one ascending brace range and nothing else to expand."""
+    """Return a remote spec with one ascending brace range, and nothing else to expand, as a Range; None for others."""
     groups = list(_BRACE.finditer(spec))
     spans = [group for group in groups if "," in group[1] or ".." in group[1]]
     if not is_remote(spec) or len(spans) != 1 or "{" in (rest := _BRACE.sub("", spec)) or "}" in rest:
@@ -176,17 +180,17 @@ def _literal_folder(spec: str) -> str:
 
 
 def _expand_one(spec: str) -> Sequence[str]:
-    if os.path.isfile(spec):  # literal first: a path may contain # ? [ or {
+    if os.path.isfile(spec):  # literal names first: a path may contain # ? [ or {
         return [spec]
     if spec.startswith("pipe:"):
         raise ShardError(
             f"{spec!r}: pipe: runs a shell command, which a recipe may not. Give the URL itself: fsspec opens s3://, gs://, https:// ..."
         )
     if os.path.isdir(spec):
-        found = sorted(glob.glob(os.path.join(glob.escape(spec), "*.tar")))
-        if not found:
+        matches = sorted(glob.glob(os.path.join(glob.escape(spec), "*.tar")))
+        if not matches:
             raise ShardError(f"{spec}: a folder without *.tar. Give the folder that holds the shards.")
-        return found
+        return matches
     if (span := _range(spec)) is not None:
         return span
     names: list[str] = []
@@ -197,22 +201,29 @@ def _expand_one(spec: str) -> Sequence[str]:
             names.append(name)
             continue
         patterns = (tail, tail.replace("[", "[[]")) if glob.has_magic(tail) else ()  # brackets as choices, or else as themselves
-        matches = (glob.glob(glob.escape(folder) + pattern, recursive=True) for pattern in patterns)
-        found = sorted(next(filter(None, matches), []))
-        if not found:
+        globbed = (glob.glob(glob.escape(folder) + pattern, recursive=True) for pattern in patterns)
+        matches = sorted(next(filter(None, globbed), []))
+        if not matches:
             parent = os.path.dirname(name) or "."
             there = sorted(os.listdir(parent))[:5] if os.path.isdir(parent) else None
             holds = f"{parent} holds {', '.join(there) or 'nothing'}" if there is not None else f"there is no folder {parent}"
             raise ShardError(f"{name}: no such shard ({holds}). Check the name, and the folder it is relative to.")
-        names += found
+        names += matches
     return names
 
 
 def expand(spec: str | list[str]) -> Sequence[str]:
-    """A shard spec -> paths and URLs in order: literal paths, folders, globs, brace ranges, and several joined with `::` or in a list."""
+    """Expand a shard spec to paths and URLs in order.
+
+    Args:
+        spec: a path, folder, glob or brace range; several joined by `::`, or a list of these.
+
+    Raises:
+        ShardError: a spec names no shard, or more than `MAX_NAMES`.
+    """
     specs = [spec] if isinstance(spec, str) else list(spec)
     parts = [_expand_one(part) for item in specs for part in ([item] if os.path.exists(item) else item.split("::")) if part]
     names = Joined(parts)
     if not names:
         raise ShardError(f"shards: {spec!r} names no shard")
-    return list(names) if len(names) <= LISTED else names
+    return list(names) if len(names) <= MAX_MATERIALISED else names

@@ -1,4 +1,4 @@
-"""Named shards -> their samples' bytes: specs are expanded, indexes opened, files read by position."""
+"""Sets of shards: indexes are opened, and members read by position."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmpretrain.data.tar import read_at
 
 
 class _Open:
-    """An open shard: its index and a file to read from by position, which threads may share."""
+    """An open shard: its index, and a file to read from by position, which threads may share."""
 
     def __init__(self, path: str, index: ShardIndex, chosen: np.ndarray | None) -> None:
         self.path, self.index, self.chosen = path, index, chosen
@@ -42,8 +42,19 @@ class _Open:
 class ShardSet:
     """The shards of one component of a source.
 
-    Opening checks every local shard (indexing those that have no index), so that trouble shows at start. `counts` [S] are the samples of
-    each that belong to `split`. Indexes and files are opened again as the order needs them, and the least recently used are let go.
+    The constructor checks every local shard, and indexes those without an index, so that problems show at the start.
+    `counts` [S] are the samples of each shard that belong to `split`. Indexes and files are opened again as the order
+    needs them; the most recently used remain open.
+
+    Args:
+        spec: see `expand`.
+        split: (held-out share, part); None: all samples.
+        window: shards whose samples are mixed.
+        cache: of remote shards.
+        verify: compare members with their checksums.
+
+    Raises:
+        ShardError: a shard cannot be used.
     """
 
     def __init__(self, spec: str | list[str], split: tuple[float, str] | None, window: int, cache: ShardCache, verify: bool) -> None:
@@ -54,10 +65,10 @@ class ShardSet:
         self.damage: list[tuple[str, Damage]] = []
         self.left_out: list[tuple[str, LeftOut]] = []  # (shard, member that cannot be read)
         self.duplicates = 0
-        self.found: dict[str, int] = {}  # extension -> samples that have it, over the shards looked at
-        self.looked_at = 0  # samples in them
+        self.extension_counts: dict[str, int] = {}  # extension -> samples that have it, in the opened shards
+        self.looked_at = 0  # samples in the opened shards
         counts = self._stated.copy()
-        # A million remote shards are not opened one by one where their counts are stated.
+        # Remote shards with stated counts are not opened: there may be a million.
         trusted = np.fromiter((is_remote(name) for name in self.names), bool, len(self.names))
         self.remote = bool(trusted.any())
         trusted &= (counts >= 0) if split is None else False
@@ -70,7 +81,7 @@ class ShardSet:
                 self.duplicates += index.duplicates
                 self.looked_at += len(index)
                 for extension, number in index.counts().items():
-                    self.found[extension] = self.found.get(extension, 0) + number
+                    self.extension_counts[extension] = self.extension_counts.get(extension, 0) + number
         self.counts = counts
 
     def _index(self, shard: int, path: str | None = None) -> ShardIndex:
@@ -97,24 +108,25 @@ class ShardSet:
         path = self._cache.fetch(name) if is_remote(name) else name
         index = self._index(shard, path)
         chosen = None if self._split is None else np.flatnonzero(in_part(index.keys, *self._split))
-        found = len(index) if chosen is None else len(chosen)
-        if hasattr(self, "counts") and found != self.counts[shard]:
+        count = len(index) if chosen is None else len(chosen)
+        if hasattr(self, "counts") and count != self.counts[shard]:
             raise ShardError(
-                f"{name}: {found} samples, but {int(self.counts[shard])} when the run began. Shards must not change during a run."
+                f"{name}: {count} samples, but {int(self.counts[shard])} when the run began. Shards must not change during a run."
             )
         return _Open(path, index, chosen)
 
     def members(self, shard: int, sample: int) -> tuple[str, dict[str, Member], _Open]:
-        """(key, extension -> place, the open shard) of a sample of the split."""
+        """Return (key, extension -> location, open shard) of a sample of the split."""
         opened = self._opened(shard)
-        at = sample if opened.chosen is None else int(opened.chosen[sample])
-        return opened.index.keys[at], opened.index.members(at), opened
+        index = sample if opened.chosen is None else int(opened.chosen[sample])
+        return opened.index.keys[index], opened.index.members(index), opened
 
     def read(self, opened: _Open, member: Member) -> bytes:
+        """Read a member of an open shard. Raises BadSample."""
         return opened.read(member, self._verify)
 
     def read_ahead(self, shards: list[int]) -> None:
-        """Start fetching the remote shards that come next."""
+        """Start to fetch the remote ones of these shards."""
         self._cache.read_ahead([self.names[shard] for shard in shards if is_remote(self.names[shard])])
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
@@ -123,12 +135,12 @@ class ShardSet:
 
 @functools.lru_cache(1024)
 def shard_label(name: str) -> str:
-    """A shard's name in sample keys and logs: the last folder and the file."""
+    """Return a shard's name for sample keys and logs: the last folder and the file."""
     return "/".join(Path(name).parts[-2:])
 
 
 def load_classes(value: list[str] | str | None) -> list[str] | None:
-    """Class names from a list, or from a file: one a line, or a JSON list. Raises FileError or OptionError where it cannot be read."""
+    """Return class names from a list, or from a file with one per line or a JSON list. Raises FileError or OptionError."""
     if value is None or not isinstance(value, str):
         return None if value is None else list(value)
     names = read_json(value) if value.endswith(".json") else read_text(value).splitlines()

@@ -1,4 +1,4 @@
-"""7. One source: named shards read one way. Slots in, decoded and cut rows out; bad samples replaced, counted and budgeted."""
+"""A source (stage 7 of the data pipeline): decoded and cut rows by slot; bad samples are replaced, counted and limited."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["ImageConfig", "Source", "SourceConfig", "SplitConfig"]
 
 
 class _Tally:
-    """How many samples were read, and what was wrong with the bad ones."""
+    """Counts of the samples read, and the reasons of bad ones."""
 
     def __init__(self) -> None:
         self.read = self.bad = 0
@@ -53,10 +53,20 @@ def _by_shard(members: list[tuple[str, LeftOut]]) -> Iterator[tuple[str, list[Le
 
 
 class Source:
-    """Stages 1-6 for one source. Construction opens every local shard and raises ShardError for what cannot work.
+    """Named shards that are read in one way: stages 1 to 6 of the data pipeline.
 
-    `views` are the specs to make, `labels` whether the objectives want the label. Members that none of them needs may be missing.
-    `schedule` says between which slots a view is made; one that it does not name is made always.
+    `schedule` limits views to ranges of slots; a view that it does not name is always made.
+
+    Args:
+        name: in the recipe.
+        config: its options.
+        views: the specs to make. Members that no view needs may be missing.
+        labels: read the label too.
+        seed: of the run.
+
+    Raises:
+        ShardError: a local shard, or the source as a whole, cannot be used.
+        OptionError: labels are needed, and the options name no member for them.
     """
 
     def __init__(self, name: str, config: SourceConfig, views: Collection[ViewSpec], labels: bool = False, seed: int = 0) -> None:
@@ -70,10 +80,11 @@ class Source:
         self._wants = self._needed(self.views)
         if self._wants["label"] and config.label is None:
             raise OptionError(
-                f"sources.{name}: an objective wants labels. Say which member holds them, e.g. `label: cls` or `label: json:category`."
+                f"sources.{name}: an objective needs labels. Name the member that holds them, e.g. `label: cls` or `label: json:category`."
             )
         image = config.image or ImageConfig()
-        self._limits = decode.ImageLimits(config.max_pixels, config.min_side, config.max_aspect, tuple(image.background))
+        self._background = image.behind()
+        self._limits = decode.ImageLimits(config.max_pixels, config.min_side, config.max_aspect, self._background)
         split = None
         if config.split is not None:
             split = (config.split.holdout, config.split.part)
@@ -87,15 +98,15 @@ class Source:
         self.num_samples = sum(order.total for order in self._orders)
         self._lock = threading.Lock()
         self._tally = _Tally()
-        self.reading: dict[int, str] = {}  # thread -> the sample it is at, for errors
+        self.reading: dict[int, str] = {}  # thread -> the sample that it reads, for errors
         self._preflight()
 
     def _needed(self, views: Collection[ViewSpec]) -> dict[str, bool]:
-        """Which members of a sample these views and the labels need."""
+        """Return which members of a sample these views and the labels need."""
         return {modality: any(v.modality == modality for v in views) for modality in ("image", "text")} | {"label": self._labels}
 
     def views_at(self, slot: int) -> list[ViewSpec]:
-        """The views of the step that begins at `slot`."""
+        """Return the views of the step that begins at `slot`."""
         return [v for v in self.views if v not in self.schedule or any(a <= slot < b for a, b in self.schedule[v])]
 
     def _parts(self, shards: Any) -> list[tuple[Any, float]]:
@@ -119,14 +130,14 @@ class Source:
                 part = f" in the {self.config.split.part} part of the split" if self.config.split else ""
                 raise ShardError(f"{where}: no samples{part}.")
             n = shards.looked_at
-            has = ", ".join(shards.found)
-            if n and self._wants["image"] and image_extension(shards.found, self.config.image_member) is None:
+            has = ", ".join(shards.extension_counts)
+            if n and self._wants["image"] and image_extension(shards.extension_counts, self.config.image_member) is None:
                 what = self.config.image_member or "an image (jpg, png, jpeg, webp)"
                 raise ShardError(f"{where}: 0 of {n} samples have {what}; they have {has}.")
-            if self._wants["image"] and self.config.image_member is None and (several := several_images(shards.found, n)):
+            if self._wants["image"] and self.config.image_member is None and (several := several_images(shards.extension_counts, n)):
                 log.warning("%s: %s. `image_member:` says which.", where, several)
             for extension in needed:
-                if n and not shards.found.get(extension):
+                if n and not shards.extension_counts.get(extension):
                     raise ShardError(
                         f"{where}: 0 of {n} samples have {extension}; they have {has}. Set `caption:` or `label:` to a member they have."
                     )
@@ -147,7 +158,7 @@ class Source:
                 )
 
     def damaged(self) -> list[dict[str, Any]]:
-        """What preflight quarantined: one record per damaged shard and per member that cannot be read, as in skipped.jsonl."""
+        """Return one record per damaged region of the shards and per member that cannot be read, as in skipped.jsonl."""
         return [
             {"source": self.name, "shard": shard_label(name), "key": d.key, "reason": d.reason, "detail": f"byte {d.offset}: {d.detail}"}
             for shards in self.shard_sets
@@ -155,7 +166,7 @@ class Source:
         ]
 
     def read_ahead(self, slot: int) -> None:
-        """Start fetching what slots from `slot` on need."""
+        """Start to fetch the remote shards that the slots from `slot` on need."""
         if not any(shards.remote for shards in self.shard_sets):
             return
         component, own = self._blend.locate(np.arange(slot, slot + len(self._blend.cycle)))
@@ -163,7 +174,7 @@ class Source:
             shards.read_ahead(order.shards_from(int(own[component == c].min())))
 
     def locate(self, slots: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Slots, int64 [n] -> the component, the component's own slot, the shard, the sample in it and the epoch of each; int64 [n]."""
+        """Locate slots, int64 [n]: (component, the component's own slot, shard, sample in the shard, epoch), each int64 [n]."""
         component, own = self._blend.locate(slots)
         shard, sample, epoch = (np.empty_like(own) for _ in range(3))
         for c in np.unique(component).tolist():
@@ -172,46 +183,78 @@ class Source:
         return component, own, shard, sample, epoch
 
     def rows(self, slots: range | Sequence[int]) -> Block:
-        """Decode and cut the samples of these slots. Raises BadSampleBudgetError, ShardError, or RuntimeError naming the sample."""
+        """Decode and cut the samples of these slots.
+
+        Raises:
+            BadSampleBudgetError: more samples are bad than the source allows.
+            ShardError: a shard cannot be used.
+            RuntimeError: a sample cannot be read; the message names it.
+        """
         return self.account(self.make(slots))
 
     def make(self, slots: range | Sequence[int]) -> Block:
-        """The same without the budget of all samples, which a process that makes blocks cannot know; it counts bad ones in a row."""
+        """Do the same as `rows`, but limit only consecutive bad samples: a worker process does not know the total."""
         numbers = np.asarray(slots, np.int64)
         views = self.views_at(int(numbers[0]))
         wants = self._needed(views)
-        component, own, *place = self.locate(numbers)
+        component, own, *places = self.locate(numbers)
         samples: list[Sample] = []
         origin: list[tuple[int, int, int, int]] = []  # component, epoch, sample of the component, attempt
         skipped: list[dict[str, Any]] = []
-        for slot, c, own_slot, *where in zip(*(each.tolist() for each in (numbers, component, own, *place))):
-            bad: list[dict[str, Any]] = []  # what this slot went through before a good sample
+        transparent: set[int] = set()  # slots whose image has transparent pixels
+        for slot, c, own_slot, *where in zip(*(each.tolist() for each in (numbers, component, own, *places))):
+            bad: list[dict[str, Any]] = []  # bad samples of this slot before a good one
             while True:
+                place = (c, where[2], int(self._orders[c].first[where[0]]) + where[1], len(bad))
+
+                def background(slot: int = slot, place: tuple[int, int, int, int] = place) -> decode.Background:
+                    transparent.add(slot)
+                    return self._drawn_background(place)
+
                 try:
-                    sample = self._sample(c, where[0], where[1], wants)
+                    sample = self._sample(c, where[0], where[1], wants, background)
                     break
                 except BadSample as error:
+                    transparent.discard(slot)
                     bad.append(self._record(c, where[0], where[1], slot, error))
                     if len(bad) >= self.config.max_consecutive_bad:
-                        found = f"{len(bad)} samples in a row are bad (max_consecutive_bad: {self.config.max_consecutive_bad})"
-                        raise self._over_budget(found, _Tally().add(0, bad), skipped + bad) from error
+                        problem = f"{len(bad)} samples in a row are bad (max_consecutive_bad: {self.config.max_consecutive_bad})"
+                        raise self._over_budget(problem, _Tally().add(0, bad), skipped + bad) from error
                     where = self._orders[c].replacement(own_slot, len(bad))
             skipped += [record | {"replaced_by": sample.key} for record in bad]
             samples.append(sample)
-            origin.append((c, where[2], int(self._orders[c].first[where[0]]) + where[1], len(bad)))
-        return self._cut(samples, rng.combine(self._base, *torch.tensor(origin).unbind(1)), skipped, views)
+            origin.append(place)
+        block = self._cut(samples, rng.combine(self._base, *torch.tensor(origin).unbind(1)), skipped, views)
+        return block._replace(transparent=len(transparent))
+
+    def _drawn_background(self, place: tuple[int, int, int, int]) -> decode.Background:
+        """What an image with transparent pixels is laid over; a random colour comes from the seed of its row alone.
+
+        Args:
+            place: component, epoch, sample of the component, attempt.
+        """
+        if self._background != "random":
+            return self._background
+        return tuple(rng.integers(rng.combine(self._base, *place).reshape(1), "background", 256, 3)[0].tolist())
 
     def account(self, block: Block) -> Block:
-        """Count what `make` read; raises BadSampleBudgetError where too much of all was bad."""
+        """Count the samples of a block from `make`. Raises BadSampleBudgetError where too many of all were bad."""
         with self._lock:
             self._tally.add(len(block.keys), block.skipped)
             if self._tally.bad > 10 + self.config.max_bad_fraction * self._tally.read:
-                found = f"{self._tally.bad} of {self._tally.read} samples read are bad"
-                raise self._over_budget(f"{found}, more than max_bad_fraction: {self.config.max_bad_fraction}", self._tally, block.skipped)
+                problem = f"{self._tally.bad} of {self._tally.read} samples read are bad"
+                raise self._over_budget(
+                    f"{problem}, more than max_bad_fraction: {self.config.max_bad_fraction}", self._tally, block.skipped
+                )
         return block
 
     def read(self, component: int, shard: int, sample: int) -> tuple[str, str, dict[str, bytes]]:
-        """A place that `locate` returned -> (the shard's name, key, extension -> bytes). Raises BadSample naming both, or ShardError."""
+        """Read all members of a sample, located by `locate`; return (shard name, key, extension -> bytes).
+
+        Raises:
+            BadSample: a member cannot be read; the message names shard and key.
+            ShardError: the shard cannot be used.
+        """
         shards = self.shard_sets[component]
         key, members, opened = shards.members(shard, sample)
         try:
@@ -224,15 +267,15 @@ class Source:
         key = self.shard_sets[c].members(shard, number)[0]
         return {"source": self.name, "shard": shard_label(name), "key": key, "reason": bad.reason, "detail": bad.detail, "slot": slot}
 
-    def _over_budget(self, found: str, tally: _Tally, records: list[dict[str, Any]]) -> BadSampleBudgetError:
+    def _over_budget(self, problem: str, tally: _Tally, records: list[dict[str, Any]]) -> BadSampleBudgetError:
         reasons = ", ".join(f"{n} {reason}" for reason, n in tally.reasons.most_common())
         return BadSampleBudgetError(
-            f"source {self.name!r}: {found}: {reasons}. "
+            f"source {self.name!r}: {problem}: {reasons}. "
             f"For instance {'; '.join(list(tally.examples.values())[:3])}. Repair the shards or raise the limit.",
             records,
         )
 
-    def _sample(self, c: int, shard: int, number: int, wants: dict[str, bool]) -> Sample:
+    def _sample(self, c: int, shard: int, number: int, wants: dict[str, bool], background: Callable[[], decode.Background]) -> Sample:
         name = shard_label(self.shard_sets[c].names[shard])
         me = threading.get_ident()
         self.reading[me] = name
@@ -240,7 +283,7 @@ class Source:
         try:
             key, members, opened = self.shard_sets[c].members(shard, number)
             key = self.reading[me] = f"{name}/{key}"
-            return self._decode(key, members, lambda member: self.shard_sets[c].read(opened, member), wants)
+            return self._decode(key, members, lambda member: self.shard_sets[c].read(opened, member), wants, background)
         except (BadSample, ShardError):
             raise
         except Exception as error:
@@ -250,7 +293,14 @@ class Source:
         finally:
             self.reading.pop(me, None)
 
-    def _decode(self, key: str, members: dict[str, Member], read: Callable[[Member], bytes], wants: dict[str, bool]) -> Sample:
+    def _decode(
+        self,
+        key: str,
+        members: dict[str, Member],
+        read: Callable[[Member], bytes],
+        wants: dict[str, bool],
+        background: Callable[[], decode.Background],
+    ) -> Sample:
         sample = Sample(key)
         limit = self.config.max_member_bytes
         fields = Fields.placed(members, read, limit)
@@ -259,9 +309,8 @@ class Source:
         if self._wants["label"]:
             sample.labels["label"] = fields.label(str(self.config.label), self._class_index)
         if wants["image"]:
-            sample.image = decode.decode_image(
-                read(place_of(members, image_extension(members, self.config.image_member), limit)), self._limits
-            )
+            data = read(place_of(members, image_extension(members, self.config.image_member), limit))
+            sample.image = decode.decode_image(data, self._limits, background)
         return sample
 
     def _cut(self, samples: list[Sample], seeds: Tensor, skipped: list[dict[str, Any]], views: list[ViewSpec]) -> Block:

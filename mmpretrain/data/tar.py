@@ -1,7 +1,8 @@
-"""The headers of a tar over bytes or mmap: members, and the place where it cannot be read on.
+"""Tar headers, read from bytes or mmap: members, and the offset at which the tar becomes unreadable.
 
-Microseconds a member. Read are regular files, with GNU and pax long names, and hard and symbolic links to them; a header counts only if its
-checksum fits. Folders hold no bytes and are passed over; every other member is listed with the reason why it cannot be read.
+It takes microseconds per member. It reads regular files, with GNU and pax long names, and hard and symbolic links to
+them; a header counts only if its checksum matches. Folders hold no bytes and are passed over; every other member is
+listed with the reason why it cannot be read.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from mmpretrain.data.schema import BadSample, ShardError
 
 BLOCK = 512
 REGULAR = ord("0")
-_FIELDS = struct.Struct("B123x11sB20xB")  # of a header: the first byte of its name, the size's octal digits, what ends them, its kind
-_ENDS = (0, 32)  # NUL or a space; a further digit makes a number of twelve
-_AT_ONCE = 2048  # headers
+_FIELDS = struct.Struct("B123x11sB20xB")  # of a header: first byte of the name, octal digits of the size, their terminator, type
+_ENDS = (0, 32)  # NUL or a space; a digit there makes a number of twelve digits
+_CHUNK = 2048  # headers checked at a time
 MAX_NAME_BYTES = 1 << 16  # a longer name is an attack or corruption; other pax records may be of any size
 MAX_STEPS = 1000  # folders and links that a link leads through
 _PAX_WANTED = (b"path", b"linkpath", b"size")
@@ -36,7 +37,7 @@ _SPECIAL = {
 
 
 class Stop(NamedTuple):
-    """Where the headers end before their time."""
+    """The offset at which the headers end too early."""
 
     offset: int
     reason: str  # cut | corrupt_header | zeros
@@ -53,11 +54,11 @@ class Unread(NamedTuple):
 
 
 class Headers(NamedTuple):
-    """The regular files of a tar and the links to them, in its order."""
+    """The regular files of a tar and the links to them, in order."""
 
     names: list[str]
-    header: np.ndarray  # int64 [M]: where each one's header lies
-    offset: np.ndarray  # int64 [M]: and its bytes, which are those of the file that a link leads to
+    header: np.ndarray  # int64 [M], offset of each header
+    offset: np.ndarray  # int64 [M], offset of each member's bytes, those of the file that a link leads to
     size: np.ndarray  # int64 [M]
     unread: list[Unread]
 
@@ -67,29 +68,29 @@ NO_HEADERS = Headers([], _NONE, _NONE, _NONE, [])
 
 
 def _number(digits: bytes) -> int:
-    """A tar number: octal text, or base 256 where the first bit is set. Raises ValueError."""
+    """Parse a tar number: octal text, or base 256 where the first bit is set. Raises ValueError."""
     if digits[0] & 0x80:
         return int.from_bytes(bytes([digits[0] & 0x7F]) + digits[1:], "big")
     number = int(digits.strip(b" \0") or b"0", 8)
-    if number < 0:  # a walk that goes back never ends
+    if number < 0:  # going back would never end
         raise ValueError(f"a negative number, {number}")
     return number
 
 
 def _pax(payload: bytes) -> dict[bytes, bytes]:
     """The records of a pax header that say what the next member is; those of GNU sparse files as well. Raises ValueError."""
-    records, at = {}, 0
-    while at < len(payload):
-        space = payload.index(b" ", at, at + 20)
-        length = int(payload[at:space])
-        if length <= 0 or at + length > len(payload):
+    records, offset = {}, 0
+    while offset < len(payload):
+        space = payload.index(b" ", offset, offset + 20)
+        length = int(payload[offset:space])
+        if length <= 0 or offset + length > len(payload):
             raise ValueError(f"a pax record of {length} bytes")
         if payload.startswith((*_PAX_WANTED, b"GNU.sparse."), space + 1):
-            name, _, value = payload[space + 1 : at + length - 1].partition(b"=")
+            name, _, value = payload[space + 1 : offset + length - 1].partition(b"=")
             if len(value) > MAX_NAME_BYTES:
                 raise ValueError(f"the pax record {name.decode('ascii', 'replace')} has {len(value)} bytes")
             records[name] = value
-        at += length
+        offset += length
     return records
 
 
@@ -121,70 +122,70 @@ class _Pending:
 
 
 class _Walk:
-    """Every header's place, by following them: what must be done one by one. `size` is -1 where a header is not that of a file."""
+    """The offsets of all headers, found by following them one by one. `size` is -1 for a header that is not of a file."""
 
     def __init__(self, data: Any) -> None:
-        self.at: list[int] = []
+        self.offsets: list[int] = []
         self.size: list[int] = []
-        self.long_names: dict[int, bytes] = {}  # by position in `at`
+        self.long_names: dict[int, bytes] = {}  # by position in `offsets`
         self.links: dict[int, tuple[bool, bytes]] = {}  # by position: whether it is symbolic, and what it leads to
         self.folders: list[int] = []  # positions
         self.unread: dict[int, tuple[str, str]] = {}  # by position: the reason, and the detail
         self.stop = self._follow(data)
 
     def _follow(self, data: Any) -> Stop | None:
-        end, at = len(data), 0
+        end, offset = len(data), 0
         pending: _Pending | None = None
-        add_place, add_size, fields = self.at.append, self.size.append, _FIELDS.unpack_from
+        add_offset, add_size, fields = self.offsets.append, self.size.append, _FIELDS.unpack_from
         while True:
-            if at + BLOCK > end:
-                return _cut(at, end)
-            first, octal, after, kind = fields(data, at)
+            if offset + BLOCK > end:
+                return _cut(offset, end)
+            first, octal, after, kind = fields(data, offset)
             try:
                 size = int(octal, 8)
             except ValueError:
                 size = -1
-            if kind == REGULAR and first and after in _ENDS and size >= 0 and at + BLOCK + size <= end and pending is None:
-                add_place(at)
+            if kind == REGULAR and first and after in _ENDS and size >= 0 and offset + BLOCK + size <= end and pending is None:
+                add_offset(offset)
                 add_size(size)
-                at += BLOCK + (size + BLOCK - 1 & -BLOCK)
+                offset += BLOCK + (size + BLOCK - 1 & -BLOCK)
                 continue
-            block = data[at : at + BLOCK]
+            block = data[offset : offset + BLOCK]
             if first == 0 and not any(block):
-                return _after_zeros(data, at)
+                return _after_zeros(data, offset)
             try:
                 size = _number(block[124:136])
             except ValueError:
-                return Stop(at, "corrupt_header", f"the size field holds {block[124:136]!r}")
-            add_place(at)
+                return Stop(offset, "corrupt_header", f"the size field holds {block[124:136]!r}")
+            add_offset(offset)
             add_size(-1)
             if kind in b"LKxX":  # GNU long names, pax records: they describe the next header
-                payload = data[at + BLOCK : at + BLOCK + size]
+                payload = data[offset + BLOCK : offset + BLOCK + size]
                 pending = pending or _Pending()
                 try:
                     if len(payload) < size:
                         raise ValueError("a name record beyond the file")
                     pending.add(kind, payload)
                 except ValueError as error:
-                    return Stop(at, "corrupt_header", str(error))
+                    return Stop(offset, "corrupt_header", str(error))
             elif kind != ord("g"):  # pax records of all members that follow: none says what a member is
                 described, pending = pending or _Pending(), None
                 size = size if described.size is None else described.size
                 if described.name is not None:
-                    self.long_names[len(self.at) - 1] = described.name
-                if kind == ord("1") and size and not _is_header(data, at + BLOCK):
+                    self.long_names[len(self.offsets) - 1] = described.name
+                if kind == ord("1") and size and not _is_header(data, offset + BLOCK):
                     kind = REGULAR  # pax may store a hard link's bytes again
                 if kind in b"12345":  # links, devices, folders carry no payload
                     size = 0
-                if kind in b"0\x007" and at + BLOCK + size > end:
+                if kind in b"0\x007" and offset + BLOCK + size > end:
                     name = _text(block if described.name is None else described.name, described.name is None)
-                    return Stop(at, "cut", f"member {name!r} needs {size} bytes, {max(end - at - BLOCK, 0)} are left")
-                self._member(len(self.at) - 1, kind, size, described, block)
+                    return Stop(offset, "cut", f"member {name!r} needs {size} bytes, {max(end - offset - BLOCK, 0)} are left")
+                self._member(len(self.offsets) - 1, kind, size, described, block)
                 if kind == ord("S"):  # its map goes on in blocks before the data
-                    more = at + BLOCK if block[482] else end
+                    more = offset + BLOCK if block[482] else end
                     while more + BLOCK <= end:
-                        at, more = more, more + BLOCK if data[more + 504] else end
-            at += BLOCK + -(-size // BLOCK) * BLOCK
+                        offset, more = more, more + BLOCK if data[more + 504] else end
+            offset += BLOCK + -(-size // BLOCK) * BLOCK
 
     def _member(self, position: int, kind: int, size: int, described: _Pending, block: bytes) -> None:
         """Note what a header's member is."""
@@ -203,9 +204,9 @@ class _Walk:
             self.unread[position] = "special_member", f"{what}, expected a file"
 
 
-def _is_header(data: Any, at: int) -> bool:
-    """Whether a header, or the zeros that end a tar, begin at a place."""
-    block = np.frombuffer(data[at : at + BLOCK], np.uint8)
+def _is_header(data: Any, offset: int) -> bool:
+    """Whether a header, or the zeros that end a tar, begin offset a place."""
+    block = np.frombuffer(data[offset : offset + BLOCK], np.uint8)
     return len(block) == BLOCK and (not block.any() or _wrong_checksum(block[None]) is None)
 
 
@@ -294,26 +295,27 @@ def _resolve(walk: _Walk, names: list[str], size: np.ndarray) -> tuple[dict[int,
     return targets, unread
 
 
-def _cut(at: int, end: int) -> Stop:
-    where = (
-        "at a header: the end-of-archive mark is missing" if at == end else "inside a header" if at < end else "inside a member's padding"
-    )
-    return Stop(min(at, end), "cut", f"the file ends at byte {end}, {where}")
+def _cut(offset: int, end: int) -> Stop:
+    if offset == end:
+        where = "at a header: the end-of-archive mark is missing"
+    else:
+        where = "inside a header" if offset < end else "inside a member's padding"
+    return Stop(min(offset, end), "cut", f"the file ends at byte {end}, {where}")
 
 
-def _after_zeros(data: Any, at: int) -> Stop | None:
-    """A zero block ends a tar: nothing but zeros may follow."""
-    rest = np.frombuffer(data, np.uint8, offset=at)
+def _after_zeros(data: Any, offset: int) -> Stop | None:
+    """Check that only zeros follow a zero block, which ends a tar."""
+    rest = np.frombuffer(data, np.uint8, offset=offset)
     for start in range(0, len(rest), 1 << 22):
         nonzero = rest[start : start + (1 << 22)]
         if nonzero.any():
-            follow = at + start + int((nonzero != 0).argmax())
-            return Stop(at, "zeros", f"zero blocks before the end; data goes on at byte {follow}")
+            follow = offset + start + int((nonzero != 0).argmax())
+            return Stop(offset, "zeros", f"zero blocks before the end; data continues at byte {follow}")
     return None
 
 
 def _text(raw: bytes, is_block: bool) -> str:
-    """A member's name from its header, where ustar may keep the folders apart, or from a record of its own."""
+    """Decode a member's name from its header, where ustar may store folders separately, or from a long-name record."""
     name = (raw[:100] if is_block else raw).split(b"\0", 1)[0]
     if is_block and raw[345] and raw[257:263] == b"ustar\0":
         name = raw[345:500].split(b"\0", 1)[0] + b"/" + name
@@ -321,8 +323,8 @@ def _text(raw: bytes, is_block: bool) -> str:
 
 
 def _wrong_checksum(blocks: np.ndarray) -> int | None:
-    """The first of the headers, uint8 [n, 512], whose checksum is wrong."""
-    digits = blocks[:, 148:156] - np.uint8(ord("0"))  # six octal digits and two of NUL or space, as nearly all write it
+    """Return the index of the first header, uint8 [n, 512], whose checksum is wrong."""
+    digits = blocks[:, 148:156] - np.uint8(ord("0"))  # six octal digits and two of NUL or space, as most writers do
     usual = (digits[:, :6] < 8).all(1) & ((digits[:, 6:] == 256 - 48) | (digits[:, 6:] == 256 - 16)).all(1)
     stated = digits[:, :6].astype(np.int64) @ (8 ** np.arange(5, -1, -1))
     for row in np.flatnonzero(~usual):
@@ -330,7 +332,7 @@ def _wrong_checksum(blocks: np.ndarray) -> int | None:
             stated[row] = _number(blocks[row, 148:156].tobytes())
         except ValueError:
             stated[row] = -1
-    spaces = 8 * 32 - blocks[:, 148:156].sum(1, dtype=np.int64)  # the sum is taken with spaces in its own field
+    spaces = 8 * 32 - blocks[:, 148:156].sum(1, dtype=np.int64)  # the checksum counts its own field as spaces
     wrong = np.flatnonzero(stated != blocks.sum(1, dtype=np.uint32) + spaces)
     for row in wrong.tolist():
         block = blocks[row].copy()
@@ -341,57 +343,57 @@ def _wrong_checksum(blocks: np.ndarray) -> int | None:
 
 
 def _names(blocks: np.ndarray) -> list[str]:
-    """Of headers, uint8 [n, 512]."""
+    """Decode the names in headers, uint8 [n, 512]."""
     raw = np.ascontiguousarray(blocks[:, :100]).view("S100").ravel().tolist()
     joined = b"\0".join(raw)
-    if joined.count(b"\0") != len(raw) - 1 or blocks[:, 345].any():  # a NUL within a name, or folders that are kept apart
+    if joined.count(b"\0") != len(raw) - 1 or blocks[:, 345].any():  # a NUL within a name, or folders stored separately
         return [_text(block.tobytes(), True) for block in blocks]
     return joined.decode("utf-8", "surrogateescape").split("\0")
 
 
 def read_headers(data: Any, name: str) -> tuple[Headers, Stop | None]:
-    """The members of a tar, bytes or mmap, up to where it can be read. Raises ShardError where it is no tar at all."""
+    """Read the members of a tar, bytes or mmap, as far as it can be read. Raises ShardError where it is not a tar."""
     if len(data) == 0:
         raise ShardError(f"{name}: zero bytes, expected a tar. Fetch or build the shard again.")
     walk = _Walk(data)
     stop, names = walk.stop, []
-    at, size = np.array(walk.at, np.int64), np.array(walk.size, np.int64)
+    offsets, size = np.array(walk.offsets, np.int64), np.array(walk.size, np.int64)
     rows = np.frombuffer(data, np.uint8, len(data) // BLOCK * BLOCK).reshape(-1, BLOCK)
-    for start in range(0, len(at), _AT_ONCE):
-        blocks = rows[at[start : start + _AT_ONCE] // BLOCK]  # [n, 512]
+    for start in range(0, len(offsets), _CHUNK):
+        blocks = rows[offsets[start : start + _CHUNK] // BLOCK]  # [n, 512]
         bad = _wrong_checksum(blocks)
         if bad is not None:
-            stop = Stop(int(at[start + bad]), "corrupt_header", "the header's checksum does not match its bytes")
-            at, size, blocks = at[: start + bad], size[: start + bad], blocks[:bad]
+            stop = Stop(int(offsets[start + bad]), "corrupt_header", "the header's checksum does not match its bytes")
+            offsets, size, blocks = offsets[: start + bad], size[: start + bad], blocks[:bad]
         names += _names(blocks)
         if bad is not None:
             break
     for position, raw in walk.long_names.items():
         if position < len(names):
             names[position] = _text(raw, False)
-    headers, offset = at, at + BLOCK
+    headers, places = offsets, offsets + BLOCK
     targets, dangling = _resolve(walk, names, size)
     for position, target in targets.items():
-        offset[position], size[position] = offset[target], size[target]
-    unread = sorted(dangling + [(position, *why) for position, why in walk.unread.items() if position < len(names)])
-    left = [Unread(names[position], int(at[position]), reason, detail) for position, reason, detail in unread]
-    if len(member := np.flatnonzero(size >= 0)) < len(at):
-        names, at, offset, size = [names[i] for i in member.tolist()], at[member], offset[member], size[member]
+        places[position], size[position] = places[target], size[target]
+    reasons = sorted(dangling + [(position, *why) for position, why in walk.unread.items() if position < len(names)])
+    unread = [Unread(names[position], int(offsets[position]), reason, detail) for position, reason, detail in reasons]
+    if len(member := np.flatnonzero(size >= 0)) < len(offsets):
+        names, offsets, places, size = [names[i] for i in member.tolist()], offsets[member], places[member], size[member]
     if stop is not None and not len(headers):
         start = bytes(data[:512])
         noun, remedy = foreign_kind(start) or ("", "")
         what = f"{noun} rather than a tar" if noun else "not a tar"
         remedy = remedy or "Fetch or build the shard again."
         raise ShardError(f"{name}: {what}: it begins with {start[:24]!r} ({len(data)} bytes). {remedy}")
-    return Headers(names, at, offset, size, left), stop
+    return Headers(names, offsets, places, size, unread), stop
 
 
 def read_at(file: int, offset: int, size: int) -> bytes:
-    """`size` bytes of an open file. pread rather than mmap: a file cut while it is read gives a short read, not a bus error."""
-    parts, at, left = [], offset, size
-    while left and (part := os.pread(file, left, at)):
+    """Read `size` bytes of an open file. With pread, a file truncated meanwhile gives a short read, where mmap gives a bus error."""
+    parts, left = [], size
+    while left and (part := os.pread(file, left, offset)):
         parts.append(part)
-        at, left = at + len(part), left - len(part)
+        offset, left = offset + len(part), left - len(part)
     if left:
-        raise BadSample("cut", f"{left} of {size} bytes missing at byte {at}")
+        raise BadSample("cut", f"{left} of {size} bytes missing at byte {offset}")
     return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,6 +1,7 @@
-"""5. View specs: what is drawn for a view and how it is cut. Photometry is in augment.py.
+"""View specs (stage 5 of the data pipeline): random draws and geometry of views. Photometric operations are in augment.py.
 
-Random numbers come from the rows' seeds and the spec's `repr` alone, so a row looks the same in any batch, on any rank.
+Random numbers depend on the rows' seeds and the spec's `repr` alone, so a row gets the same view in any batch, on any
+rank.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ NORMALISATION = {
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """uint8 [3,H,W] -> uint8 [3,height,width], bicubic and antialiased."""
+    """Resize uint8 [3, H, W] to [3, height, width], bicubic and antialiased."""
     if tuple(image.shape[-2:]) == (height, width):
         return image
-    # Channels last, as it was decoded, is resized faster; the batch's axis comes while they lie last, or torch would not see that they do.
+    # Channels-last, as decoded, is resized faster. The batch axis is added in that layout, or torch would not recognise it.
     pixels = image.permute(1, 2, 0)[None].contiguous().permute(0, 3, 1, 2)
     return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0]
 
@@ -46,10 +47,22 @@ def _captions(sample: Sample) -> list[str]:
 
 
 def crop_boxes(samples: Sequence[Sample], seeds: Tensor, name: object, scale: tuple, ratio: tuple) -> Tensor:
-    """Random-resized-crop boxes, int64 [B,4] of top, left, height, width (Szegedy et al. 2015).
+    """Draw random-resized-crop boxes as torchvision's RandomResizedCrop does, for all rows at once.
 
-    As torchvision's RandomResizedCrop: ten draws of area share and of log aspect ratio, the first that fits counts, else the central crop
-    nearest to the wanted ratios. Drawn for all rows at once.
+    The first of ten draws of area and log aspect ratio that fits is used, else the central crop nearest to the given
+    ratios.
+
+    Args:
+        samples: B decoded samples.
+        seeds: int64 [B].
+        name: of the random stream.
+        scale: range of the area, as a fraction of the image's.
+        ratio: range of width over height.
+
+    Returns:
+        int64 [B, 4] of top, left, height, width.
+
+    Source: Szegedy et al. 2015.
     """
     sides = torch.tensor([_image(sample).shape[-2:] for sample in samples], dtype=torch.float64)  # [B,2] height, width
     u = rng.uniform(seeds, ("crop", name), 22).double()  # [B,22]
@@ -73,7 +86,7 @@ def crop_boxes(samples: Sequence[Sample], seeds: Tensor, name: object, scale: tu
 
 
 class _Tuples:
-    """Lists from a recipe become tuples, so that specs hash and equal specs are one view."""
+    """Converts lists from a recipe to tuples, so that specs are hashable and equal specs are one view."""
 
     def __post_init__(self) -> None:
         for item in fields(self):  # type: ignore[arg-type]
@@ -86,9 +99,10 @@ class _Tuples:
 class ImageView(_Tuples, ViewSpec):
     """A training view: random resized crop, flip, colour jitter, greyscale, blur, solarize, normalisation.
 
-    brightness, contrast and saturation f: a factor uniform in [max(0, 1-f), 1+f]. hue: turns uniform in [-hue, hue], at most 0.5.
-    jitter_prob: probability that colour jitter is applied at all, its four operations in random order. flip, grayscale, blur, solarize:
-    probabilities. Blur's sigma is uniform in [0.1, 2] pixels (SimCLR, appendix A).
+    For brightness, contrast and saturation f, the factor is uniform in [max(0, 1-f), 1+f]; hue is a turn uniform in
+    [-hue, hue], at most 0.5. `jitter_prob` is the probability of the colour jitter, whose four operations are in
+    random order. flip, grayscale, blur and solarize are probabilities. The sigma of the blur is uniform in [0.1, 2]
+    pixels (SimCLR, appendix A).
     """
 
     modality: ClassVar[Literal["image"]] = "image"
@@ -143,7 +157,7 @@ class ImageView(_Tuples, ViewSpec):
 
 @dataclass(frozen=True)
 class CenterView(_Tuples, ViewSpec):
-    """The evaluation view: resize so that the shorter side fits ("shortest") or both sides do ("squash"), centre crop, normalisation."""
+    """The evaluation view: resizing of the shorter side ("shortest") or of both ("squash"), centre crop, normalisation."""
 
     modality: ClassVar[Literal["image"]] = "image"
     size: int = 224
@@ -180,7 +194,7 @@ class CenterView(_Tuples, ViewSpec):
 
 @dataclass(frozen=True)
 class TextView(ViewSpec):
-    """One caption of the sample, drawn by its seed, as token ids. `trim` cuts the batch to its longest caption (text.trim)."""
+    """A caption of the sample, drawn by its seed, as token ids. `trim` cuts the batch to its longest caption (text.trim)."""
 
     modality: ClassVar[Literal["text"]] = "text"
     tokenizer: str = "clip"

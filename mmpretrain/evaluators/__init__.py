@@ -1,8 +1,7 @@
-"""Evaluators: model in, result out. Importing a class and listing it here is the whole registration."""
+"""The evaluators, by kind: model in, result out. Importing a class and listing it here registers it."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,11 +26,13 @@ EVALUATORS = Kinds(_KNOWN, "mmpretrain.evaluators", "evaluator")
 
 
 def build_evaluator(kind: str, options: Iterable[str] | Mapping[str, Any]) -> Evaluator:
-    """An evaluator from its kind and options (`key=value` texts, or a mapping). Raises OptionError, naming the nearest known name."""
+    """Build an evaluator from its kind and options (`key=value` texts, or a mapping).
+
+    Raises:
+        OptionError: with the nearest known name.
+    """
     if kind not in EVALUATORS:
-        near = difflib.get_close_matches(kind, EVALUATORS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise OptionError(f"unknown evaluator {kind!r}: {hint}known are {', '.join(EVALUATORS)}")
+        raise OptionError(EVALUATORS.refusal(kind))
     evaluator = EVALUATORS[kind]
     return evaluator(make_config(evaluator.Config, options))
 

@@ -1,4 +1,4 @@
-"""What an evaluator is, and how `key=value` texts reach its Config."""
+"""The interface of evaluators, their result lines, and the parsing of `key=value` options."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mmpretrain.types import Model, Result
 
 
 class Evaluator(Protocol):
-    """Model in, result out. `Config` is a dataclass whose fields are documented by the comments behind them.
+    """An evaluator: model in, result out. `Config` is a dataclass whose fields are documented by the comments behind them.
 
-    A method `preflight()`, if there is one, looks at the first items before a run trains, and raises OptionError.
+    An optional method `preflight()` checks the first items before a run trains, and raises OptionError.
     """
 
     Config: ClassVar[type]
@@ -30,13 +30,15 @@ class Evaluator(Protocol):
 
 
 def result_line(kind: str, name: str, config: Any, model: Model, result: Result) -> dict[str, Any]:
-    """A line of results.jsonl, but for its step.
+    """Return a line of results.jsonl, without its step.
 
     Args:
         kind: the evaluator's kind.
-        name: the name of its result.
-        config: the evaluator's. `seed` is taken from it, since it alone decides what is drawn (null where it has none); the run's seed is
-            in the run's config.yaml.
+        name: of the result.
+        config: the evaluator's. Its `seed` is recorded, since that alone determines random draws (null without one);
+            the run's seed is in the run's config.yaml.
+        model: that was evaluated.
+        result: of the evaluator.
     """
     line = {
         "evaluator": kind,
@@ -51,11 +53,16 @@ def result_line(kind: str, name: str, config: Any, model: Model, result: Result)
 
 
 def make_config(config_class: type, options: Iterable[str] | Mapping[str, Any]) -> Any:
-    """`["k=5", "data=photos"]`, or a mapping (a recipe's YAML), merged over the defaults of `config_class`.
+    """Merge options over the defaults of `config_class`.
 
-    A value is YAML, except where the field takes text alone: there it stays as typed (a regular expression such as `[a-z]` is valid
-    YAML too). A list may be written without brackets: `c=0.1,1`. Raises OptionError for an unknown key (with the nearest known one), a
-    value of the wrong type, or a missing required one.
+    Args:
+        config_class: a dataclass.
+        options: `["k=5", "data=photos"]`, or a mapping from a recipe. A value is YAML, except for fields of text
+            alone, which keep it unchanged (a regular expression such as `[a-z]` is valid YAML too). A list needs no
+            brackets: `c=0.1,1`.
+
+    Raises:
+        OptionError: an unknown key (with the nearest known one), a value of the wrong type, or a missing required one.
     """
     if isinstance(options, Mapping):
         return build(config_class, options)

@@ -1,6 +1,7 @@
-"""Accuracies without any learning, beside a classification result: the nearest neighbours by colour histogram and by raw pixels.
+"""Baselines without learning for classification: nearest neighbours by colour histogram and by raw pixels.
 
-They show what a data set gives away. They depend on the data alone, so each pair of data sets is measured once in a process.
+They show how much of a data set can be solved without a model. They depend on the data alone, so each pair of data
+sets is measured once per process.
 """
 
 from __future__ import annotations
@@ -24,23 +25,24 @@ from mmpretrain.evaluators.data.datasets import EvalSet
 from mmpretrain.evaluators.features import gather_rows, part
 
 Name = Literal["colour_histogram", "raw_pixels"]
-NEIGHBOURS = (1, 5, 20, 50)  # the best of these is reported: a baseline should be as strong as it can be
-PIXELS_SIDE = 32  # of the images that raw pixels are compared in
-MAX_TRAIN = 50_000  # images to find neighbours among: those of a larger set are drawn
+NEIGHBOURS = (1, 5, 20, 50)  # the best is reported: a baseline should be as strong as possible
+PIXELS_SIDE = 32  # side of the images whose raw pixels are compared
+MAX_TRAIN = 50_000  # training images; drawn at random from a larger set
 CHUNK = 256  # queries compared at once
 
 
 @dataclass
 class BaselineConfig:
-    """The option of classification evaluators."""
+    """The option of classification evaluators to report baselines."""
 
     baselines: list[Name] = field(default_factory=list)  # also accuracies without learning: colour_histogram, raw_pixels
 
 
 def colour_histogram(image: np.ndarray) -> np.ndarray:
-    """uint8 [H,W,3] -> float32 [512]: eight bins a channel, as square roots of frequencies.
+    """Compute a colour histogram, float32 [512], of an image, uint8 [H, W, 3]: eight bins per channel, square roots of frequencies.
 
-    The dot product of two is their Bhattacharyya coefficient, so the nearest by Euclidean distance is the most alike.
+    The dot product of two is their Bhattacharyya coefficient, so the nearest by Euclidean distance is the most
+    similar.
     """
     high = image >> 5
     flat = (high[..., 0].astype(np.uint16) << 6 | high[..., 1] << 3 | high[..., 2]).reshape(-1)
@@ -48,7 +50,7 @@ def colour_histogram(image: np.ndarray) -> np.ndarray:
 
 
 def raw_pixels(image: np.ndarray, side: int = PIXELS_SIDE) -> np.ndarray:
-    """uint8 [H,W,3] -> float32 [side * side * 3] in 0..1: means over a grid of side x side, which also averages noise away."""
+    """Average an image, uint8 [H, W, 3], over a grid of side x side: float32 [side * side * 3] in 0..1, which also averages noise."""
     channels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).double()
     return adaptive_avg_pool2d(channels, side).permute(1, 2, 0).reshape(-1).div(255).float().numpy()
 
@@ -61,17 +63,17 @@ BASELINES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray], int]] = {
 
 
 def neighbour_hits(train: np.ndarray, labels: np.ndarray, test: np.ndarray, truth: np.ndarray, own: np.ndarray | None = None) -> np.ndarray:
-    """How many queries the majority vote among the k nearest by Euclidean distance labels right.
+    """Count the queries that the majority vote among their k nearest neighbours, by Euclidean distance, labels correctly.
 
     Args:
-        train: float32 [m,D].
+        train: float32 [m, D].
         labels: int64 [m], 0 or greater.
-        test: float32 [n,D], the queries.
+        test: float32 [n, D], the queries.
         truth: int64 [n].
-        own: int64 [n]: the row of `train` that is the query itself, and does not vote.
+        own: int64 [n], the row of `train` that is the query itself, and does not vote.
 
     Returns:
-        int64, one number for each k of NEIGHBOURS. Ties go to the nearer.
+        int64, one count for each k of NEIGHBOURS. Ties go to the nearer.
     """
     square = (train**2).sum(1)
     hits = np.zeros(len(NEIGHBOURS), np.int64)
@@ -97,12 +99,13 @@ _measured: dict[str, dict[str, float]] = {}  # by `_key`
 
 
 def measure(names: Sequence[str], train: EvalSet | None, test: EvalSet, accelerator: Accelerator, threads: int) -> dict[str, float]:
-    """Accuracies on `test` of the nearest neighbours among the images of `train`, on every process.
+    """Measure the accuracies on `test` of nearest neighbours among the images of `train`; the same on every process.
 
     Args:
         names: of BASELINES.
         train: labelled images, whose classes are matched to those of `test` by name; None: the other images of `test`.
         test: labelled images.
+        accelerator: of this process.
         threads: that read and decode, on each process.
 
     Returns:
@@ -136,7 +139,7 @@ def _measure(names: Sequence[str], train: EvalSet | None, test: EvalSet, acceler
         own = np.arange(len(rows))[mine.start : mine.stop]
     else:
         voters, rows_of_train = _features(names, train.drawn(MAX_TRAIN, 0), accelerator, threads)
-        # A class that only `train` has may vote, but is never right: numbers of its own behind those of the test set.
+        # A class that only `train` has may vote, but is never correct: its index follows those of the test set.
         extra = {name: len(known) + i for i, name in enumerate(name for name in train.classes if name not in known)}
         position = torch.tensor([(known | extra)[name] for name in train.classes])
         labels = position[train.drawn(MAX_TRAIN, 0).labels[rows_of_train]].numpy()
@@ -149,20 +152,24 @@ def _measure(names: Sequence[str], train: EvalSet | None, test: EvalSet, acceler
 
 
 def _features(names: Sequence[str], dataset: EvalSet, accelerator: Accelerator, threads: int) -> tuple[dict[str, np.ndarray], Tensor]:
-    """({name: float32 [m,D]}, int64 [m]: which items, ascending) of the images that can be decoded, on every process."""
+    """Compute features of the images that can be decoded; the same on every process.
+
+    Returns:
+        (name -> float32 [m, D]; int64 [m], the items, ascending).
+    """
 
     def work(row: int) -> list[np.ndarray] | None:
         try:
-            image = decode_image(dataset.items[row].read(), dataset.limits).permute(1, 2, 0).numpy()
+            image = decode_image(dataset.items[row].read(), dataset.limits()).permute(1, 2, 0).numpy()
         except BadSample:  # counted where the model's features are computed
             return None
         return [BASELINES[name][1](image) for name in names]
 
     mine = part(len(dataset))
     with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="baselines") as pool:
-        made = list(pool.map(work, mine))
-    usable = [row for row, value in zip(mine, made, strict=True) if value is not None]
-    values = [value for value in made if value is not None]
+        results = list(pool.map(work, mine))
+    usable = [row for row, value in zip(mine, results, strict=True) if value is not None]
+    values = [value for value in results if value is not None]
     features = {}
     for i, name in enumerate(names):
         local = torch.from_numpy(np.stack([value[i] for value in values])) if values else torch.empty(0, BASELINES[name][2])

@@ -1,4 +1,4 @@
-"""Binding: is an image closer to its caption than to the caption with the attributes swapped? Chance is one half."""
+"""The evaluator `binding`: whether images are closer to their caption than to one with swapped attributes. Chance is one half."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mmpretrain.types import Model, Result
 
 @dataclass
 class Config(DataConfig):
-    pass
+    """Options of `binding`."""
 
 
 class Binding:
-    """binding_acc over shards whose JSON member has `caption` and `swap`. A tie is wrong."""
+    """binding_acc over shards whose JSON member has `caption` and `swap`. A tie counts as wrong."""
 
     Config = Config
 
@@ -28,6 +28,7 @@ class Binding:
         self.config = config
 
     def preflight(self) -> None:
+        """Check the first items."""
         self._check(first_items(self.config, "images"))
 
     @staticmethod
@@ -40,15 +41,15 @@ class Binding:
         config = self.config
         dataset = open_dataset(config, "images")
         self._check(dataset)
-        found = encode_images(model, dataset, accelerator, config)
-        if "features" not in found.values:
+        encoded = encode_images(model, dataset, accelerator, config)
+        if "features" not in encoded.values:
             raise UnsuitableModelError(NO_FEATURES.format("binding"))
-        used = [dataset.items[row] for row in found.rows.tolist()]
+        used = [dataset.items[row] for row in encoded.rows.tolist()]
         texts = [str(item.metadata[name]) for item in used for name in ("caption", "swap")]
         text = encode_texts(model, texts, accelerator, config.batch_size * 4).unflatten(0, (len(used), 2))  # [n,2,E]
-        cosine = (normalize(found.values["features"], dim=-1)[:, None] * text).sum(-1)
+        cosine = (normalize(encoded.values["features"], dim=-1)[:, None] * text).sum(-1)
         right = cosine[:, 0] > cosine[:, 1]
         tables = {}
-        if skipped := dataset.skipped + found.skipped:
+        if skipped := dataset.skipped + encoded.skipped:
             tables["skipped"] = skipped
         return Result({"binding_acc": right.double().mean().item()}, len(used), dataset.name, tables)

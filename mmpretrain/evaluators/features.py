@@ -1,10 +1,9 @@
-"""Encode a data set once: threads decode ahead, every process encodes its part, nothing is lost or repeated, results can be kept."""
+"""Features of a data set under a model: decoding threads, division among processes, and an optional cache."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from mmpretrain import distributed
+from mmpretrain.atomic import write_atomically
 from mmpretrain.data.decode import ImageLimits, decode_image
 from mmpretrain.data.schema import BadSample, BadSampleBudgetError
 from mmpretrain.data.views import CenterView
@@ -25,17 +25,17 @@ from mmpretrain.errors import HangError, NotFiniteError, UnsuitableModelError
 from mmpretrain.evaluators.data.datasets import DataConfig, EvalSet, check_budget
 from mmpretrain.evaluators.data.items import Item
 from mmpretrain.rng import combine
-from mmpretrain.types import Model, Params, Sample, ViewSpec
+from mmpretrain.types import Model, Params, Preprocess, Sample, ViewSpec
 
 NO_FEATURES = (
     "this model gives no joint features, and {} needs them: it lacks a tower, or its weights come from a run without a contrastive "
     "objective (no logit_scale), whose projection was never trained. Use knn, linear_probe or finetune"
 )
-TIMEOUT_S = 300.0  # a batch that takes longer hangs
+TIMEOUT_S = 300.0  # per batch; a longer one is taken to hang
 
 
 class Images(NamedTuple):
-    """Some items, decoded and cut. `rows` are positions in the data set; those in `bad` are not in `pixels`."""
+    """A batch of decoded and cut items. `rows` are indices in the data set; those in `bad` are not in `pixels`."""
 
     rows: list[int]
     pixels: Tensor  # uint8 [b,3,H,W]
@@ -45,30 +45,44 @@ class Images(NamedTuple):
 
 @dataclass
 class Features:
-    """What the model says of each usable item, in the data set's order, in float32 on the CPU, on every process."""
+    """The model's outputs for each usable item, in order, in float32 on the CPU, on every process."""
 
-    rows: Tensor  # int64 [m]: which items, ascending
-    values: dict[str, Tensor]  # "features" [m,E], "pooled" [m,D]: whichever the model gives
+    rows: Tensor  # int64 [m], the items, ascending
+    values: dict[str, Tensor]  # "features" [m,E], "pooled" [m,D]: those that the model returns
     skipped: list[dict[str, str]]
 
 
 def cut(item: Item, view: ViewSpec, seed: Tensor, limits: ImageLimits) -> tuple[Tensor, Params]:
-    """Read, decode and cut one item: uint8 [3,h,w] and the view's parameters, one row. Raises BadSample."""
+    """Read, decode and cut one item; return (uint8 [3, h, w], parameters of the view for one row). Raises BadSample."""
     sample = Sample(key=item.key, image=decode_image(item.read(), limits))
     params = view.draw([sample], seed.reshape(1))
     return view.geometry(sample.image, {name: value[0] for name, value in params.items()}), params
 
 
-def images(dataset: EvalSet, plan: Iterable[list[int]], view: ViewSpec, threads: int, seed: int | Tensor = 0) -> Iterator[Images]:
-    """For every batch of rows in `plan`, in order, its images; a few batches are decoded ahead.
+def images(
+    dataset: EvalSet, plan: Iterable[list[int]], view: ViewSpec, threads: int, seed: int | Tensor = 0, preprocess: Preprocess | None = None
+) -> Iterator[Images]:
+    """Yield the images of every batch in `plan`, in order; up to three batches are decoded ahead.
 
-    A row's random numbers depend on (seed, batch number, row) alone. Items that do not decode are listed in `bad`.
-    Raises HangError naming the items that a hanging read or decoder is at.
+    A row's random numbers depend on (seed, batch number, row) alone. Items that cannot be decoded are listed in `bad`.
+
+    Args:
+        dataset: the items.
+        plan: rows of each batch.
+        view: to cut.
+        threads: that read and decode.
+        seed: of the view's draws.
+        preprocess: the model's, with the background of transparent images where the data set states none.
+
+    Raises:
+        HangError: reading or decoding hangs; the message names the items.
     """
+
+    limits = dataset.limits(preprocess)
 
     def job(number: int, row: int) -> tuple[Tensor, Params] | BadSample:
         try:
-            return cut(dataset.items[row], view, combine(seed, number, row), dataset.limits)
+            return cut(dataset.items[row], view, combine(seed, number, row), limits)
         except BadSample as error:
             return error
 
@@ -99,24 +113,24 @@ def images(dataset: EvalSet, plan: Iterable[list[int]], view: ViewSpec, threads:
 
 
 def render(view: ViewSpec, batch: Images, device: torch.device) -> Tensor:
-    """[b,3,H,W] normalised, on `device`."""
+    """Render a batch on `device`: [b, 3, H, W], normalised."""
     return view.render(batch.pixels.to(device), {name: value.to(device) for name, value in batch.params.items()}).data
 
 
 def center_view(model: Model) -> CenterView:
-    """The model's own evaluation preprocessing."""
+    """Return the view of the model's own evaluation preprocessing."""
     p = model.preprocess
     return CenterView(size=p.size, mean=p.mean, std=p.std, interpolation=p.interpolation, resize_mode=p.resize_mode)
 
 
 def part(n: int) -> range:
-    """This process's contiguous part of range(n)."""
+    """Return this process's contiguous part of range(n)."""
     rank, world = distributed.rank(), distributed.world_size()
     return range(n * rank // world, n * (rank + 1) // world)
 
 
 def gather_rows(local: Tensor) -> Tensor:
-    """[m_r, ...] on each process, of any m_r -> [sum m_r, ...] on all: padded for the collective, then cut back."""
+    """Gather [m_r, ...] of each process, of any m_r, to [sum m_r, ...] on all: padded for the collective, then cut."""
     if distributed.world_size() == 1:
         return local
     counts = distributed.all_gather_with_grad(torch.tensor([len(local)], device=local.device))
@@ -130,22 +144,23 @@ def gather_rows(local: Tensor) -> Tensor:
 def encode_images(model: Model, dataset: EvalSet, accelerator: Accelerator, config: DataConfig) -> Features:
     """Encode every item once.
 
-    Raises BadSampleBudgetError where more than `max_bad_fraction` of the items cannot be used, NotFiniteError where an output of the
-    model is not finite.
+    Raises:
+        BadSampleBudgetError: more than `max_bad_fraction` of the items cannot be used.
+        NotFiniteError: an output of the model is not finite.
     """
     stored = _cache_file(model, dataset, config.cache)
-    found = _load(stored) if stored is not None and distributed.broadcast_object(stored.is_file()) else None
-    if found is None:
-        found = _encode(model, dataset, accelerator, config)
+    features = _load(stored) if stored is not None and distributed.broadcast_object(stored.is_file()) else None
+    if features is None:
+        features = _encode(model, dataset, accelerator, config)
         if stored is not None and distributed.is_main():
-            _save(found, stored)
+            _save(features, stored)
         distributed.barrier()
-    check_budget(found.skipped, len(dataset), config.max_bad_fraction, dataset.name)
-    if not len(found.rows):
+    check_budget(features.skipped, len(dataset), config.max_bad_fraction, dataset.name)
+    if not len(features.rows):
         raise BadSampleBudgetError(f"{dataset.name}: none of {len(dataset)} images can be used")
-    for name, value in found.values.items():
-        check_finite(value, lambda row, name=name: f"{name} of {dataset.items[int(found.rows[row])].key}", model)
-    return found
+    for name, value in features.values.items():
+        check_finite(value, lambda row, name=name: f"{name} of {dataset.items[int(features.rows[row])].key}", model)
+    return features
 
 
 def _encode(model: Model, dataset: EvalSet, accelerator: Accelerator, config: DataConfig) -> Features:
@@ -155,7 +170,7 @@ def _encode(model: Model, dataset: EvalSet, accelerator: Accelerator, config: Da
     rows: list[int] = []
     skipped: list[dict[str, str]] = []
     kept: dict[str, list[Tensor]] = {}
-    for batch in images(dataset, plan, view, config.threads, config.seed):
+    for batch in images(dataset, plan, view, config.threads, config.seed, model.preprocess):
         skipped += [{"key": dataset.items[row].key, "reason": reason} for row, reason in batch.bad]
         if not batch.rows:
             continue
@@ -175,7 +190,7 @@ def _encode(model: Model, dataset: EvalSet, accelerator: Accelerator, config: Da
 
 
 def check_finite(values: Tensor, what: Callable[[int], str], model: Model) -> None:
-    """Raise NotFiniteError naming the model and the first row of `values` [n,D] that holds a NaN or an infinity."""
+    """Raise NotFiniteError for a NaN or infinity in `values` [n, D]; `what(row)` names the first bad input."""
     wrong = torch.nonzero(~values.isfinite().all(1)).flatten()
     if len(wrong):
         raise NotFiniteError(
@@ -185,16 +200,18 @@ def check_finite(values: Tensor, what: Callable[[int], str], model: Model) -> No
 
 
 def _agreed(widths: dict[str, int]) -> tuple[list[str], list[int]]:
-    """Output names and widths, also for a process that had no usable item."""
+    """Return the output names and widths of all processes, also on one without a usable item."""
     merged = dict(sorted(set(distributed.gather_lists(list(widths.items())))))
     return list(merged), list(merged.values())
 
 
 @torch.no_grad()
 def encode_texts(model: Model, texts: list[str], accelerator: Accelerator, batch_size: int) -> Tensor:
-    """[n,E] normalised, float32 on the CPU, on every process.
+    """Encode texts to [n, E], normalised, float32 on the CPU, on every process.
 
-    Raises UnsuitableModelError for a model without a text tower, NotFiniteError where it gives what is not finite.
+    Raises:
+        UnsuitableModelError: the model has no text tower.
+        NotFiniteError: an output of the model is not finite.
     """
     mine = part(len(texts))
     parts = []
@@ -204,27 +221,25 @@ def encode_texts(model: Model, texts: list[str], accelerator: Accelerator, batch
         if encoded is None:
             raise UnsuitableModelError("this model has no text tower: use knn, linear_probe or finetune, or give a model with text")
         parts.append(torch.nn.functional.normalize(encoded.float(), dim=-1))
-    found = gather_rows(torch.cat(parts)[: len(mine)].to(accelerator.device)).cpu()
-    check_finite(found, lambda row: f"features of the text {texts[row]!r:.80}", model)
-    return found
+    features = gather_rows(torch.cat(parts)[: len(mine)].to(accelerator.device)).cpu()
+    check_finite(features, lambda row: f"features of the text {texts[row]!r:.80}", model)
+    return features
 
 
 def _cache_file(model: Model, dataset: EvalSet, folder: str | None) -> Path | None:
     if folder is None:
         return None
-    outputs = sorted(getattr(model, "outputs", ()))  # a model without a trained projection gives no features
+    outputs = sorted(getattr(model, "outputs", ()))  # a model without a trained projection returns no features
     what = (model.fingerprint, dataset.fingerprint(), repr(model.preprocess), getattr(model, "precision", None), outputs)
     return Path(folder) / (hashlib.sha256(repr(what).encode()).hexdigest() + ".safetensors")
 
 
-def _save(found: Features, path: Path) -> None:
-    from safetensors.torch import save_file
+def _save(features: Features, path: Path) -> None:
+    from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    tensors = {"rows": found.rows, **{name: value.contiguous() for name, value in found.values.items()}}
-    save_file(tensors, temporary, metadata={"skipped": json.dumps(found.skipped)})
-    os.replace(temporary, path)
+    tensors = {"rows": features.rows, **{name: value.contiguous() for name, value in features.values.items()}}
+    write_atomically(path, save(tensors, metadata={"skipped": json.dumps(features.skipped)}))
 
 
 def _load(path: Path) -> Features:

@@ -1,4 +1,4 @@
-"""Fine-tune for classification, and the same budget from random weights beside it (He 2019, "Rethinking ImageNet pre-training")."""
+"""The evaluator `finetune`: fine-tuning for classification, compared with the same budget from random weights."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ from mmpretrain.types import Model, Result
 
 @dataclass
 class Config(BaselineConfig, TrainDataConfig):
+    """Options of `finetune`."""
+
     mode: Literal["all", "last_n", "head"] = "all"  # what is trained beside the new head: all, last_n (blocks), or head (nothing else)
     n: int = 2  # how many of the last blocks mode=last_n trains
     lr: float = 1e-4  # peak learning rate of the tower's last layer
@@ -45,9 +47,12 @@ class Config(BaselineConfig, TrainDataConfig):
 
 
 class FineTune:
-    """acc1, acc5, mean_per_class_recall on the test set after training, and the same with the prefix `random_` from random weights.
+    """acc1, acc5, mean_per_class_recall on the test set after training, and with the prefix `random_` from random weights.
 
-    Both trainings see the same images, crops and order. Results are deterministic on one kind of device and number of processes.
+    Both trainings see the same images, crops and order. Results are deterministic for one kind of device and number of
+    processes.
+
+    Source: He et al. 2019, "Rethinking ImageNet pre-training", for the comparison with random weights.
     """
 
     Config = Config
@@ -58,6 +63,7 @@ class FineTune:
         self.config = config
 
     def preflight(self) -> None:
+        """Check the first items of both sets."""
         look_at_pair(self.config)
 
     def __call__(self, model: Model, accelerator: Accelerator) -> Result:
@@ -85,7 +91,7 @@ class FineTune:
 
 
 class Classifier(nn.Module):
-    """An image tower and a linear head, initially zero, on what it pools."""
+    """An image tower with a linear head, initially zero, on its pooled output."""
 
     def __init__(self, tower: nn.Module, num_classes: int) -> None:
         super().__init__()
@@ -95,11 +101,19 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[B,3,H,W] -> logits [B,C]."""
+        """Compute logits [B, C] of images [B, 3, H, W]."""
         return self.head(self.tower(pixels, outputs=frozenset({"pooled"})).pooled)
 
     def freeze(self, mode: str, n: int) -> dict[str, int]:
-        """Leave trainable what `mode` says; -> tower parameter name -> depth (embeddings 0, what follows the blocks deepest)."""
+        """Freeze all but what `mode` trains.
+
+        Args:
+            mode: "all", "last_n" (blocks) or "head".
+            n: number of blocks of "last_n".
+
+        Returns:
+            Tower parameter name -> depth: embeddings 0, parameters after the blocks deepest.
+        """
         depth = {f"tower.{name}": layer for name, layer in self.tower.layer_ids().items()}
         last = max(depth.values())
         if mode == "last_n" and not 0 < n < last:
@@ -112,7 +126,7 @@ class Classifier(nn.Module):
 
 @dataclass
 class _Order:
-    """Training rows, a pure function of (seed, step): permuted epochs one after the other, cut into full batches."""
+    """The order of training rows, a pure function of (seed, step): permuted epochs in sequence, cut into full batches."""
 
     n: int
     batch_size: int
@@ -120,6 +134,7 @@ class _Order:
     epochs: dict[int, Tensor] = field(default_factory=dict)
 
     def batch(self, step: int) -> list[int]:
+        """Return the rows of one step."""
         rows = []
         for slot in range(step * self.batch_size, (step + 1) * self.batch_size):
             epoch = slot // self.n
@@ -133,7 +148,11 @@ class _Order:
 def train_classifier(
     classifier: Classifier, dataset: EvalSet, model: Model, accelerator: Accelerator, config: Config
 ) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
-    """Train in place; -> (loss curve, items that could not be used). Every process takes its part of each batch."""
+    """Train the classifier in place; every process takes its part of each batch.
+
+    Returns:
+        (loss curve, items that could not be used).
+    """
     device, world, rank = accelerator.device, distributed.world_size(), distributed.rank()
     steps = config.steps or math.ceil(config.epochs * len(dataset) / config.train_batch_size)
     p = model.preprocess
@@ -149,7 +168,8 @@ def train_classifier(
         layer_decay=config.layer_decay,
         head_lr=config.head_lr,
     )
-    optimizer = build_optimizer(parameter_groups(trainable, optim, depth), optim)
+    undecayed = {f"tower.{name}" for name in classifier.tower.no_weight_decay()}
+    optimizer = build_optimizer(parameter_groups(trainable, optim, depth, undecayed), optim)
     order = _Order(len(dataset), config.train_batch_size, config.seed)
     mine = config.train_batch_size // world
 
@@ -163,7 +183,7 @@ def train_classifier(
     losses: list[dict[str, float]] = []
     bad: dict[int, str] = {}
     shown = max(1, steps // 100)
-    for step, batch in enumerate(images(dataset, plan(), view, config.threads, config.seed)):
+    for step, batch in enumerate(images(dataset, plan(), view, config.threads, config.seed, p)):
         bad |= dict(batch.bad)
         count = distributed.all_reduce_sum(torch.tensor(float(len(batch.rows)), device=device))
         if not batch.rows:
@@ -198,14 +218,18 @@ def _named(dataset: EvalSet, bad: dict[int, str]) -> list[tuple[str, str]]:
 def classify(
     classifier: Classifier, dataset: EvalSet, model: Model, accelerator: Accelerator, config: Config
 ) -> tuple[Tensor, Tensor, list[dict[str, str]]]:
-    """(logits [m,C], labels [m], items that could not be used), in the data set's order, on every process."""
+    """Classify the data set; the same on every process.
+
+    Returns:
+        (logits [m, C], labels [m], items that could not be used), in order.
+    """
     device, view, mine = accelerator.device, center_view(model), part(len(dataset))
     classifier.eval()
     rows: list[int] = []
     bad: dict[int, str] = {}
     logits = [torch.empty(0, classifier.head.out_features, device=device)]
     plan = [list(mine[i : i + config.batch_size]) for i in range(0, len(mine), config.batch_size)]
-    for batch in images(dataset, plan, view, config.threads):
+    for batch in images(dataset, plan, view, config.threads, preprocess=model.preprocess):
         bad |= dict(batch.bad)
         if batch.rows:
             rows += batch.rows

@@ -1,4 +1,4 @@
-"""Linear probe: a logistic regression on frozen features, its strength of regularisation chosen on a held-out part of the training set."""
+"""The evaluator `linear_probe`: logistic regression on frozen features, with regularisation chosen on held-out training data."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from mmpretrain.types import Model, Result
 
 @dataclass
 class Config(FrozenConfig):
+    """Options of `linear_probe`."""
+
     features: Literal["pooled", "features", "both"] = "both"  # pooled (before the projection), features (after it), or both
     c: list[float] = field(default_factory=lambda: [0.01, 0.1, 1.0, 10.0, 100.0])  # candidates for C, the inverse L2 strength
     validation: float = 0.2  # fraction of the training set that C is chosen on; the probe is then fitted on all of it
@@ -27,9 +29,11 @@ class Config(FrozenConfig):
 
 
 class LinearProbe:
-    """acc1, acc5, mean_per_class_recall of a probe on `pooled`; with features=both, those of `features` carry the prefix `features_`.
+    """acc1, acc5, mean_per_class_recall of a probe on `pooled`; with features=both, those of `features` have the prefix `features_`.
 
-    Features are standardised by the training set's mean and deviation. The solver is L-BFGS over the whole set (Radford 2021, A.3).
+    Features are standardised by the training set's mean and deviation. The solver is L-BFGS over the whole set.
+
+    Source: Radford et al. 2021 (CLIP), appendix A.3.
     """
 
     Config = Config
@@ -40,6 +44,7 @@ class LinearProbe:
         self.config = config
 
     def preflight(self) -> None:
+        """Check the first items of both sets."""
         look_at_pair(self.config)
 
     def __call__(self, model: Model, accelerator: Accelerator) -> Result:
@@ -61,7 +66,17 @@ class LinearProbe:
 
 
 def choose_c(x: Tensor, labels: Tensor, num_classes: int, config: Config) -> tuple[float, list[tuple[float, float]]]:
-    """The C of best accuracy on the held-out rows, the smallest among equals; and (C, accuracy) of each."""
+    """Choose the C of best accuracy on held-out rows, the smallest among equals.
+
+    Args:
+        x: standardised features [m, D].
+        labels: int64 [m].
+        num_classes: number of classes.
+        config: candidates and held-out share.
+
+    Returns:
+        (C, (C, accuracy) of each candidate).
+    """
     candidates = sorted(float(c) for c in config.c)
     held = round(len(x) * config.validation)
     if len(candidates) == 1 or held == 0:
@@ -80,7 +95,19 @@ def choose_c(x: Tensor, labels: Tensor, num_classes: int, config: Config) -> tup
 def fit(
     x: Tensor, labels: Tensor, num_classes: int, c: float, max_iter: int = 300, start: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Minimise C * sum of cross-entropies + |W|^2 / 2 (scikit-learn's LogisticRegression; the bias is free): W [C,D], b [C]."""
+    """Minimise C * sum of cross-entropies + |W|^2 / 2, as scikit-learn's LogisticRegression does; the bias is not regularised.
+
+    Args:
+        x: [m, D].
+        labels: int64 [m].
+        num_classes: number of classes K.
+        c: the inverse strength of regularisation.
+        max_iter: greatest number of L-BFGS iterations.
+        start: initial (W, b); None: zeros.
+
+    Returns:
+        (W [K, D], b [K]).
+    """
     with torch.enable_grad():
         weight = (torch.zeros(num_classes, x.shape[1], device=x.device) if start is None else start[0].clone()).requires_grad_()
         bias = (torch.zeros(num_classes, device=x.device) if start is None else start[1].clone()).requires_grad_()

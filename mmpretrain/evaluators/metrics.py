@@ -1,4 +1,4 @@
-"""Ranks and what follows from them. Ties count against the model, within the rounding of float32 dot products; so does a NaN."""
+"""Metrics of classification. Ties within the rounding of float32 dot products count against the model, and so does a NaN."""
 
 from __future__ import annotations
 
@@ -9,13 +9,22 @@ TIE = 1e-6  # unit vectors' dot products are exact to about 1e-7 in float32: clo
 
 
 def rank_of_label(scores: Tensor, labels: Tensor, tie: float = TIE) -> Tensor:
-    """scores [n,C], labels int64 [n] -> int64 [n]: how many other classes do not score lower (0 = right)."""
+    """Count, for each row, the other classes that do not score lower than the label (0 = correct).
+
+    Args:
+        scores: [n, C].
+        labels: int64 [n].
+        tie: scores closer than this are equal.
+
+    Returns:
+        int64 [n].
+    """
     own = scores.gather(1, labels[:, None])
     return (~(scores < own - tie)).sum(1) - 1  # not `>=`, which a NaN never is
 
 
 def predictions(scores: Tensor, labels: Tensor, tie: float = TIE) -> Tensor:
-    """int64 [n]: the best class; where the label only ties for the best, the other class (so that it agrees with acc1)."""
+    """Return the best class of each row, int64 [n]; where the label ties for the best, another class, in accordance with acc1."""
     if scores.shape[1] == 1:
         return labels.clone()
     others = scores.scatter(1, labels[:, None], float("-inf")).argmax(1)
@@ -23,17 +32,17 @@ def predictions(scores: Tensor, labels: Tensor, tie: float = TIE) -> Tensor:
 
 
 def accuracy(ranks: Tensor, k: int) -> float:
-    """Fraction of rows whose label is among the best k; 1.0 where there are no more than k classes."""
+    """Return the fraction of rows whose label is among the best k; 1.0 where there are at most k classes."""
     return (ranks < k).double().mean().item()
 
 
 def confusion_matrix(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
-    """int64 [C,C]: rows are labels, columns predictions."""
+    """Count int64 [C, C]: rows are labels, columns predictions."""
     return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def mean_per_class_recall(labels: Tensor, predicted: Tensor) -> float:
-    """Mean over the classes that occur in `labels` of the fraction of their rows predicted right."""
+    """Average the recall of the classes that occur in `labels`."""
     count = torch.bincount(labels)
     right = torch.bincount(labels[labels == predicted], minlength=len(count))
     present = count > 0
@@ -41,7 +50,7 @@ def mean_per_class_recall(labels: Tensor, predicted: Tensor) -> float:
 
 
 def classification_metrics(scores: Tensor, labels: Tensor, tie: float = TIE) -> dict[str, float]:
-    """acc1, acc5, mean_per_class_recall under CLIP_benchmark's names."""
+    """Compute acc1, acc5 and mean_per_class_recall, named as in CLIP_benchmark."""
     ranks = rank_of_label(scores, labels, tie)
     return {
         "acc1": accuracy(ranks, 1),
@@ -51,7 +60,14 @@ def classification_metrics(scores: Tensor, labels: Tensor, tie: float = TIE) -> 
 
 
 def confusion_tables(labels: Tensor, predicted: Tensor, classes: list[str], largest: int = 20) -> dict[str, list[dict]]:
-    """Per-class recall and the most frequent confusions; the whole matrix only up to 100 classes."""
+    """Tabulate per-class recall and the most frequent confusions; with up to 100 classes, also the whole matrix.
+
+    Args:
+        labels: int64 [n].
+        predicted: int64 [n].
+        classes: names.
+        largest: greatest number of confusions, and of classes where there are over 100.
+    """
     C = len(classes)
     pairs, counts = torch.unique(labels * C + predicted, return_counts=True)
     total = torch.bincount(labels, minlength=C)

@@ -1,4 +1,4 @@
-"""Any model behind the narrow waist that evaluators use: our runs, open_clip folders and names, timm and transformers towers."""
+"""Models behind the interface of evaluators: runs, open_clip folders and names, timm and transformers towers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _CONFIG = "open_clip_config.json"
 
 
 def autocast(model: Model, device: torch.device | str) -> torch.autocast:
-    """The context of the model's precision; nothing for a model that does not say."""
+    """Return the autocast context of the model's precision; disabled for a model without that attribute."""
     dtype = _DTYPES[getattr(model, "precision", "fp32")]
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None)
 
 
 class TowerModel:
-    """A DualEncoder as a Model. It may be wrapped around live towers during training: their modes are restored after each call."""
+    """A DualEncoder as a Model. It may wrap live towers during training: their modes are restored after each call."""
 
     def __init__(
         self,
@@ -44,9 +44,14 @@ class TowerModel:
         new_tower: Callable[[], nn.Module | None] | None = None,
         joint: bool = True,
     ) -> None:
-        """`device` moves the towers. `new_tower` makes an image tower with new weights, by default from `dual.model_cfg`.
+        """Wrap towers.
 
-        `joint=False`: the projection was never trained, so no features are given.
+        Args:
+            dual: the towers.
+            device: to move them to.
+            precision: of their computation.
+            new_tower: makes an image tower with new weights; default: from `dual.model_cfg`.
+            joint: False where the projection was never trained, so that no features are returned.
         """
         if precision not in _DTYPES:
             raise OptionError(f"precision {precision!r}: expected {', '.join(_DTYPES)}")
@@ -58,7 +63,7 @@ class TowerModel:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over names, types, shapes and values of the weights. Taken once: wrap live towers anew after they change."""
+        """sha256 of names, types, shapes and values of the weights. Computed once: wrap live towers again after they change."""
         return self._fingerprint
 
     @cached_property
@@ -81,7 +86,7 @@ class TowerModel:
                 module.training = True
 
     def images(self, pixels: Tensor) -> Encoded:
-        """[B,3,H,W] normalised, on the towers' device -> features [B,E], pooled [B,D], and tokens [B,N,D] of a patch tower."""
+        """Encode normalised images [B, 3, H, W]: features [B, E], pooled [B, D], and tokens [B, N, D] of a patch tower."""
         tower = self.dual.visual
         if tower is None:
             raise UnsuitableModelError("this model has no image tower")
@@ -90,7 +95,7 @@ class TowerModel:
             return tower(pixels, outputs=outputs)
 
     def texts(self, texts: list[str]) -> Tensor | None:
-        """-> [n,E]; None where there is no text tower."""
+        """Encode texts to [n, E]; None without a text tower."""
         tower = self.dual.text
         if tower is None:
             return None
@@ -102,7 +107,7 @@ class TowerModel:
             return tower(ids.to(next(tower.parameters()).device), outputs=frozenset({"features"})).features
 
     def copy(self, random: bool = False) -> nn.Module:
-        """An image tower to fine-tune, all parameters trainable; `random`: new weights, drawn from torch's generator."""
+        """Copy the image tower for fine-tuning, all parameters trainable; with `random`, its weights are drawn from torch's generator."""
         if self.dual.visual is None:
             raise UnsuitableModelError("this model has no image tower to fine-tune")
         device = next(self.dual.visual.parameters()).device
@@ -112,7 +117,7 @@ class TowerModel:
 
 
 class Untrained:
-    """A model's image tower with new weights, behind the same waist: what a probe finds without any pretraining."""
+    """A model's image tower with new weights, as a Model: the result of a probe without any pretraining."""
 
     def __init__(self, model: Model, seed: int) -> None:
         with torch.random.fork_rng(devices=[]):
@@ -123,13 +128,16 @@ class Untrained:
         self.fingerprint = f"{model.fingerprint} with random weights of seed {seed}"
 
     def images(self, pixels: Tensor) -> Encoded:
+        """Encode normalised images [B, 3, H, W]."""
         with torch.inference_mode(), autocast(self, pixels.device):
             return self.tower(pixels, outputs=frozenset({"pooled", "features"}))
 
     def texts(self, texts: list[str]) -> Tensor | None:
+        """Return None: there is no text tower."""
         return None
 
     def copy(self, random: bool = False) -> nn.Module:
+        """Copy the image tower for fine-tuning."""
         return copy.deepcopy(self.tower).requires_grad_(True)
 
 
@@ -142,16 +150,25 @@ def load_model(
     precision: Precision = "fp32",
     find_checkpoint: Callable[[Path], Path] | None = None,
 ) -> TowerModel:
-    """A model from
+    """Load a model by its spec.
 
-    - a run folder, with `find_checkpoint` (mmpretrain.checkpoint.find_checkpoint: its newest valid one);
-    - a checkpoint or open_clip folder: weights and open_clip_config.json. `weights="teacher"` takes teacher.safetensors. One without a
-      logit_scale comes from a run without a contrastive objective: its projection was never trained, so `features` are not given;
-    - a .pt or .safetensors file, with `arch` an open_clip model name or JSON file;
-    - `ViT-B-32:laion2b_s34b_b79k`: an open_clip name and pretrained tag, downloaded;
-    - `timm:NAME` (pretrained weights, downloaded), or `hf:FOLDER` (a transformers model).
+    - a run folder, with `find_checkpoint`: its newest valid checkpoint; - a checkpoint or open_clip folder: weights
+    and open_clip_config.json. One without a logit_scale comes from a run without a
+      contrastive objective: its projection was never trained, so `features` are not returned;
+    - a .pt or .safetensors file, with `arch`; - `ViT-B-32:laion2b_s34b_b79k`: an open_clip name and pretrained tag,
+    downloaded; - `timm:NAME` (pretrained weights, downloaded), or `hf:FOLDER` (a transformers model).
 
-    Raises OptionError for a spec that names nothing.
+    Args:
+        spec: one of these.
+        device: of the model.
+        weights: "teacher" uses teacher.safetensors.
+        arch: an open_clip model name or JSON file.
+        precision: of its computation.
+        find_checkpoint: finds the checkpoint of a run; see mmpretrain.checkpoint.find_checkpoint.
+
+    Raises:
+        OptionError: the spec names no model.
+        ModelError: the weights cannot be read or do not fit.
     """
     path = Path(spec)
     if path.is_dir():
@@ -164,10 +181,10 @@ def load_model(
         dual, joint = _from_folder(path, weights)
         return TowerModel(dual, device, precision, joint=joint)
     elif weights == "teacher":
-        raise OptionError(f"{spec}: a teacher is kept only in the checkpoints of a run, and this is no folder")
+        raise OptionError(f"{spec}: a teacher is kept only in the checkpoints of a run, and this is not a folder")
     elif path.is_file():
         if arch is None:
-            raise OptionError(f"{spec} holds weights only: say of which architecture, an open_clip model name such as ViT-B-32")
+            raise OptionError(f"{spec} holds weights only: name their architecture, an open_clip model such as ViT-B-32")
         with _bad_argument():
             dual = build_towers(arch)
         load_weights(dual, spec)
@@ -192,7 +209,7 @@ def load_model(
 
 @contextlib.contextmanager
 def _bad_argument() -> Iterator[None]:
-    """A model name or tag that does not exist is the caller's mistake."""
+    """Turn a ModelError for an unknown model name or tag into an OptionError, the caller's mistake."""
     try:
         yield
     except ModelError as error:
@@ -200,13 +217,13 @@ def _bad_argument() -> Iterator[None]:
 
 
 def _from_folder(folder: Path, weights: str) -> tuple[DualEncoder, bool]:
-    """The towers that the folder's weights hold, and whether their projections were trained to agree."""
+    """Load the towers of a folder; return them, and whether their projections were trained to a joint space."""
     teacher = folder / "teacher.safetensors"
     if weights == "teacher" and not teacher.is_file():
         raise OptionError(f"{folder}: no teacher.safetensors, so this run kept no teacher; leave out weights=teacher")
     if not (folder / _CONFIG).is_file():
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
-        raise OptionError(f"{folder}: expected {_CONFIG} beside model.safetensors or open_clip_model.safetensors, found {found}")
+        names = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
+        raise OptionError(f"{folder}: expected {_CONFIG} beside model.safetensors or open_clip_model.safetensors, found {names}")
     names = read_weights(folder).keys()
     towers = {name.split(".")[0] for name in names}
     dual = build_towers(str(folder), image="visual" in towers, text="text" in towers)
@@ -228,16 +245,17 @@ def _pretrained_timm(spec: str) -> DualEncoder:
 
 
 def _new_transformers_tower(folder: str) -> nn.Module:
-    """The folder's image tower with weights as its library draws them."""
+    """Build the image tower of a transformers folder with the initial weights of its library."""
     from transformers import AutoConfig, AutoModel
 
-    from mmpretrain.towers.adapters import from_transformers
+    from mmpretrain.towers.huggingface import from_transformers, rule_of
 
     tower = from_transformers(folder, image=True, text=False)[0]
     if tower is None:
         raise UnsuitableModelError(f"hf:{folder} has no image tower to fine-tune")
     fresh = AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-    tower.model.load_state_dict(getattr(fresh, "vision_model", fresh).state_dict())
-    if hasattr(fresh, "visual_projection"):
-        tower.projection.load_state_dict(fresh.visual_projection.state_dict())
+    rule = rule_of(folder)
+    tower.model.load_state_dict((fresh if rule is None else getattr(fresh, rule.image)).state_dict())
+    if rule is not None and rule.image_projection is not None:
+        tower.projection.load_state_dict(getattr(fresh, rule.image_projection).state_dict())
     return tower

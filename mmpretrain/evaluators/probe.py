@@ -1,4 +1,4 @@
-"""What k-NN and linear probe share: a classifier on frozen features, before and after the projection, beside random weights."""
+"""Classification on frozen features, for k-NN and linear probe: before and after the projection, and with random weights."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ from mmpretrain.types import Model, Result
 
 @dataclass
 class FrozenConfig(BaselineConfig, TrainDataConfig):
+    """Options of evaluators on frozen features."""
+
     features: Literal["pooled", "features", "both"] = "pooled"  # pooled (before the projection), features (after it), or both
     random: bool = False  # also the same architecture with random weights: random_acc1
 
 
 @dataclass
 class EncodedPair:
-    """Both sets, and their features on the CPU, on every process."""
+    """The training and test sets, and their features on the CPU, on every process."""
 
     sets: tuple[EvalSet, EvalSet]  # to fit on, to test on
     name: str
@@ -39,7 +41,7 @@ class EncodedPair:
     skipped: list[dict[str, str]]
 
     def feature_sets(self, wanted: str) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-        """(name, metric prefix, train, test) for `pooled`, `features`, or `both` of them where the model gives both."""
+        """Yield (name, metric prefix, train, test) for `pooled`, `features`, or `both`, as far as the model returns them."""
         names = [name for name in ("pooled", "features") if name in self.train] if wanted == "both" else [wanted]
         if missing := [name for name in names if name not in self.train]:
             raise OptionError(f"features={missing[0]}: this model gives only {', '.join(self.train)}")
@@ -48,13 +50,14 @@ class EncodedPair:
 
 
 def encode_pairs(model: Model, accelerator: Accelerator, config: FrozenConfig) -> Iterator[tuple[str, EncodedPair]]:
-    """(metric prefix, features) of the model and, where asked for, of its architecture with random weights."""
+    """Yield (metric prefix, features) of the model and, with `random`, of its architecture with random weights."""
     yield "", encode_pair(model, accelerator, config)
     if config.random:
         yield "random_", encode_pair(Untrained(model, config.seed), accelerator, config)
 
 
 def encode_pair(model: Model, accelerator: Accelerator, config: FrozenConfig) -> EncodedPair:
+    """Open both sets and encode their images."""
     train, test = open_pair(config)
     fitted = encode_images(model, train, accelerator, config)
     tested = encode_images(model, test, accelerator, config)
@@ -73,9 +76,17 @@ def encode_pair(model: Model, accelerator: Accelerator, config: FrozenConfig) ->
 def evaluate_frozen(
     model: Model, accelerator: Accelerator, config: FrozenConfig, score: Callable[[EncodedPair, str, Tensor, Tensor], Tensor], tie: float
 ) -> Result:
-    """Metrics of `score(pair, name, train [m,D], test [n,D]) -> [n,C]` on each kind of features.
+    """Compute the metrics of a classifier on each kind of features.
 
-    With features=both, those of `features` carry the prefix `features_`; random weights' carry `random_` before it.
+    With features=both, those of `features` have the prefix `features_`; those of random weights have `random_` before
+    it.
+
+    Args:
+        model: to encode with.
+        accelerator: of this process.
+        config: data and features.
+        score: (pair, name, train [m, D], test [n, D]) -> scores [n, C].
+        tie: scores closer than this are equal.
     """
     metrics: dict[str, float] = {}
     tables: dict[str, list[dict]] = {}
@@ -84,8 +95,8 @@ def evaluate_frozen(
     for beside, pair in encode_pairs(model, accelerator, config):
         for name, prefix, train, test in pair.feature_sets(config.features):
             scores = score(pair, beside + name, train, test)
-            found = classification_metrics(scores, pair.test_labels, tie)
-            metrics |= {beside + prefix + key: value for key, value in found.items()}
+            values = classification_metrics(scores, pair.test_labels, tie)
+            metrics |= {beside + prefix + key: value for key, value in values.items()}
             if not beside:
                 predicted = predictions(scores, pair.test_labels, tie)
                 tables |= {prefix + key: rows for key, rows in confusion_tables(pair.test_labels, predicted, pair.classes).items()}

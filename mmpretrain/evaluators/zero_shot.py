@@ -1,4 +1,4 @@
-"""Zero-shot classification (Radford 2021, section 3.1): an image belongs to the class whose prompts it is closest to."""
+"""The evaluator `zero_shot`: classification by the class whose prompts are closest to the image."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import normalize
-from torchvision.io import encode_png
-from torchvision.transforms.v2.functional import resize
 
-from mmpretrain.data.decode import ImageLimits, decode_image
+from mmpretrain.data.decode import decode_image
+from mmpretrain.data.thumbnails import thumbnail
 from mmpretrain.errors import UnsuitableModelError
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.baselines import BaselineConfig, measure
 from mmpretrain.evaluators.data.datasets import DataConfig, EvalSet, first_items, kind_of, open_dataset
-from mmpretrain.evaluators.data.items import Item, lines_of
+from mmpretrain.evaluators.data.items import lines_of
 from mmpretrain.evaluators.features import NO_FEATURES, encode_images, encode_texts
 from mmpretrain.evaluators.metrics import classification_metrics, confusion_tables, predictions
 from mmpretrain.types import Model, Result
 
+THUMBNAIL_SIDE = 96  # pixels
+
 
 @dataclass
 class Config(BaselineConfig, DataConfig):
-    train: str | None = None  # labelled data whose images `baselines` find neighbours among; default: the other images of the same data
+    """Options of `zero_shot`."""
+
+    train: str | None = None  # labelled data, whose images are the neighbours of `baselines`; default: the other images of the same data
     templates: str | list[str] | None = (
         None  # openai, simple, a file, or a list of prompts with {} or {c}; default: the data's own or simple
     )
@@ -36,7 +39,10 @@ class Config(BaselineConfig, DataConfig):
 
 
 class ZeroShot:
-    """acc1, acc5, mean_per_class_recall. Classes of the same name count as one; ties count against the model."""
+    """acc1, acc5, mean_per_class_recall. Classes of the same name count as one; ties count against the model.
+
+    Source: Radford et al. 2021 (CLIP), section 3.1.
+    """
 
     Config = Config
 
@@ -44,6 +50,7 @@ class ZeroShot:
         self.config = config
 
     def preflight(self) -> None:
+        """Check the first items and the prompts."""
         self._prompts(first_items(self.config, "classification"), sure=kind_of(self.config.data) != "folder")
         if self.config.train is not None:
             first_items(self._train_config(), "classification")
@@ -53,7 +60,7 @@ class ZeroShot:
         return replace(self.config, data=self.config.train, subset=None, split=None, limit=None)
 
     def _prompts(self, dataset: EvalSet, sure: bool = True) -> list[str]:
-        """`sure`: whether the data set's classes are known well enough to tell that all are numbers."""
+        """Return the prompts. Raises OptionError where all class names are numbers, if `sure` that these are the class names."""
         if sure and dataset.classes and self.config.classes is None and all(name.isdigit() for name in dataset.classes):
             raise OptionError(f"{dataset.name}: labels are numbers, and zero-shot needs names: add classes=FILE (one name a line)")
         return read_templates(self.config.templates, dataset.templates)
@@ -62,17 +69,17 @@ class ZeroShot:
         config = self.config
         dataset = open_dataset(config, "classification")
         prompts = self._prompts(dataset)
-        found = encode_images(model, dataset, accelerator, config)
-        if "features" not in found.values:
+        encoded = encode_images(model, dataset, accelerator, config)
+        if "features" not in encoded.values:
             raise UnsuitableModelError(NO_FEATURES.format("zero_shot"))
         weights = class_embeddings(model, dataset.classes, prompts, accelerator, config.batch_size * 4)
-        scores = normalize(found.values["features"], dim=-1) @ weights.T  # [m,C]
-        labels = dataset.labels[found.rows]
+        scores = normalize(encoded.values["features"], dim=-1) @ weights.T  # [m,C]
+        labels = dataset.labels[encoded.rows]
         predicted = predictions(scores, labels)
         tables = confusion_tables(labels, predicted, dataset.classes)
         if accelerator.is_main_process and config.examples:
-            tables["predictions"] = example_rows(dataset, found.rows, labels, predicted, scores, config.examples)
-        if skipped := dataset.skipped + found.skipped:
+            tables["predictions"] = example_rows(dataset, encoded.rows, labels, predicted, scores, config.examples)
+        if skipped := dataset.skipped + encoded.skipped:
             tables["skipped"] = skipped
         baselines: dict[str, float] = {}
         if config.baselines:
@@ -83,7 +90,15 @@ class ZeroShot:
 
 
 def read_templates(chosen: str | Sequence[str] | None, own: list[str] | None = None) -> list[str]:
-    """Prompts with exactly one placeholder `{}` or `{c}`, as format strings with `{}`. Raises OptionError."""
+    """Return prompts with exactly one placeholder, `{}`.
+
+    Args:
+        chosen: "openai", "simple", a file, or prompts with `{}` or `{c}`; None: `own`, else simple.
+        own: the data set's prompts.
+
+    Raises:
+        OptionError: a prompt without a placeholder, or with several.
+    """
     if chosen is None and own:
         prompts = list(own)
     elif chosen in (None, "openai", "simple"):
@@ -104,22 +119,23 @@ def read_templates(chosen: str | Sequence[str] | None, own: list[str] | None = N
 
 
 def class_embeddings(model: Model, classes: list[str], prompts: list[str], accelerator: Accelerator, batch_size: int) -> Tensor:
-    """[C,E]: the mean of a class's normalised prompt embeddings, normalised again (Radford 2021, section 3.1.4)."""
+    """Average each class's normalised prompt embeddings, and normalise again: [C, E]. Radford et al. 2021, section 3.1.4."""
     texts = [prompt.replace("{}", name) for name in classes for prompt in prompts]
     embedded = encode_texts(model, texts, accelerator, batch_size)  # [C*P,E]
     return normalize(embedded.unflatten(0, (len(classes), len(prompts))).mean(1), dim=-1)
 
 
 def example_rows(dataset: EvalSet, rows: Tensor, labels: Tensor, predicted: Tensor, scores: Tensor, count: int) -> list[dict[str, Any]]:
-    """Right and wrong predictions, `count` of each, evenly spaced over the data set so that every run shows the same."""
+    """Choose right and wrong predictions, `count` of each, evenly spaced over the data set: every run shows the same items."""
     shown = []
     for right in (True, False):
         where = torch.nonzero((labels == predicted) == right).flatten()
         for i in where[torch.linspace(0, len(where) - 1, min(count, len(where))).long()].tolist():
             item = dataset.items[rows[i]]
+            pixels = decode_image(item.read(), dataset.limits()).permute(1, 2, 0).numpy()
             shown.append(
                 {
-                    "thumbnail": base64.b64encode(thumbnail(item, dataset.limits)).decode(),
+                    "thumbnail": base64.b64encode(thumbnail(pixels, THUMBNAIL_SIDE, "PNG")).decode(),
                     "key": item.key,
                     "truth": dataset.classes[labels[i]],
                     "predicted": dataset.classes[predicted[i]],
@@ -128,11 +144,3 @@ def example_rows(dataset: EvalSet, rows: Tensor, labels: Tensor, predicted: Tens
                 }
             )
     return shown
-
-
-def thumbnail(item: Item, limits: ImageLimits, side: int = 96) -> bytes:
-    """PNG bytes of the image, its longer side at most `side` pixels."""
-    image = decode_image(item.read(), limits)
-    height, width = image.shape[1:]
-    scale = min(1.0, side / max(height, width))
-    return bytes(encode_png(resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)).numpy())

@@ -1,4 +1,4 @@
-"""Every objective a recipe can name."""
+"""The objectives of recipes, by kind."""
 
 from mmpretrain.objectives.base import Context, Objective, ObjectiveConfig
 from mmpretrain.objectives.clip import CLIP

@@ -1,4 +1,4 @@
-"""What an objective is: encoded views in, loss out. One file and one line in `__init__` add one."""
+"""The interface of objectives: encoded views in, loss out. A further objective takes one file and one line in `__init__`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmpretrain.types import Encode, Encoded
 
 @dataclass
 class ObjectiveConfig:
-    """Options that every objective takes."""
+    """Options of every objective."""
 
     kind: str = ""  # which objective; default: the key's own name
     weight: Annotated[float, Range(0)] = 1.0  # factor on its loss
@@ -28,7 +28,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class Augment:
-    """How far an image view may depart from the picture. A preset's name, or a preset's name and changes to it."""
+    """Augmentation of an image view: the name of a preset, and changes to it."""
 
     preset: str = "weak"  # weak: crops of 90-100%; crop: crops of 67-100% and flips (SimMIM); simclr: strong (SimCLR v1)
     scale: tuple[float, float] | None = None  # area of the crop as a fraction of the picture
@@ -43,13 +43,13 @@ class Augment:
     solarize: float | None = None  # probability
 
     def check(self) -> None:
-        """Raise ValueError for numbers that cannot be meant."""
+        """Raise ValueError for numbers out of range."""
         if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"augment.scale is {list(self.scale)}: expected shares of the picture, 0 < low <= high <= 1")
-        most = {"hue": 0.5, "brightness": math.inf, "contrast": math.inf, "saturation": math.inf}
+        limits = {"hue": 0.5, "brightness": math.inf, "contrast": math.inf, "saturation": math.inf}
         for name, value in vars(self).items():
-            if isinstance(value, int | float) and not 0 <= value <= most.get(name, 1):
-                raise ValueError(f"augment.{name} is {value}: expected 0 to {most.get(name, 1)}")
+            if isinstance(value, int | float) and not 0 <= value <= limits.get(name, 1):
+                raise ValueError(f"augment.{name} is {value}: expected 0 to {limits.get(name, 1)}")
 
 
 # weak: open_clip's default. crop: Xie et al. 2022, section 4.1. simclr: Chen et al. 2020, appendix A, strength 0.5.
@@ -72,9 +72,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Network:
-    """What an objective may know of a frozen tower."""
+    """The properties of a frozen network that objectives may use."""
 
-    image_size: int  # pixels a side of its own views
+    image_size: int  # pixels per side of its own views
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     patch_size: int | None = None
@@ -85,25 +85,25 @@ class Network:
 
 @dataclass(frozen=True)
 class Context:
-    """What an objective may know of the run when it is built."""
+    """The properties of the run that an objective is built with."""
 
-    image_size: int  # pixels a side of this source's views
+    image_size: int  # pixels per side of this source's views
     mean: tuple[float, float, float]  # this source's normalisation
     std: tuple[float, float, float]
-    patch_size: int | None = None  # of the image tower; None where it has no patches
+    patch_size: int | None = None  # of the image tower; None without patches
     image_width: int = 0  # D of the image tower
     text_width: int = 0  # D of the text tower
     embed_dim: int = 0  # E
     tokenizer: str = "clip"
     context_length: int = 77
     vocab_size: int = 0
-    trim_text: bool = True  # whether captions may be cut to the longest of the batch without changing the result
-    classes: tuple[str, ...] = ()  # of the source's label, when it has one
+    trim_text: bool = True  # captions may be cut to the longest of the batch without changing the result
+    classes: tuple[str, ...] = ()  # of the source's label, if it has one
     steps: int = 0  # updates of the whole run: papers give warm-ups in steps
     networks: Mapping[str, Network] = field(default_factory=dict)  # the frozen towers of the recipe, by name
 
     def network(self, name: str, objective: str) -> Network:
-        """The frozen tower of that name. Raises ValueError naming the nearest one."""
+        """Return the frozen network of that name. Raises ValueError with the nearest name; `objective` is for the message."""
         if name not in self.networks:
             raise ValueError(
                 f"objective {objective!r} wants network {name!r}, which the recipe's `networks` lacks{nearest(name, self.networks)}"
@@ -111,12 +111,16 @@ class Context:
         return self.networks[name]
 
     def image_view(self, augment: Augment, index: int = 0, size: int | None = None, network: str | None = None) -> ImageView:
-        """A training view of a picture.
+        """Describe a training view of a picture.
 
         Args:
-            index: which of several views of that kind.
-            size: pixels a side; default: the source's.
-            network: a frozen network of the recipe, whose own size and normalisation the view has.
+            augment: its augmentation.
+            index: number of the view among several with equal options.
+            size: pixels per side; default: the source's.
+            network: a frozen network of the recipe, whose size and normalisation the view gets.
+
+        Raises:
+            ValueError: an unknown preset or network, or a number out of range.
         """
         mean, std = self.mean, self.std
         if network is not None:
@@ -131,61 +135,64 @@ class Context:
         changes = {k: v for k, v in vars(augment).items() if k != "preset" and v is not None}
         options = PRESETS[augment.preset] | changes
         if {"brightness", "contrast", "saturation", "hue"} & set(changes):
-            options.setdefault("jitter_prob", 1.0)  # a strength that was asked for takes effect
+            options.setdefault("jitter_prob", 1.0)  # a given strength takes effect
         return ImageView(index=index, size=size, mean=mean, std=std, **options)
 
     def text_view(self) -> TextView:
+        """Describe the view of a caption."""
         return TextView(tokenizer=self.tokenizer, context_length=self.context_length, trim=self.trim_text)
 
 
 class Objective(nn.Module):
-    """Encoded views in, loss out.
+    """A training objective: encoded views in, loss out.
 
-    `needs` names the encodes; its keys are the argument names of `forward`. `forward` returns "loss" and scalars to log.
-    The mean over ranks of the loss must be the loss over the global batch, except where `per_row` is set. `forward` may update
-    its own buffers (a centre, a queue): they are put back where the step is skipped, and after cost probes, dry runs and pictures.
+    `needs` names the encodes; its keys are the argument names of `forward`. `forward` returns "loss" and scalars to
+    log. The mean over ranks of the loss must be the loss over the global batch, except where `per_row` is set.
+    `forward` may update its own buffers (a centre, a queue): they are restored where the step is skipped, and after
+    cost probes, dry runs and pictures.
     """
 
     Config: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
     per_row: ClassVar[bool] = False  # the loss is a mean over independent terms: it may run chunk by chunk, weighted by `count`
     wants_label: ClassVar[bool] = False  # its source must give `rows.labels["label"]`
-    averaged: ClassVar[tuple[str, ...]] = ()  # submodules whose EMA copies are self.teacher[name], moved with the towers' momentum
+    averaged: ClassVar[tuple[str, ...]] = ()  # submodules whose EMA copies are self.teacher[name], updated with the towers' momentum
     exported: ClassVar[tuple[str, ...]] = ()  # parameters that belong to the model's file, such as logit_scale
     needs: dict[str, Encode | tuple[Encode, ...]]
     teacher: nn.ModuleDict  # the EMA copies of `averaged`
 
     def forward(self, **encoded: Any) -> dict[str, Tensor]:
+        """Compute the loss, and scalars to log, from the outputs of the encodes in `needs`."""
         raise NotImplementedError
 
     def count(self, **encoded: Any) -> Tensor:
-        """Number of terms that a per-row loss averages: known before encoding, so only rows, views and masks may be read."""
+        """Count the terms that a per-row loss averages. It is called before encoding, so it may read rows and views only."""
         first = next(iter(encoded.values()))
         rows = (first if isinstance(first, Encoded) else first[0]).rows
-        assert rows is not None  # of what an encode gives, only a tower's own outputs lack them
+        assert rows is not None  # only a tower called directly returns outputs without rows
         return torch.tensor(float(len(rows.seeds)))
 
     def frozen(self, progress: float) -> Iterable[nn.Parameter]:
-        """Parameters that take no step at `progress` in [0, 1]: SwAV's prototypes, DINO's last layer."""
+        """Return the parameters that take no step at `progress` in [0, 1]: SwAV's prototypes, DINO's last layer."""
         return ()
 
     def before_step(self, progress: float) -> None:
-        """Called before each update; progress in [0, 1]."""
+        """Prepare for a step; progress in [0, 1]."""
 
     def after_step(self, progress: float) -> None:
-        """Called after each update: queues, prototypes."""
+        """Act after an update, such as on queues or prototypes; progress in [0, 1]."""
 
     def pictures(self, **encoded: Encoded) -> dict[str, list[Tensor]]:
-        """Pictures of this objective's work: name -> rows of normalised images [n,3,H,W]."""
+        """Return pictures of this objective's predictions: name -> rows of normalised images [n, 3, H, W]."""
         return {}
 
 
 def source_encodes(needs: dict[str, Encode | tuple[Encode, ...]]) -> list[Encode]:
-    """All encodes of `needs`, in order."""
+    """Return all encodes of `needs`, in order."""
     return [e for value in needs.values() for e in (value if isinstance(value, tuple) else (value,))]
 
 
 def require(value: int | None, what: str, objective: str) -> int:
-    """A tower property that an objective cannot work without."""
+    """Return a property of the towers that an objective needs. Raises ValueError where the model lacks it."""
     if not value:
         raise ValueError(f"objective {objective!r} needs {what}, which this model does not have")
     return value

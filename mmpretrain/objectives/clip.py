@@ -1,4 +1,4 @@
-"""CLIP: symmetric InfoNCE between images and captions over the global batch. Radford et al. 2021, section 2.3."""
+"""The objective `clip`: symmetric InfoNCE between images and captions over the global batch (CLIP, FLIP)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from mmpretrain.types import Encode, MaskSpec, Requested
 
 @dataclass
 class CLIPConfig(ObjectiveConfig):
-    """Options of `clip`."""
+    """Options of `clip`. Temperature and its limit are the paper's (section 2.5); the default view is open_clip's."""
 
     augment: Augment = field(default_factory=Augment)  # the image view; equal to another objective's, it is one view
     view_index: Annotated[int, Range(0)] = 0  # which of several views of that kind
-    init_temperature: Annotated[float, Range(above=0)] = 0.07  # where the learned temperature starts
+    init_temperature: Annotated[float, Range(above=0)] = 0.07  # initial value of the learned temperature
     max_logit_scale: Annotated[float, Range(1)] = 100.0  # the inverse temperature never exceeds this
     token_drop: Annotated[float, Range(0, below=1)] = 0.0  # fraction of patches dropped from the image (FLIP, Li et al. 2023)
     whole_tail: Annotated[float, Range(0, below=1)] = 0.0  # last fraction of the run that drops none (FLIP, section 3)
 
 
 class CLIP(Objective):
-    """Symmetric cross-entropy over the similarities of all images and captions of the global batch, with a learned temperature.
+    """Symmetric cross-entropy over the similarities of the global batch's images and captions, with a learned temperature.
 
-    Source: Radford et al. 2021, section 2.3 and figure 3; `token_drop` is FLIP, Li et al. 2023.
+    Source: Radford et al. 2021 (CLIP), section 2.3 and figure 3; Li et al. 2023 (FLIP), section 3, for `token_drop`
+    and `whole_tail`. Departure: the inverse temperature is at least 1, as in open_clip, besides the paper's upper
+    limit.
     """
 
     Config = CLIPConfig

@@ -1,4 +1,4 @@
-"""DINO: the student's view of a picture agrees with what the teacher sees in another one. Caron et al. 2021."""
+"""The objective `dino`: self-distillation between crops of an image, from an EMA teacher (DINO)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DINOConfig(ObjectiveConfig):
     teacher_temperature: Annotated[float, Range(above=0)] = 0.07  # after its warm-up
     warmup_teacher_temperature: Annotated[float, Range(above=0)] = 0.04  # at the start
     warmup: Annotated[float, Range(0, 1)] = 0.3  # fraction of the run over which the teacher's temperature rises (30 of 100 epochs)
-    centre_momentum: Annotated[float, Range(0, below=1)] = 0.9  # of the running mean that is subtracted from the teacher
+    centre_momentum: Annotated[float, Range(0, below=1)] = 0.9  # of the running mean that is subtracted from the teacher's outputs
     freeze_last_layer: Annotated[float, Range(0, 1)] = 0.01  # first fraction of the run without steps of the prototypes (1 of 100 epochs)
     prototypes: Annotated[int, Range(2)] = 65536  # K, the outputs that are compared
     hidden: Annotated[int, Range(1)] = 2048  # width inside the head
@@ -41,10 +41,11 @@ class DINOConfig(ObjectiveConfig):
 
 
 class DINO(Objective):
-    """Cross-entropy between the teacher's centred, sharpened outputs on two large crops and the student's on every other crop.
+    """Cross-entropy between the teacher's centred, sharpened outputs on large crops and the student's on every other crop.
 
-    Source: Caron et al. 2021, algorithm 1, sections 3.1 (multi-crop, centring) and 5, appendix C (head). The teacher's temperature rises
-    and the last layer is frozen by fractions of the run, where the paper counts epochs.
+    Source: Caron et al. 2021, equation 3 (multi-crop), algorithm 1, sections 3.1 (centring) and 5, appendix C (head).
+    Departures: the teacher's temperature rises, and the last layer is frozen, over fractions of the run, where the
+    paper counts epochs; the loss is the mean over pairs of crops, as in the authors' code, where equation 3 has a sum.
     """
 
     Config = DINOConfig

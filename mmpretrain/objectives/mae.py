@@ -1,4 +1,4 @@
-"""Masked autoencoder: see a quarter of the patches, predict the pixels of the others. He et al. 2022."""
+"""The objective `mae`: a masked autoencoder that predicts the pixels of dropped patches with a light decoder (MAE)."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ class MAEConfig(ObjectiveConfig):
 
 
 class MAE(Objective):
-    """Squared error between the pixels of hidden patches and what a light decoder makes of the visible ones.
+    """Squared error between the pixels of hidden patches and a light decoder's prediction from the visible ones.
 
-    Source: He et al. 2022, section 3; decoder of section 4.1. The paper's decoder also sees the class token, which here is left to the
-    tower: its other outputs are read by whoever needs them.
+    Source: He et al. 2022, section 3; decoder of section 4.1. Departures: the decoder does not see the class token,
+    whose outputs are left to other objectives; the encoder's position embedding is the tower's, learned by default,
+    where the paper's is fixed.
     """
 
     Config = MAEConfig
-    per_row = True  # every row hides equally many patches
+    per_row = True  # every row hides the same number of patches
     positions: Tensor
 
     def __init__(self, config: MAEConfig, context: Context) -> None:
@@ -71,7 +72,7 @@ class MAE(Objective):
         return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
     def _decode(self, image: Requested) -> Tensor:
-        """-> what the decoder says of every patch, [B,N,W]."""
+        """Return the decoder's output for every patch, [B, N, W]."""
         seen = self.embed(image.tokens)  # [B,visible,W], in raster order
         assert image.mask is not None  # the encode has a MaskSpec
         full = self.mask_token.to(seen.dtype).expand(*image.mask.shape, -1)
@@ -88,7 +89,7 @@ class MAE(Objective):
         pixels = image.view.data.float()
         patches = patchify(pixels, self.patch)
         predicted = self.pixels(self._decode(image)).float()
-        if self.normalise_target:  # back to the patch's own scale, which the model was not asked for
+        if self.normalise_target:  # back to the scale of each patch, which the model does not predict
             predicted = predicted * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
         assert image.mask is not None  # the encode has a MaskSpec
         assert image.grid is not None  # the tower has patches

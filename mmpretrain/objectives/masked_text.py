@@ -1,4 +1,4 @@
-"""Masked language modelling on the text tower, which for this objective reads in both directions. Devlin et al. 2019, section 3.1."""
+"""The objective `masked_text`: masked language modelling with bidirectional attention in the text tower (BERT)."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from mmpretrain.types import Encode, Params, Requested, Sample, View
 
 @dataclass
 class MaskedTextConfig(ObjectiveConfig):
-    """Options of `masked_text`."""
+    """Options of `masked_text`; the defaults are the paper's."""
 
     mask_ratio: Annotated[float, Range(above=0, below=1)] = 0.15  # fraction of words chosen; at least one
-    keep: Annotated[float, Range(0, 1)] = 0.1  # of the chosen: left as they are
+    keep: Annotated[float, Range(0, 1)] = 0.1  # of the chosen: left unchanged
     replace: Annotated[float, Range(0, 1)] = 0.1  # of the chosen: replaced by a random word; the rest by the mask embedding
 
 
 @dataclass(frozen=True)
 class MaskedTextView(TextView):
-    """A caption with some words corrupted. `data` holds -1 where the mask embedding goes, `target` the true id or -100."""
+    """A caption with corrupted words. `data` holds -1 in place of the mask embedding, `target` the true id, or -100 elsewhere."""
 
     masks_words: ClassVar[bool] = True
     mask_ratio: float = 0.15
@@ -38,7 +38,7 @@ class MaskedTextView(TextView):
     replace: float = 0.1
 
     def draw(self, samples: Sequence[Sample], seeds: Tensor) -> Params:
-        # Columns of one stream: what is drawn for a word does not depend on how long the batch is.
+        # Columns of one stream: the draws for a word do not depend on the length of the batch.
         fate = rng.uniform(seeds, (self, "fate"), self.context_length)
         return super().draw(samples, seeds) | {
             "order": rng.uniform(seeds, (self, "order"), self.context_length),
@@ -57,7 +57,7 @@ class MaskedTextView(TextView):
         chosen = word & (order.argsort(1).argsort(1) < count[:, None])
         fate = params["fate"].to(ids.device)[:, :length]
         other = params["word"].to(ids.device)[:, :length].remainder(tokenizer.vocab_size)
-        special = (other == tokenizer.sot) | (other == tokenizer.eot)  # a second end would move where the caption is pooled
+        special = (other == tokenizer.sot) | (other == tokenizer.eot)  # a second end would move the pooled position
         other = torch.where(special, ids, other)
         data = torch.where(chosen & (fate >= self.keep), torch.where(fate < self.keep + self.replace, other, -1), ids)
         return View(data, ids.masked_fill(~chosen, -100))
@@ -66,7 +66,9 @@ class MaskedTextView(TextView):
 class MaskedText(Objective):
     """Cross-entropy of the words hidden from a bidirectional text tower.
 
-    Source: Devlin et al. 2019, section 3.1. The mask embedding is the tower's.
+    Source: Devlin et al. 2019 (BERT), section 3.1, task 1. Departures: the output layer is a linear map of its own,
+    where BERT adds a dense layer and shares the word embeddings; exactly round(mask_ratio * words) words of a caption
+    are chosen, at least one; there is no next-sentence task. The mask embedding is the tower's.
     """
 
     Config = MaskedTextConfig
@@ -80,7 +82,7 @@ class MaskedText(Objective):
         view = MaskedTextView(
             tokenizer=context.tokenizer,
             context_length=context.context_length,
-            trim=True,  # key padding: the length of the batch cannot be seen
+            trim=True,  # with key padding, the length of the batch has no effect
             mask_ratio=config.mask_ratio,
             keep=config.keep,
             replace=config.replace,
@@ -95,9 +97,9 @@ class MaskedText(Objective):
 
     def forward(self, text: Requested) -> dict[str, Tensor]:  # type: ignore[override]
         target = text.view.target
-        assert target is not None  # MaskedTextView always gives one
+        assert target is not None  # MaskedTextView always sets it
         chosen = target != -100
         logits = exact(self.decoder(text.tokens[chosen]))  # [chosen words, V]
         words = target[chosen]
-        loss = F.cross_entropy(logits, words, reduction="sum") / max(1, len(words))  # no word to guess: zero, with a gradient
+        loss = F.cross_entropy(logits, words, reduction="sum") / max(1, len(words))  # without a word to predict: zero, with a gradient
         return {"loss": loss, "accuracy": (logits.argmax(1) == words).float().sum().detach() / max(1, len(words))}

@@ -1,4 +1,4 @@
-"""SigLIP: each image-text pair judged alone, match or not. Zhai et al. 2023, section 3.2."""
+"""The objective `siglip`: a sigmoid loss on every pair of image and caption of the global batch (SigLIP)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from mmpretrain.types import Encode, Requested
 
 @dataclass
 class SigLIPConfig(ObjectiveConfig):
-    """Options of `siglip`."""
+    """Options of `siglip`. Scale and bias start as in the paper (section 3.2); the default view is open_clip's."""
 
     augment: Augment = field(default_factory=Augment)  # the image view
     view_index: Annotated[int, Range(0)] = 0  # which of several views of that kind
-    init_scale: Annotated[float, Range(above=0)] = 10.0  # where the learned inverse temperature starts
-    init_bias: float = -10.0  # where the learned bias starts: most pairs do not match
+    init_scale: Annotated[float, Range(above=0)] = 10.0  # initial value of the learned inverse temperature
+    init_bias: float = -10.0  # initial value of the learned bias: most pairs do not match
 
 
 class SigLIP(Objective):
     """A logistic loss on every pair of image and caption of the global batch, with a learned scale and bias.
 
-    Source: Zhai et al. 2023, section 3.2, algorithm 1.
+    Source: Zhai et al. 2023, section 3.2, equation 1 and algorithm 1. Departure: captions are gathered on every rank,
+    where section 3.3 passes them from device to device; the loss is the same.
     """
 
     Config = SigLIPConfig

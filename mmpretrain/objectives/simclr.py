@@ -1,4 +1,4 @@
-"""SimCLR: two views of one image agree, against all other views of the global batch. Chen et al. 2020, section 2."""
+"""The objective `simclr`: contrastive learning between two views of an image over the global batch (SimCLR)."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from mmpretrain.types import Encode, Requested
 
 @dataclass
 class SimCLRConfig(ObjectiveConfig):
-    """Options of `simclr`."""
+    """Options of `simclr`. The augmentation is the paper's (appendix A) with colour strength 0.5."""
 
     temperature: Annotated[float, Range(above=0)] = 0.1  # of the softmax over similarities
     augment: Augment = field(default_factory=lambda: Augment("simclr"))  # both views
     hidden: Annotated[int, Range(0)] = 0  # width inside the projection head; 0: twice the tower's
-    projection: Annotated[int, Range(1)] = 128  # width the loss sees
+    projection: Annotated[int, Range(1)] = 128  # width of the head's output
     layers: Annotated[int, Range(1)] = 2  # linear maps in the projection head
     norm: Literal["batch", "layer", "none"] = "batch"  # inside the projection head
     loss: Literal["nt_xent", "info_nce"] = "nt_xent"  # info_nce: one direction, positives on the diagonal
 
 
 class SimCLR(Objective):
-    """Cross-entropy of a view against all other views of the global batch, its own second view the right answer.
+    """Cross-entropy of a view against all other views of the global batch, with the image's second view as the target.
 
-    Source: Chen et al. 2020, section 2, equation 1 (NT-Xent).
+    Source: Chen et al. 2020, section 2, equation 1 (NT-Xent). Departure: the projection head's hidden layer has twice
+    the tower's width by default, where the paper's has the same width.
     """
 
     Config = SimCLRConfig

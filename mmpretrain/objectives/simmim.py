@@ -1,4 +1,4 @@
-"""SimMIM: hide patches, predict their pixels with one linear map. Xie et al. 2022, section 3."""
+"""The objective `simmim`: masked image modelling that predicts the pixels of hidden patches by a linear map (SimMIM)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmpretrain.types import Encode, MaskSpec, Requested
 
 @dataclass
 class SimMIMConfig(ObjectiveConfig):
-    """Options of `simmim`."""
+    """Options of `simmim`. Ratio and augmentation are the paper's; see `SimMIM` for `mask_patch`."""
 
     mask_ratio: Annotated[float, Range(above=0, below=1)] = 0.6  # fraction of patches hidden
     mask_patch: Annotated[int, Range(1)] = 1  # hidden in squares of this many patches a side (SimMIM hides squares of 32 pixels)
@@ -28,20 +28,21 @@ class SimMIMConfig(ObjectiveConfig):
 
 
 class SimMIM(Objective):
-    """L1 between the pixels of hidden patches and one linear map of their tokens.
+    """L1 distance between the pixels of hidden patches and a linear map of their tokens.
 
-    Source: Xie et al. 2022, section 3. The mask embedding is the tower's.
+    Source: Xie et al. 2022, section 3. Departures: by default single patches are hidden, where the paper hides squares
+    of 32 pixels (`mask_patch=2` for patches of 16); `normalise_target` is MAE's. The mask embedding is the tower's.
     """
 
     Config = SimMIMConfig
-    per_row = True  # every row hides equally many patches: the mean over rows is the mean over hidden patches
+    per_row = True  # every row hides the same number of patches: the mean over rows is the mean over hidden patches
 
     def __init__(self, config: SimMIMConfig, context: Context) -> None:
         super().__init__()
         self.patch = require(context.patch_size, "an image tower with patches", "simmim")
         if context.image_size % self.patch:
             raise ModelError(
-                f"images of {context.image_size} pixels are no multiple of the tower's patches of {self.patch}: change image_size"
+                f"images of {context.image_size} pixels are not a multiple of the tower's patches of {self.patch}: change image_size"
             )
         if round(config.mask_ratio * (context.image_size // self.patch) ** 2) < 1:
             raise ModelError(f"mask_ratio {config.mask_ratio} hides none of {(context.image_size // self.patch) ** 2} patches")
@@ -67,7 +68,7 @@ class SimMIM(Objective):
         pixels = image.view.data.float()
         patches = patchify(pixels, self.patch)
         predicted = self.decoder(image.tokens).float()
-        if self.normalise_target:  # back to the patch's own scale, which the model was not asked for
+        if self.normalise_target:  # back to the scale of each patch, which the model does not predict
             predicted = predicted * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
         assert image.mask is not None
         assert image.grid is not None

@@ -1,1 +1,1 @@
-"""One self-contained page that shows what a run did. `page` draws it, and imports matplotlib to do so; `extras` keeps what it shows."""
+"""The report of a run, as one self-contained HTML page. `page` renders it, with matplotlib; `extras` stores its tables and figures."""

@@ -1,4 +1,4 @@
-"""What an evaluator found beyond its metrics (tables, figures), kept beside the run's results until the report is written."""
+"""Tables and figures of evaluators beyond their metrics, stored beside the run's results for the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def save_result_extras(run_dir: str | Path, name: str, step: int | None, result:
 
     name: the evaluator's name in the recipe. step: None for an evaluation outside training, which the report takes as the newest.
     A table named "predictions" has rows {key, truth, predicted, score, correct, thumbnail}, the thumbnail a PNG or JPEG in base64;
-    for the three forms of a confusion table see `mmpretrain.report.tables.confusion`.
+    for the form of a confusion table see `mmpretrain.report.tables.confusion`.
     """
     if not result.tables and not result.figures:
         return None

@@ -1,4 +1,4 @@
-"""The report: read a run folder, say what needs attention, fill the template."""
+"""The page of the report: the records of a run folder, notes on what needs attention, and the template."""
 
 from __future__ import annotations
 
@@ -211,13 +211,13 @@ def _results_over_time(results: Sequence[Mapping[str, Any]]) -> list[dict[str, A
 
 
 def _pictures(folder: Path) -> list[dict[str, Any]]:
-    """images/NAME-STEP.png: for each name the newest picture, and the first one to compare it with."""
-    found = defaultdict(list)
+    """Collect images/NAME-STEP.png: for each name the newest picture, and the first for comparison."""
+    versions_of = defaultdict(list)
     for path in sorted(folder.glob("*.png")):
         if match := re.fullmatch(r"(.+)-(\d{8,}|final)\.png", path.name):
-            found[match[1]].append((math.inf if match[2] == "final" else int(match[2]), path))
+            versions_of[match[1]].append((math.inf if match[2] == "final" else int(match[2]), path))
     pictures = []
-    for name, versions in sorted(found.items()):
+    for name, versions in sorted(versions_of.items()):
         versions.sort()
         chosen = versions[-1:] + versions[:1] * (len(versions) > 1)
         shown = [
@@ -232,21 +232,21 @@ def _extra(content: Mapping[str, Any]) -> dict[str, Any]:
     """One evaluator's confusion matrices, example predictions, curves, figures, and whatever other tables it has."""
     extra: dict[str, Any] = {"name": content["name"], "step": content.get("step"), "confusions": [], "predictions": None}
     extra |= {"charts": [], "tables": {}, "figures": {k: base64.b64encode(svg).decode() for k, svg in content["figures"].items()}}
-    told = set()
+    covered = set()
     for title, rows in content["tables"].items():
         matrix = tables.confusion(rows) if title.endswith(("confusion", "confusion_matrix")) else None
         if matrix:
             label = title.replace("_", " ").removesuffix(" matrix").capitalize() + " matrix"
             picture = plots.heat_map(matrix["classes"], matrix["counts"], f"{content['name']}: {label}")
             extra["confusions"].append({**matrix, "title": label, "svg": picture, "top": tables.plain_table(matrix["top"])})
-            told.add(title.removesuffix("_matrix") + "s")  # the evaluator's own list of the largest says the same
+            covered.add(title.removesuffix("_matrix") + "s")  # the evaluator's own list of the largest is the same
         elif title in ("predictions", "examples") and tables.are_predictions(rows):
             extra["predictions"] = tables.predictions(rows)
         elif chart := _curve(f"{content['name']}: {title}", rows):
             extra["charts"].append(chart)
         elif table := tables.plain_table(rows):
             extra["tables"][title] = table
-    extra["tables"] = {title: table for title, table in extra["tables"].items() if title not in told}
+    extra["tables"] = {title: table for title, table in extra["tables"].items() if title not in covered}
     return extra
 
 

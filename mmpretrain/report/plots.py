@@ -43,12 +43,12 @@ MAX_POINTS = 400  # what a chart of this width can show
 
 def smooth(y: np.ndarray, window: float) -> np.ndarray:
     """Mean over `window` points around each, fewer towards the ends but as many on each side: no lag. NaN is passed over."""
-    at = np.arange(len(y))
-    half = np.minimum(np.minimum(at, at[::-1]), int(window) // 2)
+    index = np.arange(len(y))
+    half = np.minimum(np.minimum(index, index[::-1]), int(window) // 2)
     finite = np.isfinite(y)
     total, count = (np.concatenate([[0], np.cumsum(v)]) for v in (np.where(finite, y, 0.0), finite))
-    n = count[at + half + 1] - count[at - half]
-    return np.where(n > 0, (total[at + half + 1] - total[at - half]) / np.maximum(n, 1), np.nan)
+    n = count[index + half + 1] - count[index - half]
+    return np.where(n > 0, (total[index + half + 1] - total[index - half]) / np.maximum(n, 1), np.nan)
 
 
 def thin(x: np.ndarray, y: np.ndarray, points: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""From a run's raw records to the rows that the page shows."""
+"""Tables of the report, from the raw records of a run."""
 
 from __future__ import annotations
 
@@ -112,27 +112,14 @@ def headline(results: Sequence[Mapping[str, Any]], num_classes: Mapping[str, int
 
 
 def confusion(rows: Any, largest: int = 15) -> dict[str, Any] | None:
-    """classes, counts [C, C] (rows: true) and the largest confusions; None if `rows` has none of the three forms:
+    """classes, counts [C, C] (rows: true) and the largest confusions; None if `rows` is not one row per true class:
 
-    {"classes": [...], "matrix": [[...]]}, alone or in a list; [{"true", "predicted", "count"}, ...]; or one row per true class,
-    [{"true class": "cat", "cat": 9, "dog": 1}, ...].
+    [{"true class": "cat", "cat": 9, "dog": 1}, ...], as `evaluators.metrics.confusion_tables` gives them.
     """
-    if isinstance(rows, list) and len(rows) == 1 and isinstance(rows[0], Mapping) and "matrix" in rows[0]:
-        rows = rows[0]
     try:
-        if isinstance(rows, Mapping):
-            classes, counts = [str(c) for c in rows["classes"]], np.array(rows["matrix"], dtype=float)
-        elif "count" in rows[0] and "predicted" in rows[0]:
-            pairs = [(str(r.get("true", r.get("class"))), str(r["predicted"]), number(r["count"])) for r in rows]
-            classes = list(dict.fromkeys([true for true, *_ in pairs] + [predicted for _, predicted, _ in pairs]))
-            at = {c: i for i, c in enumerate(classes)}
-            counts = np.zeros((len(classes), len(classes)))
-            for true, predicted, count in pairs:
-                counts[at[true], at[predicted]] += count
-        else:
-            classes = [str(r["true class"]) for r in rows]
-            counts = np.array([[number(r[c]) for c in classes] for r in rows])
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        classes = [str(r["true class"]) for r in rows]
+        counts = np.array([[number(r[c]) for c in classes] for r in rows])
+    except (KeyError, TypeError, AttributeError):
         return None
     if counts.shape != (len(classes), len(classes)) or not classes or not np.isfinite(counts).all():
         return None
@@ -164,13 +151,13 @@ def predictions(rows: Sequence[Mapping[str, Any]], each: int = 18) -> dict[str, 
     shown: dict[str, Any] = {"right": [], "wrong": []}
     counts: Counter[str] = Counter()
     for row in rows:
-        found = {name: next((row[n] for n in names if n in row), None) for name, names in _PREDICTION.items()}
-        side = "right" if found["correct"] else "wrong"
+        example = {name: next((row[n] for n in names if n in row), None) for name, names in _PREDICTION.items()}
+        side = "right" if example["correct"] else "wrong"
         counts[side] += 1
         if counts[side] <= each:
-            score = found["score"]
-            found["score"] = f"{score:.2f}" if isinstance(score, float) else "" if score is None else show(score)
-            shown[side].append({**found, "image": thumbnail(found["thumbnail"])})
+            score = example["score"]
+            example["score"] = f"{score:.2f}" if isinstance(score, float) else "" if score is None else show(score)
+            shown[side].append({**example, "image": thumbnail(example["thumbnail"])})
     return {**shown, "num_right": counts["right"], "num_wrong": counts["wrong"]}
 
 
@@ -186,12 +173,12 @@ def thumbnail(text: Any) -> str | None:
     return kind and f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def plain_table(rows: Any, most: int = 50) -> dict[str, Any] | None:
-    """Any list of dicts as columns and text cells, its first `most` rows; thumbnails left out."""
+def plain_table(rows: Any, max_rows: int = 50) -> dict[str, Any] | None:
+    """Convert a list of dicts to columns and text cells, at most `max_rows` rows, without thumbnails."""
     if not isinstance(rows, list) or not rows or not all(isinstance(r, Mapping) for r in rows):
         return None
     columns = [c for c in dict.fromkeys(k for row in rows for k in row) if c not in ("thumbnail", "image")][:30]
-    cells = [[show(row.get(c), str(c)) for c in columns] for row in rows[:most]]
+    cells = [[show(row.get(c), str(c)) for c in columns] for row in rows[:max_rows]]
     return {"columns": columns, "rows": cells, "total": len(rows)}
 
 
@@ -206,10 +193,10 @@ def data_summary(data: Any) -> list[dict[str, Any]]:
     return sources
 
 
-def skipped_summary(records: Sequence[Mapping[str, Any]], most: int = 50) -> dict[str, Any]:
+def skipped_summary(records: Sequence[Mapping[str, Any]], max_rows: int = 50) -> dict[str, Any]:
     counts = Counter((str(r.get("source", "")), str(r.get("reason", ""))) for r in records)
     by_reason = [{"source": s, "reason": reason, "count": n} for (s, reason), n in counts.most_common()]
-    return {"total": len(records), "counts": plain_table(by_reason, 200), "first": plain_table([dict(r) for r in records], most)}
+    return {"total": len(records), "counts": plain_table(by_reason, 200), "first": plain_table([dict(r) for r in records], max_rows)}
 
 
 def costs(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -1,0 +1,1 @@
+"""Image and text towers: native ones, those of other libraries, their weights, and the teacher."""

@@ -1,21 +1,21 @@
-"""Towers made of other libraries' modules: open_clip's own, timm's through open_clip.
+"""Adapters that make towers of other libraries' modules: open_clip's own, and timm's through open_clip.
 
-They give features, pooled and tokens; token masks, mask embeddings and attention belong to the native towers.
+They compute features, pooled and tokens; token masks, mask embeddings and attention need the native towers.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import Any, Literal
 
 from open_clip.hf_model import HFTextEncoder
-from open_clip.model import _build_text_tower, _build_vision_tower
+from open_clip.model import CLIPTextCfg, _build_text_tower, _build_vision_tower
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
+from mmpretrain.config.build import hint
 from mmpretrain.errors import ModelError
 from mmpretrain.towers.base import Tokens, Tower, unmasked
 from mmpretrain.towers.huggingface import HFTower, from_transformers
@@ -25,10 +25,10 @@ __all__ = ["Adapter", "HFTower", "from_open_clip", "from_transformers", "timm_co
 
 
 class Adapter(Tower):
-    """Another library's module as a Tower. Its state dict has the module's own names, so that checkpoints stay exchangeable."""
+    """Another library's module as a Tower. Its state dict has the module's own names, so that checkpoints are exchangeable."""
 
-    words = False  # whether it reads ids rather than pixels
-    module: Any  # another library's, whose attributes no type states
+    words = False  # the input is ids rather than pixels
+    module: Any  # another library's, without types
 
     def __init__(self, module: nn.Module, width: int, embed_dim: int):
         super().__init__()
@@ -53,11 +53,11 @@ class Adapter(Tower):
         return self.run(tokens.x), None
 
     def run(self, data: Tensor) -> Tensor:
-        """Data -> whatever `read` makes its outputs of."""
+        """Compute the input of `read` from pixels or ids."""
         raise NotImplementedError
 
     def read(self, x: Tensor, data: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """-> tokens [B,N,D], pooled [B,D'], features [B,E]."""
+        """Return tokens [B, N, D], pooled [B, D'] and features [B, E]."""
         raise NotImplementedError
 
     def readout(self, x: Tensor, tokens: Tokens, outputs: frozenset[str], attention: Tensor | None = None) -> Encoded:
@@ -79,7 +79,8 @@ class Adapter(Tower):
     def no_weight_decay(self) -> set[str]:
         inner = getattr(self.module, "trunk", self.module)
         names = inner.no_weight_decay() if hasattr(inner, "no_weight_decay") else set()
-        return {name for name, _ in self.named_parameters() if any(name.endswith(f".{key}") for key in names)}
+        listed = {name for name, _ in self.named_parameters() if any(name.endswith(f".{key}") or key in name for key in names)}
+        return listed | super().no_weight_decay()
 
 
 def _strip(module: nn.Module, state: dict, prefix: str, metadata: Any) -> None:
@@ -95,24 +96,41 @@ def _add(module: nn.Module, state: dict, prefix: str, *rest: Any) -> None:
 class TimmTower(Adapter):
     """timm's trunk with open_clip's projection head."""
 
+    branches = False  # whether the trunk gives several feature maps, of which `run` then keeps what its head pools of them
+
     def __init__(self, module: TimmModel, embed_dim: int):
         trunk: Any = module.trunk  # timm's, whose attributes no type states
-        super().__init__(module, trunk.num_features, embed_dim)
-        patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", None)
-        if patch and getattr(trunk, "num_prefix_tokens", None) is not None:
-            self.patch_size = patch[0]
+        width = getattr(trunk, "head_hidden_size", None) or trunk.num_features  # MobileNetV3 and its like widen behind their pooling
+        if width != trunk.num_features:
+            _widen_projection(module.head, trunk.num_features, width)
+        super().__init__(module, width, embed_dim)
+        embed = getattr(trunk, "patch_embed", None)
+        patch = getattr(embed, "patch_size", None)
+        hybrid = hasattr(embed, "backbone")  # whose patches are of feature maps
+        if patch and getattr(trunk, "num_prefix_tokens", None) is not None and not hybrid:
+            self.patch_size = patch if isinstance(patch, int) else patch[0]
 
     def run(self, data: Tensor) -> Tensor:
-        return self.module.trunk.forward_features(data)
+        x = self.module.trunk.forward_features(data)
+        self.branches = not isinstance(x, Tensor)  # CrossViT, CoaT, EfficientViM: several feature maps, which have no common tokens
+        return self.module.trunk.forward_head(x) if self.branches else x
 
     def read(self, x: Tensor, data: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         trunk = self.module.trunk
+        if self.branches:
+            return None, x, self.module.head(x)
         if x.dim() == 4:
             tokens = x.flatten(1, 2) if getattr(trunk, "output_fmt", "") == "NHWC" else x.flatten(2).mT
         else:
-            tokens = x[:, getattr(trunk, "num_prefix_tokens", 0) :]
+            prefix = getattr(trunk, "num_prefix_tokens", None)
+            if prefix is None and hasattr(trunk, "cls_token"):  # VOLO and XCiT do not say whether the class token is in it
+                prefix = int(math.isqrt(x.shape[1]) ** 2 != x.shape[1])
+            tokens = x[:, prefix or 0 :]
         pooled = trunk.forward_head(x)
-        return tokens, pooled, self.module.head(pooled)
+        features = self.module.head(pooled)
+        if pooled.dim() == 4:  # timm_pool abs_attn and rot_attn: the head pools
+            pooled = pooled.mean((1, 2) if getattr(trunk, "output_fmt", "") == "NHWC" else (2, 3))
+        return tokens, pooled, features
 
     def layer_ids(self) -> dict[str, int]:
         from timm.models import group_parameters
@@ -120,6 +138,15 @@ class TimmTower(Adapter):
         depth: Any = group_parameters(self.module.trunk, self.module.trunk.group_matcher(), reverse=True)
         last = max(depth.values(), default=0) + 1
         return {name: depth.get(name.removeprefix("module.trunk."), last) for name, _ in self.named_parameters()}
+
+
+def _widen_projection(head: nn.Module, narrow: int, width: int) -> None:
+    """Replace the first linear map of a projection head that open_clip made for `narrow` features, where the trunk gives `width`."""
+    for name, layer in head.named_modules():
+        if isinstance(layer, nn.Linear) and layer.in_features == narrow:
+            fitting = nn.Linear(width, layer.out_features, layer.bias is not None, device=layer.weight.device)
+            head.set_submodule(name, fitting)
+            return
 
 
 class ResNetTower(Adapter):
@@ -135,7 +162,7 @@ class ResNetTower(Adapter):
 
 
 class OpenClipViT(Adapter):
-    """open_clip's own ViT: options that the native one lacks."""
+    """open_clip's own ViT, for options that the native one lacks."""
 
     def run(self, data: Tensor) -> Tensor:
         return self.module.transformer(self.module._embeds(data))
@@ -146,7 +173,7 @@ class OpenClipViT(Adapter):
 
 
 class OpenClipText(Adapter):
-    """open_clip's own text Transformer. Attention over padding, hence never trimmed."""
+    """open_clip's own text Transformer. It attends to padding, so captions are never trimmed."""
 
     words = True
     context_length: int
@@ -170,13 +197,13 @@ class OpenClipText(Adapter):
 
 
 class OpenClipHFText(Adapter):
-    """open_clip's wrapper of a transformers text encoder. The network runs in `read`: its pooler needs more than the tokens."""
+    """open_clip's wrapper of a transformers text encoder. The network runs in `read`, since its pooler needs all its outputs."""
 
     words = True
     context_length: int
 
     def __init__(self, module: HFTextEncoder, embed_dim: int):
-        config: Any = module.config  # each of transformers' has attributes of its own
+        config: Any = module.config  # transformers', whose attributes depend on the model
         super().__init__(module, config.hidden_size, embed_dim)
         self.mergeable = False
 
@@ -191,7 +218,12 @@ class OpenClipHFText(Adapter):
 
 
 def from_open_clip(part: str, cfg: dict) -> Adapter:
-    """The adapter of one part ("vision_cfg" or "text_cfg") of an open_clip config, weights drawn as open_clip draws them."""
+    """Build the adapter of one part of an open_clip config, with the initial weights of open_clip.
+
+    Args:
+        part: "vision_cfg" or "text_cfg".
+        cfg: the config.
+    """
     quick_gelu, embed_dim, given = cfg.get("quick_gelu", False), cfg["embed_dim"], cfg[part]
     if part == "text_cfg":
         text: Any = _build_text_tower(embed_dim, given, quick_gelu)
@@ -199,7 +231,9 @@ def from_open_clip(part: str, cfg: dict) -> Adapter:
             words: OpenClipHFText | OpenClipText = OpenClipHFText(text, embed_dim)
         else:
             words = OpenClipText(text, text.width, embed_dim)
-        words.context_length = text.context_length
+        # of a transformers model the length that open_clip's tokenizer pads to, rather than the longest that it could take
+        length = given.get("context_length", CLIPTextCfg.context_length) if isinstance(text, HFTextEncoder) else text.context_length
+        words.context_length = min(length, text.context_length or length)
         return words
     module: Any = _build_vision_tower(embed_dim, given, quick_gelu)
     if isinstance(module, TimmModel):
@@ -211,19 +245,25 @@ def from_open_clip(part: str, cfg: dict) -> Adapter:
         return TimmTower(module, embed_dim)
     if isinstance(module, ModifiedResNet):
         return ResNetTower(module, given["width"] * 32, embed_dim)
-    pools = given.get("attentional_pool")  # whose tokens are in the joint space, and no longer patches
+    pools = given.get("attentional_pool")  # its tokens are in the joint space, and do not correspond to patches
     tower = OpenClipViT(module, embed_dim if pools else given["width"], embed_dim)
     tower.patch_size = None if pools else module.patch_size[0]
     return tower
 
 
 def timm_config(name: str) -> tuple[dict, dict, str, bool]:
-    """`timm:NAME` as an open_clip config of an image tower alone, with timm's own pooling and preprocessing."""
+    """Return `timm:NAME` as an open_clip config of an image tower alone, with timm's own pooling and preprocessing.
+
+    Returns:
+        (model_cfg, preprocess_cfg, tokenizer, False).
+
+    Raises:
+        ModelError: timm has no such model.
+    """
     import timm
 
     if not name.startswith("hf-hub:") and not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 3)
-        raise ModelError(f"unknown timm model {name!r}" + (f" (did you mean {', '.join(near)}?)" if near else ""))
+        raise ModelError(f"unknown timm model {name!r}{hint(name.split('.')[0], timm.list_models(), 3)}")
     known = timm.get_pretrained_cfg(name, allow_unregistered=True)
     size = known.input_size[1] if known else 224
     vision = {"timm_model_name": name, "image_size": size, "timm_pool": "", "timm_proj": "linear"}

@@ -1,4 +1,4 @@
-"""Which tokens an encode hides: drawn for all rows at once from counter seeds, always exactly round(ratio * N) per row."""
+"""Random, blockwise and attentive token masks, drawn from counter seeds, with exactly round(ratio * N) hidden per row."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ from mmpretrain import rng
 from mmpretrain.errors import ModelError
 from mmpretrain.types import MaskSpec
 
-_RECTANGLES = 24  # rounds of the block mask; what they leave open is filled patch by patch
+_RECTANGLES = 24  # rounds of the block mask; any remaining count is filled patch by patch
 
 
 def draw_mask(spec: MaskSpec, seeds: Tensor, grid: tuple[int, int], attention: Tensor | None = None) -> Tensor:
-    """bool [B,N], True = hidden, N = grid[0] * grid[1] in raster order.
+    """Draw the mask of every row, bool [B, N], True = hidden, N = grid[0] * grid[1] in raster order.
 
-    `seeds` int64 [B]; a row's mask depends on its own seed and the spec alone. `attention` [B,N] is needed by kind
-    "attentive" only: the least attended patches are hidden first, so that the most attended are kept (A-CLIP, Yang 2023,
-    section 3.2). With `patch` > 1 whole squares of patches are hidden; one square is cut so that the count is exact.
+    Args:
+        spec: kind and ratio. With `patch` > 1 squares of patches are hidden; one square is cut to make the count
+            exact.
+        seeds: int64 [B]; a row's mask depends on its own seed and the spec alone.
+        grid: patches down, across.
+        attention: [B, N], for kind "attentive": the least attended patches are hidden first.
 
-    Raises ValueError for a ratio outside 0..1, a missing attention or one of another grid.
+    Raises:
+        ModelError: a ratio outside 0..1, or an attention that is missing or of another grid.
+
+    Source: Yang et al. 2023 (A-CLIP), section 3.2, for attentive masks.
     """
     num = grid[0] * grid[1]
     count = round(spec.ratio * num)
@@ -44,22 +50,24 @@ def draw_mask(spec: MaskSpec, seeds: Tensor, grid: tuple[int, int], attention: T
 
 
 def _first(score: Tensor, count: int) -> Tensor:
-    """bool: the `count` smallest of each row of [B,N]; of equal scores the first in raster order."""
+    """Select the `count` smallest of each row of [B, N], as bool; of equal scores the first in raster order."""
     order = score.argsort(dim=1, stable=True)[:, :count]
     return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, True)
 
 
 def _squares(grid: tuple[int, int], patch: int) -> Tensor:
-    """int64 [N]: which square of `patch` patches a side each patch lies in; those at the border may be cut."""
+    """Return the square of `patch` patches a side of each patch, int64 [N]; squares at the border may be cut."""
     down, across = (torch.arange(side) // patch for side in grid)
     return (down[:, None] * (int(across[-1]) + 1) + across).flatten()
 
 
 def _block(seeds: Tensor, name: tuple, grid: tuple[int, int], count: int) -> Tensor:
-    """Blockwise masking (BEiT, Bao 2022, algorithm 1): rectangles of at least 8% of the image and of aspect 0.3 to 1/0.3.
+    """Draw blockwise masks: rectangles of at least 8% of the image with aspect ratios of 0.3 to 1/0.3.
 
-    Departs from the paper in that the rectangle which would exceed `count` is cut in raster order rather than rejected, so that
-    the count is exact and a fixed number of rounds is enough for every row.
+    The rectangle that would exceed `count` is cut in raster order, where the paper rejects it, so that the count is
+    exact and a fixed number of rounds suffices for every row.
+
+    Source: Bao et al. 2022 (BEiT), algorithm 1.
     """
     rows, columns = (torch.arange(side, device=seeds.device) for side in grid)
     num, smallest = grid[0] * grid[1], max(1.0, 0.08 * grid[0] * grid[1])

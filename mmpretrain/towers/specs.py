@@ -1,9 +1,8 @@
-"""Models by name, file or fields -> towers: native where we can, another library's modules otherwise."""
+"""Construction of towers from a model's name, file or fields: native ones where possible, else adapters."""
 
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import logging
 import math
@@ -16,30 +15,32 @@ from typing import Any, get_type_hints
 import open_clip
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-from mmpretrain.config.build import convert
+from mmpretrain.config.build import convert, hint
 from mmpretrain.data.source_config import MAX_IMAGE_SIZE
+from mmpretrain.data.text import tokenizer_name
 from mmpretrain.errors import ModelError
 from mmpretrain.towers import adapters
 from mmpretrain.towers.base import Tower
 from mmpretrain.towers.dual import DualEncoder
 from mmpretrain.towers.text import TextTransformer
 from mmpretrain.towers.vision import VisionTransformer
-from mmpretrain.towers.weights import load_weights
+from mmpretrain.towers.weights import load_weights, recorded_preprocess
 from mmpretrain.types import Preprocess
 
 log = logging.getLogger(__name__)
 
 _BOTH = {"width", "layers", "mlp_ratio", "ls_init_value", "pool_type", "act_kwargs", "norm_kwargs"}
-_NATIVE = {  # the fields that the native towers understand
+_NATIVE = {  # the fields that the native towers support
     "vision_cfg": _BOTH | {"image_size", "patch_size", "head_width", "patch_dropout", "no_ln_pre", "pos_embed_type", "final_ln_after_pool"},
     "text_cfg": _BOTH | {"context_length", "vocab_size", "heads", "pad_id", "eos_id", "no_causal_mask", "proj_bias", "proj_type"},
 }
-_HARMLESS = {  # they do not change what the native tower computes
+_HARMLESS = {  # fields that do not change the output of the native towers
     "vision_cfg": {"output_tokens", "attn_pooler_queries", "attn_pooler_heads", "timm_model_pretrained"},
     "text_cfg": {"output_tokens", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "final_ln_after_pool", "hf_model_pretrained"},
 }
 
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 _COUNTS = {"image_size", "patch_size", "width", "layers", "head_width", "heads", "context_length", "vocab_size"}
 
 
@@ -50,22 +51,28 @@ def build_towers(
     image: bool = True,
     text: bool = True,
 ) -> DualEncoder:
-    """Towers of a model.
+    """Build the towers of a model.
 
-    `model`: an open_clip model name, `open_clip:NAME` (its own modules rather than ours), a JSON file or folder of open_clip's
-    format, its fields as a dict, `timm:NAME` (image tower alone), or `hf:FOLDER` (a transformers model with its weights).
-    `pretrained`: a pretrained tag of open_clip (downloaded), or a checkpoint file or folder.
-    `image_size`: pixels, where another than the model's own is wanted; position embeddings are resized on loading.
-    `image`, `text`: False leaves that tower out.
+    Args:
+        model: an open_clip model name, `open_clip:NAME` (its own modules instead of the native ones), a JSON file or
+            folder of open_clip's format, its fields as a dict, `timm:NAME` (image tower alone), or `hf:FOLDER` (a
+            transformers model with its weights).
+        pretrained: a pretrained tag of open_clip (downloaded), or a checkpoint file or folder.
+        image_size: pixels per side, instead of the model's own; position embeddings are resized on loading.
+        image: build the image tower.
+        text: build the text tower.
 
-    Raises ModelError for an unknown model, field or pretrained tag, naming the nearest known one.
+    Raises:
+        ModelError: an unknown model, field or pretrained tag, with the nearest known one.
     """
+    preprocess_cfg: dict[str, Any] = {}
     if isinstance(model, str) and model.startswith("hf:"):
         cfg: dict[str, Any] = {"hf_folder": model[3:]}
     else:
         cfg, preprocess_cfg, tokenizer, own_modules = _config(model)
     if folder := cfg.get("hf_folder"):
         visual, words, cfg, preprocess = adapters.from_transformers(folder, image, text)
+        preprocess = with_recorded(preprocess, preprocess_cfg)
         preprocess = preprocess if image_size is None else replace(preprocess, size=image_size)
         dual = DualEncoder(visual, words, cfg, preprocess, folder)
         if pretrained is not None:
@@ -78,6 +85,10 @@ def build_towers(
                 part[key] = False
     if image_size is not None and vision is not None:
         vision["image_size"] = image_size
+    if pretrained is not None:
+        preprocess_cfg = preprocess_cfg | recorded_preprocess(pretrained)
+    if image_size is not None:
+        preprocess_cfg = {key: value for key, value in preprocess_cfg.items() if key != "size"}
     tag = None
     if pretrained is not None and not Path(pretrained).exists():
         tag = _pretrained_tag(model, pretrained)
@@ -107,9 +118,9 @@ def download(what: str) -> Iterator[None]:
 
 
 def _config(model: str | dict[str, Any]) -> tuple[dict, dict, str, bool]:
-    """-> (model_cfg, preprocess_cfg, tokenizer, whether to use open_clip's own modules)."""
+    """Return (model_cfg, preprocess_cfg, tokenizer, whether to use open_clip's own modules)."""
     if not isinstance(model, str):
-        return _local(_checked(copy.deepcopy(dict(model)), "the recipe's model"), "the recipe's model"), {}, _tokenizer(model, None), False
+        return _local(_checked(copy.deepcopy(dict(model)), "the recipe's model"), "the recipe's model"), {}, _tokenizer(model), False
     if model.startswith("timm:"):
         return adapters.timm_config(model[5:])
     own = model.startswith("open_clip:")
@@ -120,31 +131,31 @@ def _config(model: str | dict[str, Any]) -> tuple[dict, dict, str, bool]:
         if not file.is_file():
             raise ModelError(f"{file} does not exist: a model folder holds open_clip_config.json")
         try:
-            found = json.loads(file.read_text())
+            content = json.loads(file.read_text())
         except (ValueError, OSError, RecursionError) as error:
-            raise ModelError(f"{file} is no JSON: {error}") from error
-        if not isinstance(found, dict) or not isinstance(found.get("model_cfg", found), dict):
-            raise ModelError(f"{file}: expected a model's fields (open_clip's format), found {str(found)[:60]!r}")
-        cfg = _checked(found.get("model_cfg", found), str(file))
+            raise ModelError(f"{file} is not JSON: {error}") from error
+        if not isinstance(content, dict) or not isinstance(content.get("model_cfg", content), dict):
+            raise ModelError(f"{file}: expected a model's fields (open_clip's format), found {str(content)[:60]!r}")
+        cfg = _checked(content.get("model_cfg", content), str(file))
         if not path.is_dir():
             _local(cfg, str(file))
         elif "hf_model_name" in (cfg.get("text_cfg") or {}):
             cfg["text_cfg"]["hf_model_pretrained"] = False  # the folder's own weights follow
-        return cfg, found.get("preprocess_cfg", {}), _tokenizer(cfg, None), own
+        return cfg, content.get("preprocess_cfg", {}), _tokenizer(cfg, folder=path if path.is_dir() else None), own
     cfg = open_clip.get_model_config(name.replace("/", "-") if "hf-hub:" not in name else name)
     if cfg is None:
-        near = difflib.get_close_matches(name, open_clip.list_models(), 3)
-        raise ModelError(f"unknown model {model!r}: give an open_clip model name{_did_you_mean(near)}, a JSON file, timm:NAME or hf:FOLDER")
+        near = hint(name, open_clip.list_models(), 3)
+        raise ModelError(f"unknown model {model!r}: give an open_clip model name{near}, a JSON file, timm:NAME or hf:FOLDER")
     return _checked(cfg, name), {}, _tokenizer(cfg, name), own
 
 
 def _checked(cfg: dict, where: str) -> dict:
-    """The config, if every field of it is one that open_clip knows."""
+    """Check every field of an open_clip config, and return the config. Raises ValueError."""
     top = ["embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "quick_gelu", "custom_text", "nonscalar_logit_scale", "hf_folder"]
     top += ["init_logit_scale", "init_logit_bias"]
     for key in cfg:
         if key not in top:
-            raise ModelError(f"{where}: unknown field {key}{_did_you_mean(difflib.get_close_matches(key, top, 1))}")
+            raise ModelError(f"{where}: unknown field {key}{hint(key, top)}")
     known = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
     for part, kind in known.items():
         if not isinstance(cfg.get(part) or {}, dict):
@@ -152,16 +163,15 @@ def _checked(cfg: dict, where: str) -> dict:
         names, kinds = [field.name for field in fields(kind)], get_type_hints(kind)
         for key, value in (cfg.get(part) or {}).items():
             if key not in names:
-                raise ModelError(f"{where}: unknown field {part}.{key}{_did_you_mean(difflib.get_close_matches(str(key), names, 1))}")
+                raise ModelError(f"{where}: unknown field {part}.{key}{hint(str(key), names)}")
             if value is None and (key not in _COUNTS or isinstance(cfg[part].get("layers"), list | tuple)):  # a ResNet has no patches
                 continue
             if key in _COUNTS:
                 sizes = value if isinstance(value, list | tuple) else [value]
-                most = MAX_IMAGE_SIZE if key == "image_size" else math.inf
-                if not all(type(size) is int and 1 <= size <= most for size in sizes):
-                    raise ModelError(
-                        f"{where}: {part}.{key} is {value!r}, expected a whole number from 1{f' to {most}' if most < math.inf else ' on'}"
-                    )
+                max_size = MAX_IMAGE_SIZE if key == "image_size" else math.inf
+                if not all(type(size) is int and 1 <= size <= max_size for size in sizes):
+                    limits = f"from 1 to {max_size}" if max_size < math.inf else "from 1 on"
+                    raise ModelError(f"{where}: {part}.{key} is {value!r}, expected a whole number {limits}")
             elif isinstance(number := convert(value, kinds[key], f"{part}.{key} of {where}"), int | float) and number < 0:
                 raise ModelError(f"{where}: {part}.{key} is {value!r}, expected 0 or more")
     if "hf_folder" in cfg:
@@ -178,33 +188,34 @@ def _checked(cfg: dict, where: str) -> dict:
 
 
 def _local(cfg: dict, where: str) -> dict:
-    """The config, if it names no repository of the Hugging Face hub: what a recipe only mentions is not downloaded."""
+    """Return the config if it names no repository of the Hugging Face hub, which a recipe must not download. Raises ValueError."""
     for key in ("hf_model_name", "hf_tokenizer_name"):
         name = (cfg.get("text_cfg") or {}).get(key)
         if name is not None and not Path(name).is_dir():
-            raise ModelError(f"{where}: text_cfg.{key} is {name!r}, which is no folder here: download it first, and give the folder")
+            raise ModelError(f"{where}: text_cfg.{key} is {name!r}, which is not a folder here: download it first, and give the folder")
     return cfg
 
 
-def _tokenizer(cfg: Any, name: str | None) -> str:
+def _tokenizer(cfg: Any, name: str | None = None, folder: Path | None = None) -> str:
+    """The tokenizer's name. An open_clip model's own name, and a folder with a tokenizer's files, say more than the fields."""
     text = cfg.get("text_cfg") or {}
-    special = text.get("hf_tokenizer_name") or text.get("tokenizer_kwargs")
-    return (name or text.get("hf_tokenizer_name") or "clip") if special else "clip"
-
-
-def _did_you_mean(names: list[str]) -> str:
-    return f" (did you mean {' or '.join(names)}?)" if names else ""
+    described = tokenizer_name(text)
+    if described == "clip":
+        return described
+    if folder is not None and text.get("hf_tokenizer_name") and any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        return f"local-dir:{folder}"
+    return name or described
 
 
 def _pretrained_tag(model: str | dict, tag: str) -> dict:
     name = model.removeprefix("open_clip:").replace("/", "-") if isinstance(model, str) else ""
-    found = open_clip.get_pretrained_cfg(name, tag) if name else None
-    if not found:
+    config = open_clip.get_pretrained_cfg(name, tag) if name else None
+    if not config:
         tags = open_clip.list_pretrained_tags_by_model(name) if name else []
         raise ModelError(
             f"pretrained {tag!r} is neither a file, a folder nor a tag of {name or 'this model'}: its tags are {tags or 'none'}"
         )
-    return found
+    return config
 
 
 def _build(part: str, cfg: dict, own_modules: bool) -> Tower:
@@ -231,5 +242,13 @@ def _preprocess(vision: dict | None, cfg: dict) -> Preprocess:
         if size[0] != size[1]:
             raise ModelError(f"image_size {size} is not square: this pipeline trains on square images")
         size = size[0]
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in ("mean", "std", "interpolation", "resize_mode")}
-    return replace(Preprocess(size), **given)
+    return with_recorded(Preprocess(size), cfg)
+
+
+def with_recorded(own: Preprocess, cfg: dict) -> Preprocess:
+    """A model's preprocessing with what a `preprocess_cfg` states in its place."""
+    known = {field.name for field in fields(Preprocess)}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in known and v is not None}
+    if not isinstance(given.get("size", 0), int):  # open_clip's may be a pair of sides
+        del given["size"]
+    return replace(own, **given)

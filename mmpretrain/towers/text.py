@@ -1,4 +1,4 @@
-"""Native text Transformer: open_clip's parameter names, with trimming, mask embeddings and bidirectional encoding."""
+"""The native text Transformer: open_clip's parameter names, with trimming, mask embeddings and bidirectional encoding."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from mmpretrain.types import Encoded
 
 
 class TextTransformer(Tower):
-    """Causal text tower of CLIP (Radford 2021, section 2.4): parameters of open_clip's TextTransformer.
+    """The causal text tower of CLIP, with the parameters of open_clip's TextTransformer.
 
-    The pooled position is the highest id (`argmax`: EOT in CLIP's vocabulary), the first `eos_id`, the first or the last one;
-    it is found from the ids, in which a masked word is -1 and so is never taken for EOT.
+    The pooled position is that of the highest id (`argmax`: EOT in CLIP's vocabulary), of the first `eos_id`, or the
+    first or last one. It is found from ids in which a masked word is -1, which is never taken for EOT.
+
+    Source: Radford et al. 2021, section 2.4.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class TextTransformer(Tower):
         self.init_parameters()
 
     def init_parameters(self) -> None:
-        """CLIP's initial draws, in open_clip's order."""
+        """Draw CLIP's initial weights, in open_clip's order."""
         width, blocks = self.width, self.transformer.blocks
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
@@ -65,7 +67,7 @@ class TextTransformer(Tower):
         for block in blocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=out_std)
-            mlp: Any = block.mlp  # nn.Sequential does not type the parts it was given by name
+            mlp: Any = block.mlp  # nn.Sequential does not type its named parts
             nn.init.normal_(mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(mlp.c_proj.weight, std=out_std)
         if isinstance(self.text_projection, nn.Linear):
@@ -75,7 +77,7 @@ class TextTransformer(Tower):
             nn.init.normal_(self.text_projection, std=width**-0.5)
 
     def _positions(self, ids: Tensor) -> Tensor:
-        """int64 [B]: where each row is pooled."""
+        """Return the pooled position of each row, int64 [B]."""
         if self.pool_type == "argmax":
             return ids.argmax(1)
         if self.pool_type == "eos":
@@ -94,7 +96,7 @@ class TextTransformer(Tower):
         if hidden is not None and mode == "drop":
             raise ModelError("words cannot be dropped from a text tower: use a mask of mode 'replace'")
         dtype = compute_dtype(self.token_embedding.weight, self.token_embedding.weight)
-        pool_at = self._positions(data)
+        pool_index = self._positions(data)
         masked = None
         if self.mask_embedding is not None:
             masked = data < 0 if hidden is None else (data < 0) | hidden
@@ -107,10 +109,10 @@ class TextTransformer(Tower):
         valid = None
         if bidirectional:
             if self.pool_type in ("argmax", "eos"):
-                valid = torch.arange(data.shape[1], device=data.device) <= pool_at[:, None]
+                valid = torch.arange(data.shape[1], device=data.device) <= pool_index[:, None]
             else:
                 valid = data != self.pad_id
-        return Tokens(x, self.causal and not bidirectional, valid, pool_at, hidden=hidden)
+        return Tokens(x, self.causal and not bidirectional, valid, pool_index, hidden=hidden)
 
     def trunk(self, tokens: Tokens, attention: bool = False, pooled_only: bool = False) -> tuple[Tensor, Tensor | None]:
         return self.transformer(tokens, attention, pooled_only)
@@ -120,7 +122,7 @@ class TextTransformer(Tower):
         if "tokens" in outputs:
             words = x = self.ln_final(x)
         if outputs & {"features", "pooled"}:
-            pooled = x[:, 0] if x.shape[1] == 1 else take(x, tokens.pool_at)[:, 0]
+            pooled = x[:, 0] if x.shape[1] == 1 else take(x, tokens.pool_index)[:, 0]
             pooled = pooled if "tokens" in outputs else self.ln_final(pooled)
             features = pooled
             if isinstance(self.text_projection, nn.Linear):
@@ -140,6 +142,3 @@ class TextTransformer(Tower):
 
     def compile_trunk(self) -> None:
         self.transformer.compile(dynamic=False)
-
-    def no_weight_decay(self) -> set[str]:
-        return {"positional_embedding"}

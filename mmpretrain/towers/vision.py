@@ -1,4 +1,4 @@
-"""Native ViT: open_clip's parameter names, with token masks, token dropping and images of any size."""
+"""The native ViT: open_clip's parameter names, with token masks, token dropping and images of any size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from mmpretrain.types import Encoded
 
 
 class VisionTransformer(Tower):
-    """ViT with a class token (Dosovitskiy 2021), as in CLIP: parameters of open_clip's VisionTransformer."""
+    """ViT with a class token as in CLIP, with the parameters of open_clip's VisionTransformer.
+
+    Source: Dosovitskiy et al. 2021; Radford et al. 2021, section 2.4.
+    """
 
     patch_size: int
 
@@ -96,7 +99,7 @@ class VisionTransformer(Tower):
         return Tokens(self.ln_pre(torch.cat([first, x], dim=1)), grid=grid, hidden=hidden)
 
     def _dropped(self, data: Tensor, num: int) -> Tensor:
-        """open_clip's patch dropout (FLIP), seeded by the pixels: re-encoding a chunk for its gradient drops the same patches."""
+        """Draw open_clip's patch dropout (FLIP), seeded by the pixels: encoding a chunk again drops the same patches."""
         seeds = data.float().contiguous().view(torch.int32).sum((1, 2, 3), dtype=torch.int64)
         rank = rng.uniform(seeds, "patch_dropout", num).argsort(1).argsort(1)
         return rank >= max(1, int(num * (1 - self.patch_dropout)))
@@ -130,12 +133,13 @@ class VisionTransformer(Tower):
     def compile_trunk(self) -> None:
         self.transformer.compile(dynamic=False)
 
-    def no_weight_decay(self) -> set[str]:
-        return {"positional_embedding", "class_embedding"}
-
 
 def visible(x: Tensor, hidden: Tensor) -> Tensor:
-    """[B,N,D] -> the tokens that are not hidden, [B,K,D] in raster order; every row must hide as many."""
+    """Select the tokens that are not hidden: x [B, N, D] -> [B, K, D] in raster order.
+
+    Raises:
+        ModelError: rows hide different numbers of tokens (checked on the CPU only).
+    """
     keep = int(hidden.shape[1] - hidden[0].sum())
     if not x.is_cuda and not bool((hidden.sum(1) == hidden.shape[1] - keep).all()):
         raise ModelError("rows hide different numbers of tokens: dropping needs the same number in every row")
@@ -144,13 +148,14 @@ def visible(x: Tensor, hidden: Tensor) -> Tensor:
 
 
 def resize_grid(position: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Position embedding [1+old,D] -> [1+new,D]: bicubic, antialiased, as open_clip resizes on loading."""
+    """Resize a position embedding [1 + old, D] to [1 + new, D]: bicubic, antialiased, as open_clip does on loading."""
     image = position[1:].to(torch.promote_types(position.dtype, torch.float32)).view(1, *old, -1).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=new, mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([position[:1], image.permute(0, 2, 3, 1).flatten(0, 2).to(position.dtype)])
 
 
 def sin_cos_2d(width: int, grid: tuple[int, int]) -> Tensor:
+    """Return the fixed sine-cosine position embedding [1 + N, D] of a square grid."""
     from open_clip.pos_embed import get_2d_sincos_pos_embed
 
     if grid[0] != grid[1]:

@@ -1,10 +1,12 @@
-"""Read checkpoints of open_clip and of our runs, whatever their layout, and load them with errors that name the keys."""
+"""Loading of weights: checkpoints of open_clip and of runs in any layout, with errors that name the keys."""
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +14,10 @@ import torch
 from open_clip.model import convert_to_custom_text_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from mmpretrain.errors import ModelError
 from mmpretrain.towers.dual import DualEncoder
-from mmpretrain.towers.vision import resize_grid
+from mmpretrain.towers.positions import resize_positions
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,11 @@ _STALE = ("attn_mask", "text.attn_mask", "text.transformer.embeddings.position_i
 
 
 def load_pickled(path: Path) -> Any:
-    """A torch file, of tensors and plain data alone. Raises ValueError, without torch's advice to let the file run code."""
+    """Load a torch file of tensors and plain data alone.
+
+    Raises:
+        ValueError: it holds other objects; the message omits torch's advice to let the file run code.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -35,14 +40,43 @@ def load_pickled(path: Path) -> Any:
         ) from None
 
 
+def savable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict as safetensors writes it: on the CPU, contiguous, each tensor with memory of its own (CoaT's blocks share modules)."""
+    seen: set[int] = set()
+    result = {}
+    for key, value in state.items():
+        value = value.detach().cpu().contiguous()
+        start = value.untyped_storage().data_ptr()
+        result[key] = value.clone() if start in seen and value.numel() else value
+        seen.add(start)
+    return result
+
+
+def recorded_preprocess(path: str | Path) -> dict[str, Any]:
+    """The `preprocess_cfg` in a model folder; empty where the path is not one, or records none."""
+    file = Path(path) / "open_clip_config.json"
+    try:
+        recorded = json.loads(file.read_text(encoding="utf-8"))["preprocess_cfg"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return recorded if isinstance(recorded, dict) else {}
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """State dict of a .safetensors or torch file (never unpickling code), or of a folder holding one, in CustomTextCLIP's layout."""
+    """Read the state dict of a checkpoint, in CustomTextCLIP's layout, without unpickling code.
+
+    Args:
+        path: a .safetensors or torch file, or a folder that holds one.
+
+    Raises:
+        ModelError: there is no readable checkpoint.
+    """
     path = Path(path)
     if path.is_dir():
-        found = next((path / name for name in _NAMES if (path / name).is_file()), None)
-        if found is None:
+        file = next((path / name for name in _NAMES if (path / name).is_file()), None)
+        if file is None:
             raise ModelError(f"no weights in {path}: looked for {', '.join(_NAMES)}; a run's checkpoints lie in RUN/checkpoints/step-N")
-        path = found
+        path = file
     if not path.is_file():
         raise ModelError(f"checkpoint {path} does not exist")
     try:
@@ -61,17 +95,28 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(dual: DualEncoder, path: str | Path, absent: Literal["error", "keep"] = "error") -> dict[str, Tensor]:
-    """Load a checkpoint into the towers of a DualEncoder; -> what is not theirs, such as logit_scale and logit_bias.
+    """Load a checkpoint into the towers of a DualEncoder.
 
-    Position embeddings of another image size or context length are resized. A tower of which the checkpoint holds nothing is an
-    error, or with `absent="keep"` keeps its first weights. Raises ModelError naming the missing, unexpected and mismatching keys.
+    Position embeddings of another image size or context length are resized.
+
+    Args:
+        dual: changed in place.
+        path: see `read_weights`.
+        absent: a tower without any weights in the checkpoint is an error, or keeps its initial weights.
+
+    Returns:
+        The tensors of no tower, such as logit_scale and logit_bias.
+
+    Raises:
+        ModelError: with the missing, unexpected and mismatching keys.
     """
     state = read_weights(path)
     towers = [name for name in ("visual", "text") if getattr(dual, name) is not None]
     own = dual.weights()
-    _resize(dual, state, own)
+    for message in resize_positions(state, own, dual):
+        log.info("%s: %s", path, message)
     for name in [name for name in towers if absent == "keep" and not any(key.startswith(f"{name}.") for key in state)]:
-        log.warning("%s holds no %s tower: it keeps its first weights", path, name)
+        log.warning("%s holds no %s tower: it keeps its initial weights", path, name)
         towers.remove(name)
         own = {key: value for key, value in own.items() if not key.startswith(f"{name}.")}
     unused = {name for name in ("visual", "text") if name not in towers and any(key.startswith(f"{name}.") for key in state)}
@@ -89,20 +134,9 @@ def load_weights(dual: DualEncoder, path: str | Path, absent: Literal["error", "
     }
     if any(problems.values()):
         told = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:8])}{' ...' * (len(keys) > 8)}" for what, keys in problems.items() if keys)
-        raise ModelError(f"{path} does not fit this model: {told}. Give the `model` that the checkpoint was trained with")
+        remedy = "Give the `model` that the checkpoint was trained with"
+        if problems["of another shape"] and not problems["missing"] and not problems["unexpected"]:
+            remedy += ", or its image_size: what depends on it here cannot be resized"
+        raise ModelError(f"{path} does not fit this model: {told}. {remedy}")
     dual.load_state_dict(given, strict=False)  # complete for the towers it has, as checked above
     return {key: value for key, value in state.items() if key.split(".")[0] not in ("visual", "text")}
-
-
-def _resize(dual: DualEncoder, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    key = "visual.positional_embedding"
-    grid = getattr(dual.visual, "grid", None)
-    if key in state and key in own and grid and len(state[key]) != len(own[key]):
-        side = round((len(state[key]) - 1) ** 0.5)
-        if side * side + 1 == len(state[key]):
-            log.info("position embedding resized from %s to %s patches", (side, side), grid)
-            state[key] = resize_grid(state[key], (side, side), grid)
-    key = "text.positional_embedding"
-    if key in state and key in own and len(state[key]) != len(own[key]):
-        log.info("text position embedding resized from %d to %d", len(state[key]), len(own[key]))
-        state[key] = F.interpolate(state[key].float().mT[None], size=len(own[key]), mode="linear")[0].mT.to(state[key].dtype)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmpretrain.atomic import write_atomically
 from mmpretrain.errors import FileError, MMPretrainError
 
 
@@ -74,12 +75,7 @@ class JsonLines:
         if wrong := [r for r in records if not isinstance(r.get("step"), int | None)]:
             raise LogError(f"{self.path}: a line's step is {wrong[0]['step']!r:.60}, expected a number. Delete that line to continue.")
         kept = [r for r in records if r.get("step") is None or r["step"] <= step]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        write_atomically(self.path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
 
     def _repair(self) -> None:
         """Remove a truncated last line, which would make the next one unreadable too."""

@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 MINUTES = {
     "train_step": 5.5, "combined_step": 5.2, "busy": 1.1, "loader": 4, "augment": 0.4, "contrastive_loss": 2, "accumulate": 1.8,
     "scaling": 2.7, "order": 0.6, "startup": 2, "towers": 0.4, "gpu_train_step": 0.2, "build": 2, "index": 0.5, "validate": 1.5,
+    "decode": 0.09,
 }  # fmt: skip
 ON_LESSER_CPU = ("train_step", "combined_step")
 LESSER_CPU = {CAP: "AVX512_CORE"}  # fp32 with AVX-512, no bf16

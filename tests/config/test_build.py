@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from mmpretrain.config.build import OptionError, build
+from mmpretrain.config.build import OptionError, build, hint, nearest
 from mmpretrain.config.documentation import describe, documentation
 
 
@@ -74,3 +74,12 @@ def test_documentation_is_the_comment_behind_the_field():
     assert documentation(Outer)["rate"] == "per second"
     assert ("inner.size", "3", "how many") in describe(Outer)
     assert ("many.NAME.preset", "a", "which one") in describe(Outer)
+
+
+def test_a_misspelt_name_gets_the_closest_known_one():
+    known = ["red", "green", "blue", "grey"]
+    assert nearest("gren", known) == "; did you mean 'green'? Known: blue, green, grey, red."
+    assert nearest("purple", known) == " Known: blue, green, grey, red."
+    assert hint("gren", known, count=2) == " (did you mean green or grey?)"
+    assert hint("gren", known) == " (did you mean green?)"
+    assert hint("purple", known) == ""

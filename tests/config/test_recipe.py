@@ -67,8 +67,8 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, content):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("image_size=15", r"objectives\.simmim: images of 15 pixels are no multiple of the tower's patches of 4"),
-        ("model.vision_cfg.patch_size=5", "no multiple of the tower's patches of 5"),
+        ("image_size=15", r"objectives\.simmim: images of 15 pixels are not a multiple of the tower's patches of 4"),
+        ("model.vision_cfg.patch_size=5", "not a multiple of the tower's patches of 5"),
         ("model.vision_cfg.patch_size=17", "patch_size 17 of image_size 16"),
         ("model.vision_cfg.width=0", r"vision_cfg\.width is 0, expected a whole number from 1"),
         ("model.vision_cfg.width=x", r"vision_cfg\.width is 'x'"),
@@ -81,7 +81,7 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, content):
         ("model.vision_cfg=5", "vision_cfg is 5"),
         ("model.embed_dim=0", "embed_dim \\(1 or more\\)"),
         ("model.text_cfg.vocab_size=10", r"vocab_size is 10, but the tokenizer 'clip' has 49408 ids"),
-        ("model.text_cfg.hf_model_name=evil/x", r"hf_model_name is 'evil/x', which is no folder here"),
+        ("model.text_cfg.hf_model_name=evil/x", r"hf_model_name is 'evil/x', which is not a folder here"),
         ("model.text_cfg.context_length=1000000000000000", "model: it cannot be built"),
         ("model.vision_cfg.timm_model_name=nope", "model: it cannot be built: Unknown model"),
         ("objectives.simmim.mask_ratio=0.001", "mask_ratio 0.001 hides none of 16 patches"),

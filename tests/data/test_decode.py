@@ -10,7 +10,8 @@ import simplejpeg
 import torch
 from PIL import Image, ImageOps
 
-from mmpretrain.data.decode import ImageLimits, decode_image, orientation
+from mmpretrain.data.decode import ImageLimits, decode_image
+from mmpretrain.data.orientation import orientation
 from mmpretrain.data.schema import BadSample
 from tests.data.generated import encoded, picture
 
@@ -212,7 +213,7 @@ def test_truncated_images_are_bad(kind: str) -> None:
         assert caught.value.reason in ("undecodable_image", "too_small")
 
 
-@pytest.mark.parametrize("data", [b"", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"<html>", b"\0\0\0\x1cftypavif", b"<svg/>", b"\x80\x04pickle"])
+@pytest.mark.parametrize("data", [b"", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"<html>", b"\0\0\0\x1cftypheic", b"<svg/>", b"\x80\x04pickle"])
 def test_only_allowed_formats_reach_a_decoder(data: bytes) -> None:
     with pytest.raises(BadSample, match="unknown_format"):
         decode_image(data)

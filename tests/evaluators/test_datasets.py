@@ -93,7 +93,7 @@ def test_csv_with_filters(tmp_path):
     assert open_dataset(DataConfig(data, include="^red$", label="name"), "classification").classes == ["red"]
     with pytest.raises(OptionError, match=r"no column 'nam'.*file, name, keywords"):
         open_dataset(DataConfig(data, label="nam"), "classification")
-    with pytest.raises(OptionError, match="no regular expression"):
+    with pytest.raises(OptionError, match="not a regular expression"):
         open_dataset(DataConfig(data, exclude="("), "classification")
 
 

@@ -69,7 +69,7 @@ def test_specs_that_name_nothing(tmp_path):
     for spec, message in {
         "nowhere": "no such folder or file",
         str(tmp_path / "empty"): "expected open_clip_config.json beside",
-        str(weights): "say of which architecture",
+        str(weights): "name their architecture",
         "hf:nowhere": "no such folder",
         "ViT-B-33:openai": "ViT-B-32",
         "timm:resnet5": "did you mean",

@@ -46,7 +46,7 @@ def look(tmp_path, written=DataInProgress(), **options):
         ({"kind": "zero_shot", "data": "numbers"}, "labels are numbers, and zero-shot needs names"),
         ({"kind": "zero_shot", "data": "names", "classes": ["green"]}, "1 labels have no class name, first 'red'"),
         ({"kind": "zero_shot", "data": "names", "templates": "passwd"}, "expected one {} or {c} in each prompt"),
-        ({"kind": "zero_shot", "data": "names", "exclude": "["}, "is no regular expression"),
+        ({"kind": "zero_shot", "data": "names", "exclude": "["}, "is not a regular expression"),
         ({"kind": "zero_shot", "data": "names", "batch_size": 0}, "evaluators.z: batch_size is 0, expected at least 1"),
         ({"kind": "zero_shot", "data": "none"}, "no items to evaluate"),
         ({"kind": "zero_shot", "data": "gone"}, "no such folder"),

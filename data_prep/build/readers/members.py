@@ -21,7 +21,7 @@ from mmpretrain.data.schema import IMAGE_EXTENSIONS, SAFE_KEY, BadSample, ShardE
 from mmpretrain.data.shard_names import is_remote
 from mmpretrain.data.tables import distinct_integers
 
-IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS) - {".avif", ".img"}  # of files that are read as images
+IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS) - {".img"}  # of files that are taken for images
 
 
 def attempt(where: str, make: Callable[[], Record]) -> Record | Skipped:

@@ -26,6 +26,7 @@ from data_prep.build.readers.members import (
 )
 from data_prep.records import InputError, Record, Skipped
 from mmpretrain.data.captions import CaptionTemplate, lookup
+from mmpretrain.data.folders import class_folders
 from mmpretrain.data.formats import foreign_kind
 from mmpretrain.data.schema import BadSample
 
@@ -166,10 +167,9 @@ def sidecar(
     if first is None:
         raise InputError(f"{folder} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}) and no .txt or .json at any depth.")
     if classes is None and label_from_folder:
-        names = {item.image.partition("/")[0] for item in reader.inputs() if item.image and "/" in item.image}
-        if not names:
+        classes = tuple(class_folders(item.image for item in reader.inputs() if item.image))
+        if not classes:
             raise InputError(f"{folder} has no class folders (--label-from-folder)")
-        classes = tuple(sorted(names))
     elif classes is None and label is not None:
         classes = class_names(_labels(reader, label), f"field {label}")
     return Sidecar(folder, captions, lines, label, label_from_folder, classes)

@@ -1,0 +1,1 @@
+"""Data sets of evaluators: items, labels and class names."""

@@ -1,12 +1,11 @@
-"""Class names travel with labels: from what is written on disk to (index, name), never by position in two lists alone.
+"""Class names and indices of labels: reading class lists, matching labels by name, merging duplicate names.
 
-The order is stated and deterministic. With `classes` a list, its order; with a mapping label -> name, the mapping's order;
-otherwise the labels found, sorted (integers by value, text by code point).
+The order of classes is deterministic: that of a list, that of a mapping label -> name, or without either that of the
+sorted labels (integers by value, text by code point).
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmpretrain.config.build import hint
 from mmpretrain.data.formats import read_json
 from mmpretrain.data.shards import load_classes
 from mmpretrain.evaluators.base import OptionError
@@ -24,7 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 def read_classes(option: str | Sequence[str] | dict | None) -> list[str] | dict[str, str] | None:
-    """`imagenet`, a text file (one name a line), a JSON file (a list, or a mapping label -> name), or the names themselves."""
+    """Read class names: `imagenet`, a text file (one name per line), a JSON file (a list, or a mapping label -> name), or the names.
+
+    Raises:
+        OptionError: there is no such file.
+    """
     if option is None or isinstance(option, dict):
         return option if option is None else {str(k): str(v) for k, v in option.items()}
     if not isinstance(option, str):
@@ -44,15 +48,24 @@ def read_classes(option: str | Sequence[str] | dict | None) -> list[str] | dict[
 
 
 def resolve(labels: Sequence[Label], classes: list[str] | dict[str, str] | None, where: str) -> tuple[Tensor, list[str]]:
-    """Labels as found on disk -> (int64 [n] indices, class names).
+    """Match labels to class names.
 
-    Integer labels index `classes`; text labels are looked up by name. Raises OptionError where a label has no class.
+    Args:
+        labels: as on disk; integers index `classes`, texts are matched by name.
+        classes: names, or label -> name; None: the labels themselves.
+        where: the data, for messages.
+
+    Returns:
+        (int64 [n] indices, class names).
+
+    Raises:
+        OptionError: a label has no class.
     """
     numeric = all(isinstance(label, int) for label in labels)
     if classes is None:
-        found = sorted(set(labels)) if numeric else sorted({str(label) for label in labels})
-        index = {label: i for i, label in enumerate(found)}
-        names = [str(label) if numeric else readable(str(label)) for label in found]
+        distinct = sorted(set(labels)) if numeric else sorted({str(label) for label in labels})
+        index = {label: i for i, label in enumerate(distinct)}
+        names = [str(label) if numeric else readable(str(label)) for label in distinct]
         return _indices([label if numeric else str(label) for label in labels], index), names
     names = list(classes.values()) if isinstance(classes, dict) else list(classes)
     if numeric:
@@ -70,19 +83,17 @@ def resolve(labels: Sequence[Label], classes: list[str] | dict[str, str] | None,
         labels = [str(label) if isinstance(classes, dict) else readable(str(label)) for label in labels]
     unknown = sorted({str(label) for label in labels if label not in index})
     if unknown:
-        near = difflib.get_close_matches(unknown[0], [str(key) for key in index], n=1)
         raise OptionError(
-            f"{where}: {len(unknown)} labels have no class name, first {unknown[0]!r}"
-            + (f" (nearest name {near[0]!r})" if near else "")
+            f"{where}: {len(unknown)} labels have no class name, first {unknown[0]!r}{hint(unknown[0], map(str, index))}"
             + '; class names are matched by name, not by position: give classes=FILE.json with {"label": "name", ...}'
         )
     return _indices(labels, index), names
 
 
 def merge_duplicates(labels: Tensor, names: list[str]) -> tuple[Tensor, list[str]]:
-    """One class for each distinct name: two classes called the same cannot be told apart by name, so they are one.
+    """Merge classes of the same name, which cannot be distinguished by name.
 
-    (ImageNet has two "missile" and two "sunglasses".) Names differing only in letter case or spaces stay apart.
+    (ImageNet has two "missile" and two "sunglasses".) Names that differ only in letter case or spaces are kept apart.
     """
     first = {name: i for i, name in reversed(list(enumerate(names)))}
     if len(first) == len(names):
@@ -100,7 +111,7 @@ def merge_duplicates(labels: Tensor, names: list[str]) -> tuple[Tensor, list[str
 
 
 def readable(name: str) -> str:
-    """A folder name as words: `traffic_light` -> `traffic light`."""
+    """Convert a folder name to words: `traffic_light` -> `traffic light`."""
     return re.sub(r"[\s_]+", " ", name).strip()
 
 

@@ -1,4 +1,4 @@
-"""A data set to evaluate on: items, labels, class names that travel with them, and what had to be left out."""
+"""Data sets for evaluation: items with labels and class names, filtering and division, and a budget of unusable items."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor
 
 from mmpretrain.data.decode import ImageLimits
+from mmpretrain.data.folders import is_image
 from mmpretrain.data.formats import read_text
 from mmpretrain.data.holdout import in_part
 from mmpretrain.data.schema import BadSampleBudgetError
@@ -26,21 +27,24 @@ from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.data import class_names, items
 from mmpretrain.evaluators.data.items import Item, settle_labels
 from mmpretrain.rng import combine, permutation
+from mmpretrain.types import Preprocess
 
 logger = logging.getLogger(__name__)
 Task = Literal["classification", "retrieval", "images"]
-BRIEF_ROWS = 100  # of a table, for a first look
-DEFAULT_HOLDOUT = 0.2  # tested on and not fitted, for probes without `train`, subsets and `split`
+BRIEF_ROWS = 100  # of a table, for a check before a run
+DEFAULT_HOLDOUT = 0.2  # share tested and not fitted, for probes without `train`, subsets and `split`
 
 
 @dataclass
 class EvalSplit(SplitConfig):
+    """The part of the data to evaluate on."""
+
     part: str = "holdout"  # train or holdout: which part to evaluate on
 
 
 @dataclass
 class DataConfig:
-    """The options every evaluator shares: what to evaluate on, and how it is read."""
+    """The data options of every evaluator."""
 
     data: str  # class folder, CSV file, shards (globs, braces, or a folder of tars), or CLIP_benchmark folder
     subset: str | None = None  # subfolder (class folder, shards), or value of the column `split` (CSV); CLIP_benchmark: test
@@ -51,8 +55,8 @@ class DataConfig:
     exclude: str | None = None  # regular expression: leave out classes whose name matches (retrieval: items all of whose captions do)
     include: str | None = None  # regular expression: keep only classes whose name matches (retrieval: items with a caption that does)
     split: EvalSplit | None = None  # evaluate on a part, divided as by a source's `split`; default of probes: holdout 0.2
-    limit: int | None = None  # evaluate on so many items, drawn by `seed`
-    background: tuple[int, int, int] = (255, 255, 255)  # colour behind transparent images: red, green, blue, 0..255
+    limit: int | None = None  # evaluate on this number of items, drawn by `seed`
+    background: tuple[int, int, int] | None = None  # colour behind transparent images: red, green, blue, 0..255; default: the model's
     batch_size: int = 64  # images a forward, on each process
     threads: int = 4  # threads that read and decode ahead, on each process
     cache: str | None = None  # folder to keep features in, keyed by weights and data
@@ -61,7 +65,7 @@ class DataConfig:
 
     @classmethod
     def upgraded(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Options with earlier spellings (`split=NAME`, `train_split=NAME`, `holdout=0.1 part=train`) in those of today, with a notice."""
+        """Replace earlier spellings of options (`split=NAME`, `train_split=NAME`, `holdout=0.1 part=train`), with a warning."""
         options, written = dict(options), {}
         if not isinstance(options.get("split"), Mapping | SplitConfig | None):
             written["subset"] = options.pop("split")
@@ -88,49 +92,54 @@ class DataConfig:
 
 @dataclass
 class EvalSet:
-    """Items in a stated order. `labels` index `classes`; for retrieval both are empty and every item has captions."""
+    """Items in a fixed order. `labels` index `classes`; for retrieval both are empty, and every item has captions."""
 
     name: str
     items: list[Item]
     labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [n]
     classes: list[str] = field(default_factory=list)
     templates: list[str] | None = None  # the data set's own prompts, if it has any
-    limits: ImageLimits = field(default_factory=ImageLimits)
-    skipped: list[dict[str, str]] = field(default_factory=list)  # {key, reason}: what its files name but cannot be used
+    background: tuple[int, int, int] | None = None  # behind transparent images; None: the model's
+    skipped: list[dict[str, str]] = field(default_factory=list)  # {key, reason} of items that cannot be used
 
     def __len__(self) -> int:
         return len(self.items)
 
     def fingerprint(self) -> str:
-        """Names the images, not the labels: features depend on the former alone."""
-        digest = hashlib.sha256(repr(self.limits).encode())
+        """Return a digest of the images without labels: features depend on the images alone."""
+        digest = hashlib.sha256(repr(ImageLimits(background=self.background or "")).encode())
         for item in self.items:
             digest.update(f"{item.key}\0{item.size}\0{item.stamp}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
+    def limits(self, preprocess: Preprocess | None = None) -> ImageLimits:
+        """How its images are decoded, for a model of that preprocessing."""
+        behind = self.background or (preprocess.opaque() if preprocess is not None else Preprocess.background)
+        return ImageLimits(background=behind)
+
     def subset(self, rows: Tensor) -> EvalSet:
-        """The same classes, some of the items."""
+        """Return the items of `rows`, with the same classes."""
         picked = [self.items[i] for i in rows.tolist()]
         return replace(self, items=picked, labels=self.labels[rows] if len(self.labels) else self.labels)
 
     def drawn(self, limit: int | None, seed: int) -> EvalSet:
-        """`limit` of the items, drawn by `seed`; all where there are no more."""
+        """Return `limit` items drawn by `seed`; all where there are not more."""
         if limit is None or limit >= len(self):
             return self
         return self.subset(permutation(combine(seed, len(self)), len(self))[:limit].sort().values)
 
     def in_part(self, split: SplitConfig) -> Tensor:
-        """bool [n]: which items belong to a part, by the rule that divides a training source (mmpretrain.data.holdout.in_part)."""
+        """Return which items belong to a part, bool [n], by the rule of training sources (mmpretrain.data.holdout.in_part)."""
         return torch.from_numpy(in_part([item.bare_key for item in self.items], split.holdout, split.part))
 
 
 def kind_of(data: str) -> Literal["benchmark", "folder", "csv", "shards"]:
-    """Recognise what `data` is. Raises OptionError where it is nothing known."""
+    """Recognise the kind of `data`. Raises OptionError for an unknown kind."""
     path = Path(data)
     if path.is_dir():
         if any(path.glob("*/nshards.txt")):
             return "benchmark"
-        if any(path.glob("*.tar")) or (any(path.glob("*/*.tar")) and not any(path.glob("*/*.[jJpPwW][pPnNeE]*"))):
+        if any(path.glob("*.tar")) or (any(path.glob("*/*.tar")) and not any(is_image(file.name) for file in path.glob("*/*"))):
             return "shards"
         if any(p.is_dir() for p in path.iterdir()):
             return "folder"
@@ -148,9 +157,16 @@ def kind_of(data: str) -> Literal["benchmark", "folder", "csv", "shards"]:
 
 
 def open_dataset(config: DataConfig, task: Task, *, subset: str | None = None) -> EvalSet:
-    """Find out what is there and list it. Classification gives labels, retrieval captions, `images` the JSON metadata only.
+    """List the items of a data set.
 
-    Raises OptionError where options and data do not fit, BadSampleBudgetError where too many items cannot be used.
+    Args:
+        config: data and filters.
+        task: classification reads labels, retrieval captions, "images" the JSON metadata only.
+        subset: instead of `config.subset`.
+
+    Raises:
+        OptionError: options and data do not fit.
+        BadSampleBudgetError: too many items cannot be used.
     """
     subset = subset if subset is not None else config.subset
     skipped: list[dict[str, str]] = []
@@ -163,10 +179,9 @@ def open_dataset(config: DataConfig, task: Task, *, subset: str | None = None) -
     check_budget(skipped, len(items) + len(skipped), config.max_bad_fraction, config.data)
     if not items:
         raise OptionError(f"data={config.data!r}: no items to evaluate (subset={subset})")
-    if not all(0 <= part <= 255 for part in config.background):
+    if config.background is not None and not all(0 <= part <= 255 for part in config.background):
         raise OptionError(f"background={list(config.background)}: expected three numbers from 0 to 255, such as [255, 255, 255]")
-    limits = ImageLimits(background=config.background)
-    result = EvalSet(_name(config.data, subset), items, templates=templates, limits=limits, skipped=skipped)
+    result = EvalSet(_name(config.data, subset), items, templates=templates, background=config.background, skipped=skipped)
     if task == "classification":
         if kind_of(config.data) != "folder":
             settle_labels(items)
@@ -178,15 +193,22 @@ def open_dataset(config: DataConfig, task: Task, *, subset: str | None = None) -
     return result.drawn(config.limit, config.seed)
 
 
-def first_items(config: DataConfig, task: Task, *, subset: str | None = None, most: int = 100) -> EvalSet:
-    """The first few items, for a look before hours of training: one shard, class folder or some rows are read, and nothing remote.
+def first_items(config: DataConfig, task: Task, *, subset: str | None = None, max_items: int = 100) -> EvalSet:
+    """List the first items, to check a data set before a run: of one shard, class folder or some rows, and never of remote data.
 
-    Raises OptionError where options and data do not fit, as `open_dataset` would.
+    Args:
+        config: data and filters.
+        task: see `open_dataset`.
+        subset: instead of `config.subset`.
+        max_items: greatest number of items.
+
+    Raises:
+        OptionError: options and data do not fit, as in `open_dataset`.
     """
     subset = subset if subset is not None else config.subset
     bad: list[str] = []
     source, given, templates, subset = _source(config, task, subset, lambda key, reason: bad.append(key), brief=True)
-    items = list(islice(source, most))
+    items = list(islice(source, max_items))
     result = EvalSet(_name(config.data, subset), items, templates=templates)
     if not items and not bad and not _remote(config.data):
         raise OptionError(f"data={config.data!r}: no items to evaluate (subset={subset})")
@@ -200,7 +222,7 @@ def first_items(config: DataConfig, task: Task, *, subset: str | None = None, mo
 
 def _labels(listed: list[Item]) -> list[class_names.Label]:
     labels = [item.label for item in listed if item.label is not None]
-    assert len(labels) == len(listed)  # `_source` leaves out what has no label where the task is classification
+    assert len(labels) == len(listed)  # for classification, `_source` leaves out items without a label
     return labels
 
 
@@ -211,7 +233,7 @@ def _remote(data: str) -> bool:
 def _source(
     config: DataConfig, task: Task, subset: str | None, skip: items.Skip, brief: bool = False
 ) -> tuple[Iterator[Item], list[str] | dict[str, str] | None, list[str] | None, str | None]:
-    """(items, class names, prompts, subset), items being listed as they are asked for. `brief`: of the first shard or rows alone."""
+    """Return (items, class names, prompts, subset); items are listed lazily. `brief`: of the first shard or rows alone."""
     kind = kind_of(config.data)
     captions = task == "retrieval"
     if task == "images" and (config.include is not None or config.exclude is not None):
@@ -244,7 +266,7 @@ def _source(
 
 
 def check_budget(skipped: list[dict[str, str]], total: int, max_fraction: float, where: str) -> None:
-    """Raise BadSampleBudgetError naming counts and examples when too many items are bad; otherwise say what is left out."""
+    """Raise BadSampleBudgetError, with counts and examples, where too many items are bad; else log what is left out."""
     if not skipped:
         return
     reasons: dict[str, int] = {}
@@ -260,7 +282,7 @@ def check_budget(skipped: list[dict[str, str]], total: int, max_fraction: float,
 
 
 def _filtered(dataset: EvalSet, config: DataConfig, task: str) -> EvalSet:
-    """What `include` and `exclude` leave: classes by their names, for retrieval items by their captions."""
+    """Apply `include` and `exclude` to class names, or for retrieval to captions."""
     if config.include is None and config.exclude is None:
         return dataset
     patterns = _patterns(config)
@@ -294,7 +316,7 @@ def _patterns(config: DataConfig) -> dict[str, re.Pattern | None]:
         try:
             patterns[key] = re.compile(getattr(config, key)) if getattr(config, key) is not None else None
         except re.error as error:
-            raise OptionError(f"{key}={getattr(config, key)!r} is no regular expression: {error}") from None
+            raise OptionError(f"{key}={getattr(config, key)!r} is not a regular expression: {error}") from None
     return patterns
 
 
@@ -312,10 +334,10 @@ def _part(dataset: EvalSet, split: SplitConfig) -> EvalSet:
 
 
 def _beside(folder: Path, given: list[str] | dict[str, str] | None) -> tuple[list[str] | dict[str, str] | None, list[str] | None]:
-    """Class names, unless given, and prompts from the text files that CLIP_benchmark and `data_prep` put beside shards."""
+    """Read class names, unless given, and prompts from the text files that CLIP_benchmark and `data_prep` put beside shards."""
     names, prompts = folder / "classnames.txt", folder / "zeroshot_classification_templates.txt"
     if given is None and names.is_file():
-        given = load_classes(str(names))
+        given = [class_names.readable(name) for name in load_classes(str(names)) or []]  # as for the folders that they may come from
     return given, items.lines_of(prompts) if prompts.is_file() else None
 
 

@@ -1,4 +1,4 @@
-"""Where evaluation items come from: class folders, CSV files, shards, CLIP_benchmark folders. Nothing is decoded here."""
+"""Evaluation items of class folders, CSV files, shards and CLIP_benchmark folders, listed without decoding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from mmpretrain.data.cache import ShardCache
 from mmpretrain.data.captions import CaptionTemplate
 from mmpretrain.data.fields import Fields, place_of
-from mmpretrain.data.folders import holds_image, named_as_image, walk
+from mmpretrain.data.folders import holds_image, is_image, walk
 from mmpretrain.data.formats import clean_texts, is_utf8, printable, read_text
 from mmpretrain.data.schema import BadSample, ShardError, image_extension, several_images
 from mmpretrain.data.shard_names import expand
@@ -29,7 +29,7 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", 
 
 @dataclass
 class Item:
-    """One image, not read yet, with what is known of it. `size` and `stamp` name its bytes for the feature cache."""
+    """An image that is not read yet, with its label or captions. `size` and `stamp` identify its bytes for the feature cache."""
 
     key: str
     read: Callable[[], bytes]
@@ -38,7 +38,7 @@ class Item:
     metadata: dict[str, Any] = field(default_factory=dict)
     size: int = 0
     stamp: int = 0  # the file's modification time in ns, plus the offset in a shard
-    bare_key: str = ""  # what `split` divides by: the key within its shard, or the file
+    bare_key: str = ""  # the key by which `split` divides: that within its shard, or the file
 
     def __post_init__(self) -> None:
         self.bare_key = self.bare_key or self.key
@@ -53,9 +53,9 @@ def _file_item(key: str, path: Path, **known: Any) -> Item:
 
 
 def folder_items(root: Path, subset: str | None, skip: Skip) -> Iterator[Item]:
-    """torchvision's ImageFolder layout: root/[subset/]CLASS/**/image, the files that `data_prep build folder` takes.
+    """List the images of an ImageFolder, root/[subset/]CLASS/**/image, without hidden ones; the label is the folder's name.
 
-    The label is the folder's name. Files that are not images, and images outside of class folders, are left out with a warning.
+    They are those that `data_prep build folder` takes. Other files, and images outside of class folders, are left out with a warning.
     """
     base = root
     folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -68,7 +68,7 @@ def folder_items(root: Path, subset: str | None, skip: Skip) -> Iterator[Item]:
     others: list[str] = []
     outside: list[str] = []
     for name in walk(str(base)):
-        if not named_as_image(name) and not holds_image(str(base / name)):
+        if not is_image(name) and not holds_image(str(base / name)):
             others.append(name)
         elif "/" not in name:
             outside.append(name)
@@ -101,10 +101,20 @@ def csv_items(
     skip: Skip,
     rows: int | None = None,
 ) -> Iterator[Item]:
-    """A table (.csv, or .tsv with tabs) with a file column, relative to the table's folder, and a label or caption column.
+    """List the rows of a table with a file column, relative to the table's folder, and a label or caption column.
 
-    `caption` is a column, or a template over columns (`"{name}: {keywords}"`). Where captions are wanted, rows of one file are one item.
-    `rows`: look at so many rows alone.
+    Args:
+        path: .csv, or .tsv with tabs.
+        subset: value of the column `split`; None: all rows.
+        image: column of the files; None: a usual name.
+        label: column of the labels; None: a usual name.
+        caption: a column, or a template over columns (`"{name}: {keywords}"`); None: a usual name.
+        captions_wanted: read captions instead of labels; rows of one file are then one item.
+        skip: receives unusable rows.
+        rows: read only this number of rows.
+
+    Raises:
+        OptionError: a column is missing, or the table is malformed.
     """
     with open_local(path) as text:
         separator = "\t" if path.suffix.lower() == ".tsv" else separator_of(text.readline(MAX_FIELD))
@@ -172,7 +182,7 @@ def csv_items(
 
 
 def shard_paths(data: str, subset: str | None) -> list[str]:
-    """Shards in order, as a recipe names them (folder, glob, braces, a::b, URL); with `subset`, those of the folder DATA/SUBSET."""
+    """Expand a shard spec as in a recipe (folder, glob, braces, a::b, URL); with `subset`, the folder DATA/SUBSET."""
     if subset is not None and not Path(data).is_dir():
         raise OptionError(f"{data}: subset={subset!r} needs a folder with {subset}/*.tar inside; name that subset's shards instead")
     try:
@@ -191,11 +201,21 @@ def shard_items(
     lines: bool = False,
     metadata: bool = False,
 ) -> Iterator[Item]:
-    """Samples of shards. `label` and `caption` are a member (`cls`, `txt`) or a field of the JSON member (`json:label`).
+    """List the samples of shards, with the limits and checks of training sources.
 
-    `image` is the member that is the image. A member text that is an integer is an integer label. `lines`: every line of the caption
-    member is a caption. `metadata`: the JSON member is wanted for itself. Limits and checks are those of training sources.
-    Raises OptionError where no sample has what was asked for, ShardError for a shard that cannot be read.
+    Args:
+        paths: of the shards.
+        label: a member (`cls`) or a field of the JSON member (`json:label`); a member that is an integer is an integer
+            label.
+        caption: a member (`txt`) or a field of the JSON member.
+        skip: receives unusable samples.
+        image: the member that is the image; None: the first of the usual ones.
+        lines: every line of the caption member is a caption.
+        metadata: read the JSON member.
+
+    Raises:
+        OptionError: no sample has the required members.
+        ShardError: a shard cannot be read.
     """
     shards = ShardSet(paths, split=None, window=SourceConfig.shuffle_window, cache=ShardCache(), verify=SourceConfig.verify)
     for name, damage in shards.damage:
@@ -204,9 +224,9 @@ def shard_items(
     for name, member in shards.left_out:
         if member.lost:
             skip(f"{Path(name).name}/{member.key}", f"{member.reason}: {member}")
-    if image is None and (several := several_images(shards.found, shards.looked_at)):
+    if image is None and (several := several_images(shards.extension_counts, shards.looked_at)):
         logger.warning("%s: %s. image= says which.", paths[0], several)
-    found = 0
+    usable = 0
     for shard, (name, count) in enumerate(shards):
         written = 0
         for sample in range(count):
@@ -225,16 +245,16 @@ def shard_items(
             except BadSample as error:
                 skip(full, str(error))
                 continue
-            found += 1
+            usable += 1
             yield item
-    if not found:
+    if not usable:
         wanted = " and ".join(name for name in (image or "an image", label, caption, "json" if metadata else None) if name)
-        have = ", ".join(sorted(shards.found)) or "nothing"
+        have = ", ".join(sorted(shards.extension_counts)) or "nothing"
         raise OptionError(f"{paths[0]}: 0 of {shards.looked_at} samples have {wanted}; they have {have}")
 
 
 def _reader(shards: ShardSet, shard: int, sample: int, image: str | None) -> Callable[[], bytes]:
-    """Reads the image later; the shard set keeps a bounded number of files open."""
+    """Return a function that reads the image later; the shard set keeps a bounded number of files open."""
 
     def read() -> bytes:
         _, members, opened = shards.members(shard, sample)
@@ -263,9 +283,18 @@ def settle_labels(items: list[Item]) -> None:
 def benchmark_items(
     root: Path, subset: str, image: str | None, label: str | None, captions_wanted: bool, skip: Skip, brief: bool = False
 ) -> Iterator[Item]:
-    """A CLIP_benchmark folder: root/SUBSET/{0..N-1}.tar with nshards.txt; integer `cls`, or captions in `txt`, one a line.
+    """List the items of a CLIP_benchmark folder, root/SUBSET/{0..N-1}.tar with nshards.txt.
 
-    `brief`: the first shard alone.
+    Args:
+        root: the folder.
+        subset: its subset.
+        label: the member of the labels; None: `cls`.
+        captions_wanted: read captions in `txt`, one per line, instead of labels.
+        skip: receives unusable samples.
+        brief: read the first shard alone.
+
+    Raises:
+        OptionError: the folder has another layout.
     """
     counted = root / subset / "nshards.txt"
     if not counted.is_file():
@@ -284,4 +313,5 @@ def benchmark_items(
 
 
 def lines_of(path: Path) -> list[str]:
+    """Read the lines of a text file that are not blank."""
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""Two data sets, one to fit on and one to test on, whose labels mean the same classes."""
+"""Pairs of a training and a test set with the same classes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from mmpretrain.evaluators.data.datasets import DEFAULT_HOLDOUT, DataConfig, Eva
 
 @dataclass
 class TrainDataConfig(DataConfig):
+    """The data options of evaluators that fit a classifier."""
+
     train: str | None = None  # data to fit on; default: the same data, another subset or a held-out part
     train_subset: str | None = None  # subset to fit on; default: train, where `subset` is given or the data has one
 
 
 def open_pair(config: TrainDataConfig) -> tuple[EvalSet, EvalSet]:
-    """(train, test) over one list of classes, matched by name. Raises OptionError where the test set has a class never fitted."""
+    """Open (train, test) with one list of classes, matched by name. Raises OptionError for a test class without training data."""
     (train_config, train_subset), *tested = _sides(config)
     train = open_dataset(train_config, "classification", subset=train_subset)
     if not tested:
@@ -35,13 +37,13 @@ def open_pair(config: TrainDataConfig) -> tuple[EvalSet, EvalSet]:
 
 
 def look_at_pair(config: TrainDataConfig) -> None:
-    """Raise OptionError where the first items of either set show that `open_pair` would."""
+    """Check the first items of both sets. Raises OptionError as `open_pair` would."""
     for side, subset in _sides(config):
         first_items(side, "classification", subset=subset)
 
 
 def _sides(config: TrainDataConfig) -> list[tuple[TrainDataConfig, str | None]]:
-    """What is opened, with its subset: the data to fit on, then those to test on; one alone that is to be divided."""
+    """Return the data to fit on and to test on, each with its subset; only one entry where it is to be divided."""
     whole = replace(config, limit=None, split=None)
     if config.train is None and config.train_subset is None and config.subset is None and not _has_subset(config):
         return [(whole, None)]
@@ -59,7 +61,7 @@ def _has_subset(config: TrainDataConfig) -> bool:
 
 
 def _held_out(everything: EvalSet, config: TrainDataConfig) -> tuple[EvalSet, EvalSet]:
-    """Divide by the hash of the key: an item stays on its side when others come or go."""
+    """Divide by the hash of the key, so that an item stays in its part when others are added or removed."""
     split = config.split or EvalSplit(DEFAULT_HOLDOUT)
     tested = everything.in_part(split)
     if tested.all() or not tested.any():

@@ -99,6 +99,21 @@ def test_nothing_bad_is_lost(shards: dict[int, Path]) -> None:
     }  # fmt: skip
 
 
+def test_sizes_are_those_that_are_shown(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    members = []
+    for kind, extension in (("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"), ("TIFF", "tiff")):
+        out = io.BytesIO()
+        Image.new("RGB", (60, 40), (200, 0, 0)).save(out, kind, **({"tiffinfo": {274: 6}} if kind == "TIFF" else {"exif": turned}))
+        members.append(Record(extension, {extension: out.getvalue(), "txt": extension.encode()}))
+    write_shards(members, tmp_path, max_count=10)
+    found, names = summary(tmp_path)
+    d = numbers(found, names, 1.0, "txt", "cls", duplicates(found, names))
+    assert d["images"]["common_sizes"] == [["40 × 60", 4]]
+    assert d["images"]["aspect"]["max"] == pytest.approx(2 / 3, rel=0.03)
+
+
 def duplicates(found: Summary, names: list[str]) -> Duplicates:
     return find_duplicates(found.pictures, names, processes=1)
 

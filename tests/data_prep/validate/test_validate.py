@@ -94,7 +94,7 @@ BAD_SAMPLES: dict[str, Members] = {
     "bad_label ": [("bad.jpg", JPG), ("bad.txt", b"x"), ("bad.cls", b"")],
     "unknown_format": [("bad.jpg", b"%!PS-Adobe-3.0 EPSF-3.0"), ("bad.txt", b"a program")],
     "unknown_format ": [("bad.jpg", b""), ("bad.txt", b"nothing")],
-    "unknown_format  ": [("bad.avif", b"\0\0\0\x1cftypavif"), ("bad.txt", b"not decoded")],
+    "unknown_format  ": [("bad.jpg", b"\0\0\0\x1cftypheic"), ("bad.txt", b"not decoded")],
     "too_many_pixels": [("bad.png", bomb(30_000, 30_000)), ("bad.txt", b"a bomb")],
     "too_small": [("bad.png", bomb(1, 3000)), ("bad.txt", b"a line")],
     "too_elongated": [("bad.png", bomb(100, 3000)), ("bad.txt", b"a ribbon")],
