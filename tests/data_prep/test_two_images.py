@@ -37,7 +37,7 @@ def shard(members: tuple[str, str], tmp_path: Path) -> Path:
     return path
 
 
-VIEW = CenterView(16, (0.5,) * 3, (0.5,) * 3)
+VIEW = CenterView(size=16)
 
 
 def trained(shard: Path, **options: object) -> bytes:
