@@ -28,7 +28,7 @@ BATCH = 64
 
 
 def images_in(folder: Path) -> list[Path]:
-    return [folder / name for name in walk(folder) if is_image(name)]
+    return [folder / name for name in walk(folder) if is_image(str(folder / name))]
 
 
 def score(model: Model, paths: list[Path], texts: list[str]) -> dict[Path, Tensor]:

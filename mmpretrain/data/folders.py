@@ -1,4 +1,7 @@
-"""Image folders: which files lie in one, which are images, and which folders are classes. The same for data_prep and evaluators."""
+"""Image folders: the files in one, which of them are images, and which folders are classes. Shared by data_prep and evaluators.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from mmpretrain.data.formats import sniff
 from mmpretrain.data.schema import IMAGE_EXTENSIONS
 
-# Names of images, of formats that are not read as well: such a file is one that was meant, and that is missed.
+# Names of images, also of formats that cannot be decoded: such a file was meant as an image, and is reported as a bad one.
 IMAGE_NAMES = (frozenset(IMAGE_EXTENSIONS) - {"img"}) | {
     "apng", "arw", "bigtiff", "cr2", "dib", "dng", "heic", "heif", "hif", "ico", "j2k", "jfif", "jif", "jp2", "jpe", "jxl",
     "nef", "pam", "pcx", "pnm", "psd", "svg", "tga",
@@ -19,10 +22,10 @@ HEAD = 32  # bytes that show an image's format
 
 
 def walk(folder: str | Path) -> Iterator[str]:
-    """Yields the names of all files below a local folder, relative to it with /, sorted by their parts; without hidden ones.
+    """Yield the names of all files below a local folder, relative to it with /, sorted by their parts; without hidden ones.
 
-    Memory holds the names of one folder at a time. Symbolic links are followed, except to a folder that holds them; a link that leads
-    nowhere is a name, for the reader to report.
+    Memory holds the names of one folder at a time. Symbolic links are followed, except to a parent folder; a dangling
+    link is a name, for the reader to report.
     """
     yield from _walk(str(folder), "", {os.path.realpath(folder)})
 
@@ -46,15 +49,15 @@ def _walk(folder: str, before: str, above: set[str]) -> Iterator[str]:
             yield from _walk(os.path.join(folder, name), f"{before}{name}/", above | {real})
 
 
-def is_image(name: str) -> bool:
-    """Whether a file's name is that of an image, in a format that is read or in another; whether it is one, its content says."""
+def named_as_image(name: str) -> bool:
+    """Return whether a file's name is that of an image, in a format that is decoded or in another."""
     return PurePosixPath(name).suffix.lower().removeprefix(".") in IMAGE_NAMES
 
 
 def holds_image(path: str) -> bool:
-    """Whether a local file begins as an image that is read, whatever its name."""
+    """Return whether a local file begins as an image that is decoded, whatever its name."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never answer
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe could block for ever
             return False
         with open(path, "rb") as file:
             return sniff(file.read(HEAD)) is not None
@@ -62,6 +65,11 @@ def holds_image(path: str) -> bool:
         return False
 
 
+def is_image(path: str) -> bool:
+    """Return whether a local file is read as an image: by its name, or else by its first bytes."""
+    return named_as_image(path) or holds_image(path)
+
+
 def class_folders(names: Iterable[str]) -> list[str]:
-    """The classes of files below a folder: the first folders of their names, in the order of their indices (by code point)."""
+    """Return the classes of files below a folder: the first folders of their names, in the order of their indices (by code point)."""
     return sorted({name.split("/", 1)[0] for name in names if "/" in name})

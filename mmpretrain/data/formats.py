@@ -114,7 +114,10 @@ def is_utf8(text: str) -> bool:
 
 
 def clean_text(text: str) -> str:
-    """Text in NFC without outer white space and byte order marks. Raises BadSample: empty_caption where nothing shows, not_utf8."""
+    """Normalise a text to NFC without outer white space and byte order marks.
+
+    Raises BadSample: empty_caption where no character is visible, not_utf8.
+    """
     if not text.isascii():
         try:
             text.encode()

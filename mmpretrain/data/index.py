@@ -102,8 +102,8 @@ class ShardIndex:
     checksum: np.ndarray | None = None  # uint8 [M, 16], or [M, 32] of sha256
     damage: list[Damage] = field(default_factory=list)
     duplicates: int = 0  # repeated keys; each is a sample of its own, with ~2, ~3 ... after the key
-    left_out: list[LeftOut] | None = None  # in the tar's order; None where nobody looked: written by the builder, or by an earlier version
-    header: np.ndarray | None = None  # int64 [M]: where each member's header lies; of a scan alone
+    left_out: list[LeftOut] | None = None  # in the tar's order; None where unknown: written by the builder, or by an earlier version
+    header: np.ndarray | None = None  # int64 [M], offset of each member's header; only after a scan
 
     @property
     def linked(self) -> np.ndarray | None:

@@ -36,7 +36,7 @@ class LoaderError(MMPretrainError, RuntimeError):
 class BadSampleBudgetError(MMPretrainError, RuntimeError):
     """More samples are bad than the source allows. The message has counts per reason and examples.
 
-    `records` are the bad samples that nobody has listed before, as in skipped.jsonl.
+    `records` are the bad samples that no batch has listed yet, as in skipped.jsonl.
     """
 
     def __init__(self, message: str, records: Iterable[dict[str, Any]] = ()) -> None:
@@ -64,10 +64,10 @@ def image_extension(extensions: Container[str], wanted: str | None = None) -> st
 
     Args:
         extensions: of the sample's members.
-        wanted: the member that is the image; None: the first of IMAGE_EXTENSIONS that is there.
+        wanted: the member that is the image; None: the first of IMAGE_EXTENSIONS that the sample has.
 
     Returns:
-        None where the sample has no image.
+        The extension, or None where the sample lacks it.
     """
     if wanted is not None:
         return wanted if wanted in extensions else None

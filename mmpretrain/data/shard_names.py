@@ -172,7 +172,7 @@ def _range(spec: str) -> Range | None:
 
 
 def _literal_folder(spec: str) -> str:
-    """The folders at the start of a path that exist under the very name, with their slash: characters in them choose nothing."""
+    """Return the folders at the start of a path that exist under this very name, with their slash: their characters are no pattern."""
     end = 0
     while (slash := spec.find("/", end)) >= 0 and (slash == 0 or os.path.isdir(spec[:slash])):
         end = slash + 1

@@ -1,4 +1,4 @@
-"""Tar headers, read from bytes or mmap: members, and the offset at which the tar becomes unreadable.
+"""The tar reader: members of a tar in bytes or mmap, and the offset from which it cannot be read.
 
 It takes microseconds per member. It reads regular files, with GNU and pax long names, and hard and symbolic links to
 them; a header counts only if its checksum matches. Folders hold no bytes and are passed over; every other member is
@@ -48,7 +48,7 @@ class Unread(NamedTuple):
     """A member whose bytes cannot be read."""
 
     name: str
-    header: int  # where its header lies
+    header: int  # offset of its header
     reason: str  # dangling_link | link_to_folder | special_member | sparse_member
     detail: str
 
@@ -58,7 +58,7 @@ class Headers(NamedTuple):
 
     names: list[str]
     header: np.ndarray  # int64 [M], offset of each header
-    offset: np.ndarray  # int64 [M], offset of each member's bytes, those of the file that a link leads to
+    offset: np.ndarray  # int64 [M], offset of each member's bytes: for a link, those of the file that it leads to
     size: np.ndarray  # int64 [M]
     unread: list[Unread]
 
@@ -78,7 +78,7 @@ def _number(digits: bytes) -> int:
 
 
 def _pax(payload: bytes) -> dict[bytes, bytes]:
-    """The records of a pax header that say what the next member is; those of GNU sparse files as well. Raises ValueError."""
+    """Read the records of a pax header that describe the next member, with those of GNU sparse files. Raises ValueError."""
     records, offset = {}, 0
     while offset < len(payload):
         space = payload.index(b" ", offset, offset + 20)
@@ -96,7 +96,7 @@ def _pax(payload: bytes) -> dict[bytes, bytes]:
 
 @dataclass
 class _Pending:
-    """What records before a header say of its member."""
+    """What the records before a header state about its member."""
 
     name: bytes | None = None
     link: bytes | None = None
@@ -104,7 +104,7 @@ class _Pending:
     sparse: bool = False
 
     def add(self, kind: int, payload: bytes) -> None:
-        """Raises ValueError."""
+        """Read one record. Raises ValueError."""
         if kind in b"LK":
             if len(payload) > MAX_NAME_BYTES:
                 raise ValueError(f"a name of {len(payload)} bytes")
@@ -127,10 +127,10 @@ class _Walk:
     def __init__(self, data: Any) -> None:
         self.offsets: list[int] = []
         self.size: list[int] = []
-        self.long_names: dict[int, bytes] = {}  # by position in `offsets`
-        self.links: dict[int, tuple[bool, bytes]] = {}  # by position: whether it is symbolic, and what it leads to
-        self.folders: list[int] = []  # positions
-        self.unread: dict[int, tuple[str, str]] = {}  # by position: the reason, and the detail
+        self.long_names: dict[int, bytes] = {}  # by index in `offsets`
+        self.links: dict[int, tuple[bool, bytes]] = {}  # by index: whether it is symbolic, and its target
+        self.folders: list[int] = []  # indices
+        self.unread: dict[int, tuple[str, str]] = {}  # by index: the reason, and the detail
         self.stop = self._follow(data)
 
     def _follow(self, data: Any) -> Stop | None:
@@ -168,7 +168,7 @@ class _Walk:
                     pending.add(kind, payload)
                 except ValueError as error:
                     return Stop(offset, "corrupt_header", str(error))
-            elif kind != ord("g"):  # pax records of all members that follow: none says what a member is
+            elif kind != ord("g"):  # pax records of all members that follow: none states what a member is
                 described, pending = pending or _Pending(), None
                 size = size if described.size is None else described.size
                 if described.name is not None:
@@ -187,25 +187,25 @@ class _Walk:
                         offset, more = more, more + BLOCK if data[more + 504] else end
             offset += BLOCK + -(-size // BLOCK) * BLOCK
 
-    def _member(self, position: int, kind: int, size: int, described: _Pending, block: bytes) -> None:
-        """Note what a header's member is."""
+    def _member(self, index: int, kind: int, size: int, described: _Pending, block: bytes) -> None:
+        """Record what a header's member is."""
         if kind in b"0\x007" and not described.sparse:
-            self.size[position] = size
+            self.size[index] = size
         elif kind in b"12":
             link = block[157:257].split(b"\0", 1)[0] if described.link is None else described.link
-            self.links[position] = kind == ord("2"), link
+            self.links[index] = kind == ord("2"), link
         elif kind in b"5D":
-            self.folders.append(position)
+            self.folders.append(index)
         elif kind == ord("S") or described.sparse:
             detail = "a GNU sparse file, which is stored in pieces; write the tar without --sparse"
-            self.unread[position] = "sparse_member", detail
+            self.unread[index] = "sparse_member", detail
         elif kind not in b"V":  # a volume's label
             what = _SPECIAL.get(kind, f"a member of the unknown type {chr(kind)!r}")
-            self.unread[position] = "special_member", f"{what}, expected a file"
+            self.unread[index] = "special_member", f"{what}, expected a file"
 
 
 def _is_header(data: Any, offset: int) -> bool:
-    """Whether a header, or the zeros that end a tar, begin offset a place."""
+    """Return whether a header, or the zeros that end a tar, begin at an offset."""
     block = np.frombuffer(data[offset : offset + BLOCK], np.uint8)
     return len(block) == BLOCK and (not block.any() or _wrong_checksum(block[None]) is None)
 
@@ -214,7 +214,7 @@ def _is_header(data: Any, offset: int) -> bool:
 class _Tree:
     """The paths in a tar, for following links."""
 
-    files: dict[str, list[int]] = field(default_factory=dict)  # path -> positions of its headers
+    files: dict[str, list[int]] = field(default_factory=dict)  # path -> indices of its headers
     links: dict[str, tuple[bool, str]] = field(default_factory=dict)  # path -> whether it is symbolic, and what it leads to
     folders: set[str] = field(default_factory=set)
 
@@ -223,8 +223,8 @@ class _Tree:
             self.folders.add(path)
             path = posixpath.dirname(path)
 
-    def follow(self, position: int, name: str, symbolic: bool, target: str) -> int | tuple[str, str]:
-        """The position of the file that a link leads to, or (reason, detail) where it leads to none."""
+    def follow(self, index: int, name: str, symbolic: bool, target: str) -> int | tuple[str, str]:
+        """Return the index of the file that a link leads to, or (reason, detail) where it leads to none."""
         arrow = f"a {'symbolic' if symbolic else 'hard'} link to {target!r}"
         done: list[str] = _parts(posixpath.dirname(name)) if symbolic else []
         todo, steps = deque(target.split("/")), 0
@@ -252,7 +252,7 @@ class _Tree:
                 todo.extendleft(reversed(further.split("/")))
         path = "/".join(done)
         if path in self.files:
-            earlier = bisect(self.files[path], position)  # where a path comes twice, the last one before the link
+            earlier = bisect(self.files[path], index)  # where a path comes twice, the last one before the link
             return self.files[path][earlier - 1 if earlier else -1]
         if path in self.folders or not path:
             return "link_to_folder", f"{arrow}, a folder; its files are read where they lie"
@@ -260,38 +260,38 @@ class _Tree:
 
 
 def _parts(path: str) -> list[str]:
-    """A member's path as the folders and the file that it names."""
+    """Split a member's path into the folders and the file that it names."""
     normal = posixpath.normpath(path).strip("/") if path else ""
     return [part for part in normal.split("/") if part not in ("", ".")]
 
 
 def _resolve(walk: _Walk, names: list[str], size: np.ndarray) -> tuple[dict[int, int], list[tuple[int, str, str]]]:
-    """Where links lead: (position of a link -> that of its file, [(position, reason, detail)] of those that lead to none)."""
-    links = {position: link for position, link in walk.links.items() if position < len(names)}
+    """Follow the links: (index of a link -> index of its file, [(index, reason, detail)] of links that lead to none)."""
+    links = {index: link for index, link in walk.links.items() if index < len(names)}
     tree, targets, unread = _Tree(), {}, []
     if not links:
         return targets, unread
-    for position in np.flatnonzero(size >= 0).tolist():
-        path = "/".join(_parts(names[position]))
-        tree.files.setdefault(path, []).append(position)
+    for index in np.flatnonzero(size >= 0).tolist():
+        path = "/".join(_parts(names[index]))
+        tree.files.setdefault(path, []).append(index)
         tree.add_folders(posixpath.dirname(path))
-    for position in walk.folders:
-        if position < len(names):
-            tree.add_folders("/".join(_parts(names[position])))
-    as_text = {position: (symbolic, link.decode("utf-8", "surrogateescape")) for position, (symbolic, link) in links.items()}
-    paths = {position: "/".join(_parts(names[position])) for position in as_text}
-    tree.links.update((paths[position], link) for position, link in as_text.items())
+    for index in walk.folders:
+        if index < len(names):
+            tree.add_folders("/".join(_parts(names[index])))
+    as_text = {index: (symbolic, link.decode("utf-8", "surrogateescape")) for index, (symbolic, link) in links.items()}
+    paths = {index: "/".join(_parts(names[index])) for index in as_text}
+    tree.links.update((paths[index], link) for index, link in as_text.items())
     for path, (symbolic, target) in tree.links.items():
         other = "/".join(_parts(target))
         if not symbolic and other not in tree.files and tree.links.get(other, (False,))[0]:
             tree.links[path] = tree.links[other]  # a hard link to a symbolic one is that link, in its own folder
-    for position, path in paths.items():
-        symbolic, target = as_text[position] if as_text[position][0] else tree.links[path]
-        leads = tree.follow(position, path, symbolic, target)
+    for index, path in paths.items():
+        symbolic, target = as_text[index] if as_text[index][0] else tree.links[path]
+        leads = tree.follow(index, path, symbolic, target)
         if isinstance(leads, int):
-            targets[position] = leads
+            targets[index] = leads
         else:
-            unread.append((position, *leads))
+            unread.append((index, *leads))
     return targets, unread
 
 
@@ -368,24 +368,24 @@ def read_headers(data: Any, name: str) -> tuple[Headers, Stop | None]:
         names += _names(blocks)
         if bad is not None:
             break
-    for position, raw in walk.long_names.items():
-        if position < len(names):
-            names[position] = _text(raw, False)
-    headers, places = offsets, offsets + BLOCK
+    for index, raw in walk.long_names.items():
+        if index < len(names):
+            names[index] = _text(raw, False)
+    headers, offset = offsets, offsets + BLOCK
     targets, dangling = _resolve(walk, names, size)
-    for position, target in targets.items():
-        places[position], size[position] = places[target], size[target]
-    reasons = sorted(dangling + [(position, *why) for position, why in walk.unread.items() if position < len(names)])
-    unread = [Unread(names[position], int(offsets[position]), reason, detail) for position, reason, detail in reasons]
+    for index, target in targets.items():
+        offset[index], size[index] = offset[target], size[target]
+    unread = sorted(dangling + [(index, *why) for index, why in walk.unread.items() if index < len(names)])
+    left = [Unread(names[index], int(offsets[index]), reason, detail) for index, reason, detail in unread]
     if len(member := np.flatnonzero(size >= 0)) < len(offsets):
-        names, offsets, places, size = [names[i] for i in member.tolist()], offsets[member], places[member], size[member]
+        names, offsets, offset, size = [names[i] for i in member.tolist()], offsets[member], offset[member], size[member]
     if stop is not None and not len(headers):
         start = bytes(data[:512])
         noun, remedy = foreign_kind(start) or ("", "")
         what = f"{noun} rather than a tar" if noun else "not a tar"
         remedy = remedy or "Fetch or build the shard again."
         raise ShardError(f"{name}: {what}: it begins with {start[:24]!r} ({len(data)} bytes). {remedy}")
-    return Headers(names, offsets, places, size, unread), stop
+    return Headers(names, offsets, offset, size, left), stop
 
 
 def read_at(file: int, offset: int, size: int) -> bytes:

@@ -50,4 +50,4 @@ def test_hidden_files_and_folders_are_passed_over(folder: Path) -> None:
     assert not [name for name in names if name.startswith(".") or "/." in name]
     assert names == sorted(names, key=lambda name: name.split("/"))
     assert "9/linked/c.png" in names
-    assert "notes" not in class_folders(filter(is_image, names))
+    assert "notes" not in class_folders(name for name in names if is_image(str(folder / name)))

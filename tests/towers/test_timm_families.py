@@ -93,7 +93,8 @@ def test_a_small_model_of_the_family_trains_a_step_of_simclr_and_exports(family,
     assert torch.isfinite(loss)
     assert all(torch.isfinite(p).all() for _, p in named)
     after = dict(named)
-    assert sum(not torch.equal(value, after[key]) for key, value in before.items()) > len(before) // 2
+    # a branch whose last norm begins at zero stands still in the first step
+    assert sum(not torch.equal(value, after[key]) for key, value in before.items()) > len(before) // 4
 
     refused = ""
     try:

@@ -11,14 +11,14 @@ from data_prep import files
 from data_prep.build.readers.base import chunks, safe
 from data_prep.build.readers.members import attempt, read_image
 from data_prep.records import InputError, Record, Skipped
-from mmpretrain.data.folders import HEAD, class_folders, holds_image, is_image
+from mmpretrain.data.folders import HEAD, class_folders, holds_image, named_as_image
 from mmpretrain.data.formats import printable, sniff
 from mmpretrain.data.schema import BadSample
 
 
 def _is_image(base: str, relative: str) -> bool:
     """Returns whether a file of the folder `base` is to be read as an image: by its name, or else by its first bytes."""
-    if is_image(relative):
+    if named_as_image(relative):
         return True
     path = files.local_path(base + relative)
     return sniff(files.head(base + relative, HEAD)) is not None if path is None else holds_image(path)
@@ -42,7 +42,7 @@ class Folder:
         if not label_from_folder:
             return Folder(folder)
         base = files.join(folder, "").rstrip("/") + "/"
-        classes = class_folders(name for name in files.walk(folder) if _is_image(base, name))
+        classes = class_folders(name for name in files.walk(folder) if "/" in name and _is_image(base, name))
         if not classes:
             raise InputError(f"{folder} has no class folders (--label-from-folder)")
         return Folder(folder, tuple(classes))
@@ -73,7 +73,7 @@ class Folder:
                 raise BadSample("missing_label", "it lies in no class folder")
             name = relative.split("/", 1)[0]
             if name not in number:
-                raise BadSample("missing_label", f"no file in {name} has the suffix of an image, so the folder is not taken for a class")
+                raise BadSample("missing_label", f"{name} held no image when the classes were listed, so the folder is not a class")
             members["cls"] = str(number[name]).encode()
         # Names may collide once dots and spaces are replaced: the path's digest keeps keys apart.
         digest = hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest()[:10]

@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from mmpretrain.data.decode import ImageLimits
-from mmpretrain.data.folders import is_image
+from mmpretrain.data.folders import named_as_image
 from mmpretrain.data.formats import read_text
 from mmpretrain.data.holdout import in_part
 from mmpretrain.data.schema import BadSampleBudgetError
@@ -139,7 +139,7 @@ def kind_of(data: str) -> Literal["benchmark", "folder", "csv", "shards"]:
     if path.is_dir():
         if any(path.glob("*/nshards.txt")):
             return "benchmark"
-        if any(path.glob("*.tar")) or (any(path.glob("*/*.tar")) and not any(is_image(file.name) for file in path.glob("*/*"))):
+        if any(path.glob("*.tar")) or (any(path.glob("*/*.tar")) and not any(named_as_image(file.name) for file in path.glob("*/*"))):
             return "shards"
         if any(p.is_dir() for p in path.iterdir()):
             return "folder"

@@ -13,7 +13,7 @@ from typing import Any
 from mmpretrain.data.cache import ShardCache
 from mmpretrain.data.captions import CaptionTemplate
 from mmpretrain.data.fields import Fields, place_of
-from mmpretrain.data.folders import holds_image, is_image, walk
+from mmpretrain.data.folders import is_image, walk
 from mmpretrain.data.formats import clean_texts, is_utf8, printable, read_text
 from mmpretrain.data.schema import BadSample, ShardError, image_extension, several_images
 from mmpretrain.data.shard_names import expand
@@ -53,9 +53,18 @@ def _file_item(key: str, path: Path, **known: Any) -> Item:
 
 
 def folder_items(root: Path, subset: str | None, skip: Skip) -> Iterator[Item]:
-    """List the images of an ImageFolder, root/[subset/]CLASS/**/image, without hidden ones; the label is the folder's name.
+    """List the images of an ImageFolder, root/[subset/]CLASS/**/image: the files that `data_prep build folder` takes.
 
-    They are those that `data_prep build folder` takes. Other files, and images outside of class folders, are left out with a warning.
+    The label is the folder's name. Hidden files are passed over; files that are not images, and images outside of class
+    folders, are left out with a warning.
+
+    Args:
+        root: the folder.
+        subset: a folder in it; None: the folder itself.
+        skip: receives images that cannot be used.
+
+    Raises:
+        OptionError: no such subset, or the folders are subsets.
     """
     base = root
     folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -67,15 +76,15 @@ def folder_items(root: Path, subset: str | None, skip: Skip) -> Iterator[Item]:
         raise OptionError(f"{root}: its folders {', '.join(folders)} are subsets, not classes: add subset={folders[0]}")
     others: list[str] = []
     outside: list[str] = []
-    for name in walk(str(base)):
-        if not is_image(name) and not holds_image(str(base / name)):
+    for name in walk(base):
+        if not is_image(str(base / name)):
             others.append(name)
         elif "/" not in name:
             outside.append(name)
         else:
             key = name if subset is None else f"{subset}/{name}"
             if (base / name).is_file():
-                yield _file_item(key, base / name, label=name.partition("/")[0])
+                yield _file_item(key, base / name, label=name.split("/", 1)[0])
             else:
                 skip(key, "missing_file")
     for names, what in ((others, "that are not images"), (outside, "that lie in no class folder")):
@@ -209,7 +218,7 @@ def shard_items(
             label.
         caption: a member (`txt`) or a field of the JSON member.
         skip: receives unusable samples.
-        image: the member that is the image; None: the first of the usual ones.
+        image: the member that is the image (`png`); None: the first of the usual ones.
         lines: every line of the caption member is a caption.
         metadata: read the JSON member.
 
@@ -273,7 +282,7 @@ def _label(value: Any) -> Label:
 
 
 def settle_labels(items: list[Item]) -> None:
-    """Make labels that are all integers, as written in tables and shards, numbers, zero-padded ones too; 007 beside 7 leaves them texts."""
+    """Convert labels to numbers where all are integers as text, zero-padded ones too; 007 beside 7 leaves them texts."""
     texts = [str(item.label) for item in items]
     if any(isinstance(item.label, str) for item in items) and distinct_integers(texts):
         for item, text in zip(items, texts):
@@ -288,6 +297,7 @@ def benchmark_items(
     Args:
         root: the folder.
         subset: its subset.
+        image: the member that is the image; None: the first of the usual ones.
         label: the member of the labels; None: `cls`.
         captions_wanted: read captions in `txt`, one per line, instead of labels.
         skip: receives unusable samples.
