@@ -37,16 +37,25 @@ def shard(members: tuple[str, str], tmp_path: Path) -> Path:
     return path
 
 
+VIEW = CenterView(size=16)
+
+
 def trained(shard: Path, **options: object) -> bytes:
-    """The pixels of the first sample's image, as training decodes them."""
-    source = Source("s", SourceConfig(str(shard), batch_size=1, **options), [CenterView(16, (0.5,) * 3, (0.5,) * 3)])  # type: ignore[arg-type]
-    sample = source._sample(0, 0, 0, {"image": True, "text": False, "label": False})
-    return sample.image.numpy().tobytes()
+    """The pixels of the first sample's view, as training cuts them."""
+    source = Source("s", SourceConfig(str(shard), batch_size=1, **options), [VIEW])  # type: ignore[arg-type]
+    return source.rows(range(1)).pixels[VIEW].numpy().tobytes()
 
 
-def test_the_option_says_which_member_is_the_image(members: tuple[str, str], shard: Path) -> None:
+def alone(data: bytes, folder: Path) -> bytes:
+    """The same of a shard without another image."""
+    folder.mkdir(exist_ok=True)
+    (folder / "0.tar").write_bytes(tar_bytes([("0.jpg", data)]))
+    return trained(folder / "0.tar")
+
+
+def test_the_option_says_which_member_is_the_image(members: tuple[str, str], shard: Path, tmp_path: Path) -> None:
     for name, data in zip(members, (RED, BLUE)):
-        assert trained(shard, image_member=name) == decode_image(data).numpy().tobytes()
+        assert trained(shard, image_member=name) == alone(data, tmp_path / name)
         dataset = open_dataset(DataConfig(str(shard), image=name), "classification")
         assert [item.read() for item in dataset.items] == [data] * 4
 
@@ -58,9 +67,11 @@ def test_a_member_that_is_not_there_is_named(shard: Path, members: tuple[str, st
         open_dataset(DataConfig(str(shard), image="webp", max_bad_fraction=1.0), "classification")
 
 
-def test_two_images_without_the_option_are_warned_of(shard: Path, members: tuple[str, str], caplog: pytest.LogCaptureFixture) -> None:
+def test_two_images_without_the_option_are_warned_of(
+    shard: Path, members: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     if members == ("jpg", "png"):
-        assert trained(shard) == decode_image(RED).numpy().tobytes()
+        assert trained(shard) == alone(RED, tmp_path / "alone")
         assert "samples have several images (jpg, png), of which jpg is read. `image_member:` says which" in caplog.text
         caplog.clear()
         open_dataset(DataConfig(str(shard)), "classification")
