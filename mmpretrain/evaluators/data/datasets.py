@@ -206,12 +206,15 @@ def first_items(config: DataConfig, task: Task, *, subset: str | None = None, ma
         OptionError: options and data do not fit, as in `open_dataset`.
     """
     subset = subset if subset is not None else config.subset
-    bad: list[str] = []
-    source, given, templates, subset = _source(config, task, subset, lambda key, reason: bad.append(key), brief=True)
+    bad: list[tuple[str, str]] = []  # (key, reason)
+    source, given, templates, subset = _source(config, task, subset, lambda key, reason: bad.append((key, reason)), brief=True)
     items = list(islice(source, max_items))
     result = EvalSet(_name(config.data, subset), items, templates=templates)
     if not items and not bad and not _remote(config.data):
         raise OptionError(f"data={config.data!r}: no items to evaluate (subset={subset})")
+    if not items and 0 < len(bad) < BRIEF_ROWS and kind_of(config.data) == "csv":  # all rows were read
+        key, reason = bad[0]
+        raise OptionError(f"{config.data}, {key}: {reason.rstrip('.')}. None of the {len(bad)} rows can be used.")
     if items and task == "classification":
         if kind_of(config.data) != "folder":
             settle_labels(items)
