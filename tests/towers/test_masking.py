@@ -79,20 +79,20 @@ def test_attentive_keeps_the_most_attended():
         assert squares[row][hidden[row]].max() <= squares[row][~hidden[row]].min()
 
 
-def test_attentive_squares_at_a_ragged_border_count_by_their_mean():
-    """Of 3 x 3 patches the squares of 2 x 2 hold four, two, two and one: a small square is not less attended for being small."""
-    square = torch.tensor([[0, 0, 1], [0, 0, 1], [2, 2, 3]]).flatten()
-    attention = torch.tensor([0.10, 0.15, 0.20, 0.25])[square]  # sums: 0.4, 0.3, 0.4, 0.25
-    for sides in ((3, 3), (3, 4)):
-        if sides == (3, 4):  # the border is ragged below only
-            square = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3]]).flatten()
-            attention = torch.tensor([0.10, 0.15, 0.16, 0.17])[square]  # sums: 0.4, 0.6, 0.32, 0.34
-        num = sides[0] * sides[1]
-        spec = MaskSpec(4 / num, kind="attentive", patch=2)
-        hidden = draw_mask(spec, seeds(1), sides, attention[None])[0]
-        assert torch.equal(hidden, square == 0)
-        turned = draw_mask(spec, seeds(1), sides[::-1], attention.view(sides).T.reshape(1, num))[0]
-        assert torch.equal(turned, (square == 0).view(sides).T.flatten())
+@pytest.mark.parametrize(
+    ("squares", "attended", "hidden"),
+    [
+        ([[0, 0, 1], [0, 0, 1], [2, 2, 3]], [0.10, 0.20, 0.15, 0.25], (0, 2)),  # sums: 0.4, 0.4, 0.3, 0.25
+        ([[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3]], [0.10, 0.15, 0.16, 0.17], (0,)),  # sums: 0.4, 0.6, 0.32, 0.34
+    ],
+)
+def test_attentive_squares_at_a_ragged_border_count_by_their_mean(squares, attended, hidden):
+    """A square that the border cuts is not less attended for being small."""
+    square = torch.tensor(squares)
+    attention, expected = torch.tensor(attended)[square], torch.isin(square, torch.tensor(hidden))
+    spec = MaskSpec(expected.sum().item() / square.numel(), kind="attentive", patch=2)
+    for a, wanted in ((attention, expected), (attention.T, expected.T)):
+        assert torch.equal(draw_mask(spec, seeds(1), tuple(a.shape), a.reshape(1, -1)).view(a.shape), wanted)
 
 
 def test_masks_are_the_same_in_another_process():
