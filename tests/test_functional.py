@@ -102,6 +102,46 @@ def test_sigmoid_loss_is_equation_one():
     same(sigmoid_loss, naive_sigmoid, unit(5, 4, 4), unit(5, 4, 5), torch.tensor(10.0, dtype=double), torch.tensor(-9.0, dtype=double))
 
 
+@pytest.fixture(params=[0, 1, 2])
+def one_of_three_ranks(request, monkeypatch):
+    """Five rows a rank in tiles of three: the diagonal of matches enters the tiles of ranks 1 and 2 away from their corners."""
+    monkeypatch.setattr(functional, "TILE", 3)
+    monkeypatch.setattr(functional, "rank", lambda: request.param)
+
+    def gather(x):
+        others = [unit(len(x), x.shape[1], 50 + other) for other in range(3)]
+        return torch.cat([*others[: request.param], x, *others[request.param + 1 :]])
+
+    monkeypatch.setattr(functional, "all_gather_with_grad", gather)
+    return request.param, gather
+
+
+def test_sigmoid_loss_finds_its_matches_at_an_offset_that_is_not_a_multiple_of_the_tile(one_of_three_ranks):
+    rank, gather = one_of_three_ranks
+
+    def naive(a, b, scale, bias):
+        z = torch.full((5, 15), -1.0, dtype=torch.float64)
+        z[torch.arange(5), rank * 5 + torch.arange(5)] = 1.0
+        return -F.logsigmoid(z * (scale * a @ gather(b).T + bias)).sum() / 5
+
+    scalars = torch.tensor(10.0, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
+    same(sigmoid_loss, naive, unit(5, 4, 4), unit(5, 4, 5), *scalars)
+
+
+def test_nt_xent_hides_each_view_from_itself_at_an_offset_that_is_not_a_multiple_of_the_tile(one_of_three_ranks):
+    rank, gather = one_of_three_ranks
+
+    def naive(a, b):
+        local = torch.cat([a, b])
+        logits = local @ gather(local).T / 0.3  # [10, 30]
+        own = torch.arange(10)
+        hidden = torch.zeros_like(logits, dtype=torch.bool)
+        hidden[own, rank * 10 + own] = True
+        return F.cross_entropy(logits.masked_fill(hidden, -math.inf), rank * 10 + (own + 5) % 10)
+
+    same(lambda a, b: nt_xent(a, b, 0.3), naive, unit(5, 4, 2), unit(5, 4, 3))
+
+
 def test_bf16_features_are_compared_in_fp32():
     a, b = unit(16, 8, 6).float(), unit(16, 8, 7).float()
     scale = torch.tensor(100.0)

@@ -1,13 +1,14 @@
 """The step's machinery: one forward per distinct encode, merged passes equal to separate ones, chunks equal to one batch."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mmpretrain.batch import take
 from mmpretrain.heads import GlobalBatchNorm
-from mmpretrain.model import PretrainModel, freeze_unused, running_statistics
+from mmpretrain.model import PretrainModel, bare, freeze_unused, running_statistics
 from tests import tiny
 
 SHARED = {"clip": {"augment": "simclr"}, "simclr": {}, "simmim": {"augment": "simclr"}, "masked_text": {}}
@@ -67,6 +68,20 @@ def test_merged_forwards_equal_separate_ones(objectives):
         together = merged[next(k for k in merged if k == type(k)(**{**vars(encode), "outputs": frozenset()}))]
         for name in encode.outputs:
             torch.testing.assert_close(getattr(together, name), getattr(alone, name), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("asking", [0, 1, 2])
+def test_attention_that_one_encode_of_a_merged_pass_wants_is_its_own(trunk_calls, asking):
+    model = tiny.model({"simclr": {}, "clip": {}})
+    batch = tiny.batch(model)
+    encodes = [encode for encode in model.plan if encode.view.modality == "image"]
+    encodes[asking] = replace(encodes[asking], outputs=encodes[asking].outputs | {"attention"})
+    done = model.encode(batch, encodes)
+    assert trunk_calls == [3 * 8]
+    wanted = done[bare(encodes[asking])].attention
+    alone = model.encode(batch, [encodes[asking]])[bare(encodes[asking])].attention
+    assert wanted.shape == (8, 16)
+    torch.testing.assert_close(wanted, alone)
 
 
 def test_the_sum_is_weighted_and_logged_per_objective():

@@ -1,6 +1,7 @@
 """Whole runs of a tiny recipe: kills, signals, resumes, processes, and what refuses to start."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -440,6 +441,64 @@ def test_towers_with_dropout_resume_bit_identical(data, tmp_path, monkeypatch):
     torch.rand(7)
     assert train(recipes.assemble(again)) == 0
     runs.assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.fixture(scope="module")
+def watched(data, tmp_path_factory):
+    """Four updates of `clip` with `token_drop` and a teacher: what the steps saw, by name, one entry a step."""
+    from mmpretrain import trainer
+    from mmpretrain.objectives.clip import CLIP
+    from mmpretrain.towers.teacher import Teacher
+    from mmpretrain.towers.vision import VisionTransformer
+
+    seen = {"tokens": [], "dropout": [], "student": [], "teacher": []}
+    trunk, forward, update = VisionTransformer.trunk, CLIP.forward, Teacher.update
+
+    def notes_tokens(self, tokens, *args, **kwargs):
+        seen["tokens"].append(tokens.x.shape[1])
+        return trunk(self, tokens, *args, **kwargs)
+
+    def notes_dropout(self, **encoded):
+        with torch.random.fork_rng([]):
+            seen["dropout"].append(tuple(torch.nn.functional.dropout(torch.ones(64), 0.5).tolist()))
+        return forward(self, **encoded)
+
+    def notes_weights(self, *args, **kwargs):
+        if not seen["teacher"]:
+            seen["teacher"].append(self.module.visual.conv1.weight.clone())
+        result = update(self, *args, **kwargs)
+        seen["student"].append(self._student[0].visual.conv1.weight.detach().clone())
+        seen["teacher"].append(self.module.visual.conv1.weight.clone())
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VisionTransformer, "trunk", notes_tokens)
+        patch.setattr(CLIP, "forward", notes_dropout)
+        patch.setattr(Teacher, "update", notes_weights)
+        patch.setattr(trainer, "show", lambda *args: None)
+        changes = {"objectives": {"clip": {"source": "pairs", "token_drop": 0.5, "whole_tail": 0.5}}, "steps": 4, "cost_every": 0}
+        teacher = {"momentum": 0.2, "final_momentum": 1.0}
+        recipe = runs.recipe(data, tmp_path_factory.mktemp("watched") / "run", **changes, teacher=teacher, optim={"lr": 1e-2})
+        del recipe["sources"]["photos"]
+        assert train(recipes.assemble(recipe)) == 0
+    return seen
+
+
+def test_objectives_learn_before_each_step_how_far_the_run_is(watched):
+    assert watched["tokens"][-4:] == [9, 9, 17, 17]  # half of 16 patches, and all of them in the last half of the run
+
+
+def test_each_step_has_a_dropout_of_its_own(watched):
+    assert len(set(watched["dropout"][-4:])) == 4
+
+
+def test_the_teachers_momentum_follows_its_schedule_through_the_run(watched):
+    teacher = watched["teacher"][0]
+    for step, (student, found) in enumerate(zip(watched["student"], watched["teacher"][1:], strict=True), 1):
+        momentum = 1 - 0.8 * (math.cos(math.pi * step / 4) + 1) / 2
+        assert not torch.equal(student, teacher)
+        teacher = momentum * teacher + (1 - momentum) * student
+        torch.testing.assert_close(found, teacher)
 
 
 def test_wrong_evaluation_data_is_said_before_the_first_step(data, tmp_path):

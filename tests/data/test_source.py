@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import webdataset
@@ -16,6 +17,7 @@ from data_prep.records import Record
 from data_prep.shards.serial import write_shards
 from mmpretrain.config.build import OptionError
 from mmpretrain.data import shards as shards_module
+from mmpretrain.data.holdout import in_part
 from mmpretrain.data.schema import BadSampleBudgetError, ShardError
 from mmpretrain.data.shard_names import expand, expand_braces
 from mmpretrain.data.source import ImageConfig, Source, SourceConfig, SplitConfig
@@ -234,6 +236,15 @@ def test_holdout_and_train_divide_the_samples(shard: Shard) -> None:
     assert 4 <= len(read["holdout"]) <= 20
     with pytest.raises(ValueError, match="between 0 and 1"):
         source(path, split=SplitConfig(1.5, "train"))
+
+
+def test_samples_of_a_repeated_key_are_in_the_part_of_the_first() -> None:
+    keys = [f"cat_{i}" for i in range(100)]
+    first, second, tenth = (in_part([key + suffix for key in keys], 0.3, "holdout") for suffix in ("", "~2", "~10"))
+    assert 10 < first.sum() < 50
+    assert np.array_equal(second, first)
+    assert np.array_equal(tenth, first)
+    assert np.array_equal(in_part([f"{key}~2" for key in keys], 0.3, "train"), ~first)
 
 
 def test_weighted_parts_are_read_in_proportion(shard: Shard) -> None:

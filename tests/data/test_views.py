@@ -190,6 +190,14 @@ def test_probabilities_and_ranges_of_draws() -> None:
     assert (correlation - torch.eye(4)).abs().max() < 0.08
 
 
+def test_hue_turns_either_way_alike() -> None:
+    turns = ImageView(hue=0.1, jitter_prob=1.0).draw(samples(2000), seeds(2000))["turns"]
+    assert -0.1 <= turns.min() < -0.098
+    assert 0.098 < turns.max() <= 0.1
+    assert (turns < 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert turns.mean().item() == pytest.approx(0.0, abs=0.006)  # four standard deviations
+
+
 def test_draws_follow_the_row_and_the_spec_alone() -> None:
     view = ImageView(size=8, flip=0.5, jitter_prob=0.8, brightness=0.4, blur=0.5)
     drawn = view.draw(samples(20), seeds(20))

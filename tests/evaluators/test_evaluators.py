@@ -7,10 +7,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mmpretrain.evaluators import EVALUATORS, build_evaluator, features
+from mmpretrain.evaluators import EVALUATORS, build_evaluator, features, linear_probe
 from mmpretrain.evaluators.base import OptionError, make_config
 from mmpretrain.evaluators.data.datasets import DataConfig, open_dataset
 from mmpretrain.evaluators.features import encode_images
+from mmpretrain.evaluators.knn import knn_votes
 from mmpretrain.evaluators.models import TowerModel
 from mmpretrain.evaluators.zero_shot import class_embeddings, read_templates
 from mmpretrain.types import Encoded, Model
@@ -143,6 +144,42 @@ def test_frozen_features_classify(tmp_path, accelerator, kind):
         assert result.metrics[f"{prefix}acc1"] == pytest.approx(6 / 7)
         assert result.metrics[f"{prefix}mean_per_class_recall"] == pytest.approx((2 / 3 + 1 + 1) / 3)
     assert result.tables["confusions"][0] == {"true": "red", "predicted": "blue", "count": 1, "fraction": pytest.approx(1 / 3)}
+
+
+@pytest.mark.parametrize("tile", [7, 2048])
+def test_of_equally_near_rows_the_earlier_ones_vote(tile):
+    train = torch.ones(3000, 4)
+    labels = torch.arange(3000)
+    votes = knn_votes(torch.ones(2, 4), train, labels, 3000, k=5, temperature=0.07, tile=tile)
+    assert torch.equal(votes.nonzero()[:, 1].view(2, 5), torch.arange(5).expand(2, 5))
+
+
+def test_equal_votes_of_neighbours_count_against_the_model_and_the_smallest_further_vote_decides(tmp_path, accelerator):
+    colour_folder(tmp_path / "train", ["red", "blue"], 1)
+    for label in ("red", "blue"):  # purple is as near to red as to blue
+        write(tmp_path / "test" / label / "0.png", picture("purple"))
+    options = {"data": str(tmp_path), "temperature": 0.05}
+    assert run("knn", accelerator, k=2, **options).metrics["acc1"] == 0.0
+    write(tmp_path / "train" / "red" / "1.png", picture("green"))  # of cosine 0: its vote weighs 7e-7 of a near one's
+    assert run("knn", accelerator, k=3, **options).metrics["acc1"] == 0.5
+
+
+@pytest.mark.parametrize(("difference", "acc1"), [(0.0, 0.0), (3e-7, 0.0), (1e-5, 0.5)])
+def test_scores_of_a_probe_that_differ_by_rounding_alone_are_a_tie_against_the_model(tmp_path, accelerator, monkeypatch, difference, acc1):
+    colour_folder(tmp_path / "train", ["red", "blue"], 2)
+    colour_folder(tmp_path / "test", ["red", "blue"], 1)
+    weights = torch.zeros(2, 3), torch.tensor([0.0, difference])
+    monkeypatch.setattr(linear_probe, "fit", lambda *args: weights)
+    metrics = run("linear_probe", accelerator, data=str(tmp_path), c=[1.0], features="pooled").metrics
+    assert metrics["acc1"] == metrics["mean_per_class_recall"] == acc1
+
+
+def test_of_equally_accurate_strengths_the_probe_takes_the_smallest_c():
+    x = torch.tensor([[-1.0], [1.0]]).repeat(20, 1)
+    config = linear_probe.Config(data="unused", c=[10.0, 0.1, 1.0])
+    chosen, tried = linear_probe.choose_c(x, torch.tensor([0, 1]).repeat(20), 2, config)
+    assert tried == [(0.1, 1.0), (1.0, 1.0), (10.0, 1.0)]
+    assert chosen == 0.1
 
 
 def test_features_are_kept_by_weights_and_data(tmp_path, accelerator):

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from mmpretrain import checkpoint
 from mmpretrain.evaluators import build_evaluator
+from mmpretrain.evaluators import finetune as evaluator_module
 from mmpretrain.evaluators.base import OptionError
 from mmpretrain.evaluators.models import TowerModel, load_model
 from mmpretrain.types import Model
@@ -160,6 +161,32 @@ def test_finetune_learns_twice_the_same_and_beside_random_weights(coloured):
     assert {"random_acc1", "acc5", "mean_per_class_recall", "chance"} <= first.metrics.keys()
     assert first.tables["loss"][0]["loss"] == pytest.approx(first.tables["random_loss"][0]["loss"])  # the head starts at zero: ln 3
     assert first.tables["loss"][-1]["loss"] < 0.5 * first.tables["loss"][0]["loss"]
+
+
+def test_finetune_decays_its_rate_by_layer_and_warms_up(coloured, monkeypatch):
+    rates, real = [], evaluator_module.set_learning_rate
+
+    def notes(optimizer, config, step, steps):
+        lr = real(optimizer, config, step, steps)
+        rates.append({name: group["lr"] for group in optimizer.param_groups for name in group["names"]})
+        return lr
+
+    monkeypatch.setattr(evaluator_module, "set_learning_rate", notes)
+    finetune(coloured, lr=1e-3, head_lr=10.0, layer_decay=0.5, warmup=0.4, random=False)
+    warm = [step["head.weight"] for step in rates[:4]]
+    assert warm == pytest.approx([0.25e-2, 0.5e-2, 0.75e-2, 1e-2])  # over four of ten updates
+    assert rates[4]["head.weight"] == pytest.approx(1e-2)
+    after = [step["head.weight"] for step in rates[4:]]
+    assert after == sorted(after, reverse=True)
+    assert after[-1] < 0.1 * after[0]
+    peak = rates[3]  # embeddings, two blocks, what follows them, and the head
+    depth = {
+        "conv1.weight": 3,
+        "transformer.resblocks.0.mlp.c_fc.weight": 2,
+        "transformer.resblocks.1.mlp.c_fc.weight": 1,
+        "ln_post.weight": 0,
+    }
+    assert {name: peak[f"tower.{name}"] for name in depth} == pytest.approx({name: 1e-3 * 0.5**above for name, above in depth.items()})
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("head", {"head"}), ("last_n", {"head", "tower.transformer.resblocks.1", "tower.ln_post"})])

@@ -10,7 +10,7 @@ from mmpretrain.config.build import build
 from mmpretrain.data.text import get_tokenizer
 from mmpretrain.objectives import OBJECTIVES
 from mmpretrain.objectives.base import PRESETS, Augment
-from mmpretrain.types import Encoded, View
+from mmpretrain.types import Encoded, Sample, View
 from tests import tiny
 
 
@@ -32,6 +32,16 @@ def test_clip_clamps_its_scale():
     clip.logit_scale.data.fill_(50.0)
     clip.after_step(0.5)
     assert clip.logit_scale.exp().item() == pytest.approx(100.0)
+
+
+def test_clip_keeps_its_scale_at_one_or_more():
+    clip = objective("clip")
+    clip.logit_scale.data.fill_(-0.5)
+    clip.after_step(0.5)
+    assert clip.logit_scale.exp().item() == 1.0
+    clip.logit_scale.data.fill_(0.2)
+    clip.after_step(0.5)
+    assert clip.logit_scale.item() == pytest.approx(0.2)  # within the limits it is free
 
 
 def test_clip_ignores_the_length_of_features():
@@ -61,6 +71,16 @@ def test_simclr_head_sees_both_views_at_once():
     torch.testing.assert_close(out["loss"], swapped["loss"])
 
 
+def test_simclr_info_nce_compares_the_first_view_with_the_second_only():
+    simclr = objective("simclr", loss="info_nce", norm="none", temperature=0.2)
+    x, y = torch.randn(6, 16), torch.randn(6, 16)
+    a, b = (F.normalize(simclr.projection_head(view), dim=1) for view in (x, y))
+    forward, backward = (F.cross_entropy(p @ q.T / 0.2, torch.arange(6)) for p, q in ((a, b), (b, a)))
+    assert (forward - backward).abs() > 1e-3
+    torch.testing.assert_close(simclr(first=Encoded(pooled=x), second=Encoded(pooled=y))["loss"], forward)
+    torch.testing.assert_close(simclr(first=Encoded(pooled=y), second=Encoded(pooled=x))["loss"], backward)
+
+
 def test_simclr_views_differ_only_in_index():
     needs = objective("simclr").needs
     assert needs["first"].view != needs["second"].view
@@ -80,6 +100,36 @@ def test_simmim_counts_hidden_patches_only():
     visible = pixels.clone()
     visible[:, :, 12:, :] += 5  # the last row of patches is not hidden
     torch.testing.assert_close(simmim(image=encoded._replace(view=View(visible)))["loss"], expected)
+
+
+def test_simmim_hides_whole_squares_of_mask_patch():
+    model = tiny.model({"simmim": {"mask_patch": 2, "mask_ratio": 0.5}})
+    (encode,) = model.plan
+    hidden = model.hidden(encode, tiny.batch(model), {})
+    of_square = hidden.view(8, 2, 2, 2, 2).sum((2, 4))  # 4 x 4 patches are four squares of 2 x 2
+    assert ((of_square == 0) | (of_square == 4)).all()
+    assert (hidden.sum(1) == 8).all()
+
+
+def test_simmim_normalises_flat_patches_to_zero_and_others_by_their_own_deviation():
+    simmim = objective("simmim", normalise_target=True)
+    torch.nn.init.zeros_(simmim.decoder.weight)
+    torch.nn.init.constant_(simmim.decoder.bias, 0.25)
+    pixels = torch.full((1, 3, 16, 16), 0.3)
+    pixels[:, :, :4, 4:8] = torch.randn(1, 3, 4, 4)
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    encoded = Encoded(tokens=torch.randn(1, 16, 16), grid=(4, 4), view=View(pixels))
+
+    mask[:, 0] = True  # a flat patch
+    loss = simmim(image=encoded._replace(mask=mask))["loss"]
+    loss.backward()
+    assert loss.item() == pytest.approx(0.25, abs=1e-3)
+    assert simmim.decoder.weight.grad.isfinite().all()
+
+    patch = pixels[0, :, :4, 4:8].flatten()
+    expected = ((patch - patch.mean()) / patch.std() - 0.25).abs().mean()
+    loss = simmim(image=encoded._replace(mask=mask.roll(1, 1)))["loss"]
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -126,6 +176,35 @@ def test_masked_text_shares(keep, replace, masked):
         assert torch.equal(view.data[chosen], view.target[chosen])
     if replace == 1.0:
         assert (view.data[chosen] != view.target[chosen]).float().mean() > 0.95
+
+
+def test_masked_text_keeps_replaces_and_masks_in_the_shares_asked_for():
+    model = tiny.model({"masked_text": {"keep": 0.2, "replace": 0.3, "mask_ratio": 0.5}})
+    (spec,) = model.views()["pairs"]
+    view = tiny.rows("pairs", [spec], 800).views[spec]
+    chosen = view.target != -100
+    data, target = view.data[chosen], view.target[chosen]
+    masked, kept = data == -1, data == target
+    replaced = data[~masked & ~kept]
+    share = [masked.float().mean().item(), kept.float().mean().item(), len(replaced) / len(data)]
+    assert share == pytest.approx([0.5, 0.2, 0.3], abs=0.05)  # over 2000 words: four standard deviations
+    size = get_tokenizer("clip").vocab_size
+    assert replaced.float().mean().item() / size == pytest.approx(0.5, abs=0.06)  # random words are of the whole vocabulary
+    assert replaced.unique().numel() > 0.95 * len(replaced)
+
+
+@pytest.mark.parametrize("special", ["sot", "eot"])
+def test_masked_text_never_replaces_a_word_by_a_start_or_an_end(special):
+    model = tiny.model({"masked_text": {"keep": 0.0, "replace": 1.0, "mask_ratio": 0.5}})
+    (spec,) = model.views()["pairs"]
+    ids = get_tokenizer("clip").encode(tiny.WORDS, spec.context_length)
+    params = spec.draw([Sample(str(i), None, [words]) for i, words in enumerate(tiny.WORDS)], torch.arange(len(ids)))
+    drawn = params | {"word": torch.full_like(params["word"], getattr(get_tokenizer("clip"), special))}
+    view = spec.render(ids, drawn)
+    assert (view.target != -100).any(1).all()
+    assert torch.equal(view.data, ids[:, : view.data.shape[1]])  # the word stays, and is predicted like a kept one
+    other = spec.render(ids, params | {"word": torch.full_like(params["word"], 320)})
+    assert (other.data[other.target != -100] == 320).all()
 
 
 def test_masked_text_loss_is_cross_entropy_of_chosen_words():

@@ -79,6 +79,22 @@ def test_attentive_keeps_the_most_attended():
         assert squares[row][hidden[row]].max() <= squares[row][~hidden[row]].min()
 
 
+@pytest.mark.parametrize(
+    ("squares", "attended", "hidden"),
+    [
+        ([[0, 0, 1], [0, 0, 1], [2, 2, 3]], [0.10, 0.20, 0.15, 0.25], (0, 2)),  # sums: 0.4, 0.4, 0.3, 0.25
+        ([[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3]], [0.10, 0.15, 0.16, 0.17], (0,)),  # sums: 0.4, 0.6, 0.32, 0.34
+    ],
+)
+def test_attentive_squares_at_a_ragged_border_count_by_their_mean(squares, attended, hidden):
+    """A square that the border cuts is not less attended for being small."""
+    square = torch.tensor(squares)
+    attention, expected = torch.tensor(attended)[square], torch.isin(square, torch.tensor(hidden))
+    spec = MaskSpec(expected.sum().item() / square.numel(), kind="attentive", patch=2)
+    for a, wanted in ((attention, expected), (attention.T, expected.T)):
+        assert torch.equal(draw_mask(spec, seeds(1), tuple(a.shape), a.reshape(1, -1)).view(a.shape), wanted)
+
+
 def test_masks_are_the_same_in_another_process():
     code = (
         "import torch; from mmpretrain.rng import combine; from mmpretrain.types import *\n"
