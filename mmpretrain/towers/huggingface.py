@@ -163,6 +163,9 @@ def from_transformers(folder: str, image: bool = True, text: bool = True) -> tup
     try:
         model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ..., by what is wrong in the folder
+        if "Unrecognized configuration class" in str(error):
+            kind = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+            raise ModelError(f"hf:{folder}: transformers builds no model of type {kind} by itself") from error
         raise ModelError(f"hf:{folder} cannot be loaded: {str(error).splitlines()[0][:300]}") from error
     config, visual, words = model.config, None, None
     if rule is not None:

@@ -85,6 +85,7 @@ def test_urls(clean: Clean, indexed: bool, shards: Path, tmp_path: Path, remote:
 def cluster() -> Iterator[None]:
     """One for all stages: to start it takes longer than they do."""
     ray = pytest.importorskip("ray")
+    ray.shutdown()  # of a test before this one
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()
