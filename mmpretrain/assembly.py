@@ -7,12 +7,11 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmpretrain.checkpoint import MANIFEST, find_checkpoint
+from mmpretrain.checkpoint import resolve_weights
 from mmpretrain.config.build import OptionError, blaming
 from mmpretrain.config.recipe import Config, NetworkConfig
 from mmpretrain.data.shards import load_classes
@@ -49,9 +48,7 @@ def build_model(config: Config, resumed: bool = False, steps: int | None = None)
     """
     steps = config.steps if steps is None else steps
     torch.manual_seed(config.seed)
-    pretrained = None if resumed else config.init_from
-    if pretrained is not None and ((Path(pretrained) / "checkpoints").is_dir() or (Path(pretrained) / MANIFEST).exists()):
-        pretrained = str(find_checkpoint(Path(pretrained)))
+    pretrained = None if resumed or config.init_from is None else resolve_weights(config.init_from)
     with blaming("model"):
         try:
             towers = build_towers(config.model, image_size=config.image_size)
@@ -183,9 +180,7 @@ def frozen_network(config: NetworkConfig) -> DualEncoder:
     """Build a frozen network of the recipe and load its weights."""
     towers = build_towers(config.model, image_size=config.image_size)
     if config.init_from is not None:
-        path = Path(config.init_from)
-        run = (path / "checkpoints").is_dir() or (path / MANIFEST).exists()
-        weights = str(find_checkpoint(path)) if run else config.init_from
+        weights = resolve_weights(config.init_from)
         load_weights(towers, weights, absent="error")
         size = {} if config.image_size is None else {"size": config.image_size}
         towers.preprocess = with_recorded(towers.preprocess, recorded_preprocess(weights) | size)

@@ -169,6 +169,16 @@ def find_checkpoint(path: Path) -> Path:
     return newest
 
 
+def resolve_weights(name: str) -> str:
+    """Return the weights that a recipe names: the verified checkpoint of a run or checkpoint folder, else `name` (a file, folder or tag).
+
+    Raises:
+        CheckpointError: a run without a valid checkpoint.
+    """
+    path = Path(name)
+    return str(find_checkpoint(path)) if (path / "checkpoints").is_dir() or (path / MANIFEST).exists() else name
+
+
 def load_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
     """Read a safetensors file of a checkpoint. Raises CheckpointError."""
     with _reading(folder / f"{stem}.safetensors") as path:

@@ -126,7 +126,7 @@ def setup(config: Config, closing: ExitStack, data: DataInProgress) -> Run:
         tracker.message(message)
     distributed.on_main(lambda: run_folder.write_recipe(config, launch.environment(accelerator, config, precision)))
     tracker.message(describe(config, accelerator, model, sources))
-    for warning in mixture.of_run(config, sources) if step == 0 else ():
+    for warning in mixture.of_run(config, sources) if step == 0 and accelerator.is_main_process else ():
         tracker.message(f"warning: {warning}")
 
     model.to(device)
@@ -282,23 +282,17 @@ def update(run: Run, progress: float, bad: bool | torch.Tensor, buffers: list[to
         buffers: those that the forward pass may have changed.
         kept: their values before.
     """
-    if isinstance(bad, bool):
-        if bad:
-            for buffer, before in zip(buffers, kept):
-                buffer.copy_(before)
-            return
+    on_device = isinstance(bad, torch.Tensor)
+    if on_device or not bad:
+        if on_device:
+            run.optimizer.found_inf, run.optimizer.grad_scale = bad.float(), None  # type: ignore[attr-defined]  # a fused step skips itself
         run.optimizer.step()
-        run.model.finish_step(progress)
+        run.model.finish_step(progress)  # it only clips parameters, which has no effect on unchanged ones
         if run.teacher is not None:
-            run.teacher.update(progress)
-        return
-    run.optimizer.found_inf, run.optimizer.grad_scale = bad.float(), None  # type: ignore[attr-defined]  # a fused step skips itself
-    run.optimizer.step()
-    run.model.finish_step(progress)  # it only clips parameters, which has no effect on unchanged ones
-    if run.teacher is not None:
-        run.teacher.update(progress, skip=bad)
-    for buffer, before in zip(buffers, kept):
-        buffer.copy_(torch.where(bad, before, buffer))
+            run.teacher.update(progress, skip=bad if on_device else None)
+    if on_device or bad:
+        for buffer, before in zip(buffers, kept):
+            buffer.copy_(torch.where(bad, before, buffer) if on_device else before)
 
 
 def transparent_images(run: Run) -> dict[str, int]:

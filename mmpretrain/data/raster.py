@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from mmpretrain.data import pnm, tiff, tiff_tags
+from mmpretrain.data.codec_messages import collected
 from mmpretrain.data.formats import decoder_message
 from mmpretrain.data.levels import eight_bit
-from mmpretrain.data.library_messages import collected
 from mmpretrain.data.orientation import QUARTER_TURNS, JpegHeader, exif_orientation, jpeg_header, stored_orientation
 from mmpretrain.data.schema import BadSample
 

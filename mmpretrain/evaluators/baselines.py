@@ -138,11 +138,12 @@ def _measure(names: Sequence[str], train: EvalSet | None, test: EvalSet, acceler
         voters, labels = features, truth
         own = np.arange(len(rows))[mine.start : mine.stop]
     else:
-        voters, rows_of_train = _features(names, train.drawn(MAX_TRAIN, 0), accelerator, threads)
+        train = train.drawn(MAX_TRAIN, 0)
+        voters, rows_of_train = _features(names, train, accelerator, threads)
         # A class that only `train` has may vote, but is never correct: its index follows those of the test set.
         extra = {name: len(known) + i for i, name in enumerate(name for name in train.classes if name not in known)}
         position = torch.tensor([(known | extra)[name] for name in train.classes])
-        labels = position[train.drawn(MAX_TRAIN, 0).labels[rows_of_train]].numpy()
+        labels = position[train.labels[rows_of_train]].numpy()
     result = {}
     for name in dict.fromkeys(names):
         hits = neighbour_hits(voters[name], labels, features[name][mine.start : mine.stop], truth[mine.start : mine.stop], own)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from data_prep.build.images import encode
-from mmpretrain.data import library_messages, raster
+from mmpretrain.data import codec_messages, raster
 from mmpretrain.data.decode import ImageLimits, decode_image
 from mmpretrain.data.formats import sniff
 from mmpretrain.data.schema import IMAGE_EXTENSIONS, BadSample
@@ -109,8 +109,8 @@ def with_a_warning() -> bytes:
 
 @pytest.fixture
 def fresh_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library_messages, "_kinds", set())
-    monkeypatch.setattr(warnings, "showwarning", library_messages._collect)  # pytest puts its own there
+    monkeypatch.setattr(codec_messages, "_kinds", set())
+    monkeypatch.setattr(warnings, "showwarning", codec_messages._collect)  # pytest puts its own there
 
 
 def test_a_kind_of_warning_is_logged_once(fresh_kinds: None, caplog: pytest.LogCaptureFixture) -> None:
@@ -126,15 +126,15 @@ def test_a_kind_of_warning_is_logged_once(fresh_kinds: None, caplog: pytest.LogC
 def test_kinds_without_end_are_cut_off_in_words(fresh_kinds: None, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         for i in range(200):
-            library_messages._log_once("Pillow: odd " + "abcdefghij"[i % 10] + "klmnopqrst"[i // 10 % 10] + "!" * (i // 100))
-    assert len(caplog.records) == library_messages.MAX_KINDS + 1
+            codec_messages._log_once("Pillow: odd " + "abcdefghij"[i % 10] + "klmnopqrst"[i // 10 % 10] + "!" * (i // 100))
+    assert len(caplog.records) == codec_messages.MAX_KINDS + 1
     assert "further kinds are not logged" in caplog.records[-1].getMessage()
 
 
 def test_warnings_of_others_are_shown_as_ever() -> None:
     script = (
-        "import warnings\nfrom mmpretrain.data import library_messages\n"
-        "with library_messages.collected() as inside:\n    warnings.warn('within')\nassert inside == ['Pillow: within'], inside\n"
+        "import warnings\nfrom mmpretrain.data import codec_messages\n"
+        "with codec_messages.collected() as inside:\n    warnings.warn('within')\nassert inside == ['Pillow: within'], inside\n"
         "warnings.warn('outside')\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
@@ -146,10 +146,10 @@ def test_threads_collect_their_own_warnings() -> None:
     barrier, lists = threading.Barrier(4), {}
 
     def work(name: str) -> None:
-        with library_messages.collected() as messages:
+        with codec_messages.collected() as messages:
             barrier.wait(10)
             for _ in range(20):
-                library_messages._collect(f"of {name}", UserWarning, "file", 1)
+                codec_messages._collect(f"of {name}", UserWarning, "file", 1)
             barrier.wait(10)
             lists[name] = list(messages)
 

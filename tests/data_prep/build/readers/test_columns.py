@@ -7,18 +7,10 @@ import pytest
 
 from data_prep.build.readers.columns import Columns
 from mmpretrain.data.schema import BadSample
+from tests.data import test_captions
 from tests.data_prep.build.readers.support import image
 
-ROW = {
-    "image": image(),
-    "name": "red  apple",
-    "tags": ["round", "", "sweet"],
-    "none": None,
-    "n": 3,
-    "nan": float("nan"),
-    "meta": {"by": "Ann"},
-    "a|b": "p|q",
-}
+ROW = {"image": image()} | test_captions.ROW
 
 
 @pytest.mark.parametrize("path", ["{outside}", "../outside.png", "sub/../../outside.png", "{root}/../outside.png", "/etc/hostname"])
