@@ -102,7 +102,7 @@ def test_kill_at_every_stage_of_a_save_leaves_a_valid_checkpoint(tmp_path):
                     os.kill(os.getpid(), signal.SIGKILL)
                 return call(*args, **kwargs)
             return wrapper
-        checkpoint._flush, checkpoint._sha256 = dies(checkpoint._flush), dies(checkpoint._sha256)
+        checkpoint.flush, checkpoint._sha256 = dies(checkpoint.flush), dies(checkpoint._sha256)
         checkpoint.save_file, checkpoint.torch.save = dies(checkpoint.save_file), dies(checkpoint.torch.save)
         Path.rename, Path.mkdir, checkpoint.shutil.rmtree = dies(Path.rename), dies(Path.mkdir), dies(checkpoint.shutil.rmtree)
         save(2)
@@ -118,7 +118,10 @@ def test_kill_at_every_stage_of_a_save_leaves_a_valid_checkpoint(tmp_path):
         + "        fatal = n\n"
         + textwrap.indent("save(1)" + driver[1], "        ")
         + "\n        os._exit(0)\n"
-        + "    if os.waitpid(pid, 0)[1] == 0: break\n"
+        + "    status = os.waitpid(pid, 0)[1]\n"
+        + "    if status == 0: break\n"
+        + "    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (n, status)\n"
+        + "else: raise SystemExit('no save got through')\n"
         + "print(n)\n"
     )
     out = subprocess.run([sys.executable, "-c", forked, str(tmp_path)], capture_output=True, text=True, check=False)
